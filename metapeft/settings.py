@@ -1,0 +1,114 @@
+"""Typed settings: params.yaml, then environment variables, then what a command was given.
+
+`METAPEFT_HOME` (default `.metapeft` in the working folder) holds caches, the MLflow database, adapters and experience.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from metapeft.errors import UserError
+
+DEFAULT_BACKBONE = "smollm2-135m-instruct"
+Prefer = Literal["accuracy", "balanced", "speed", "memory"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(Section):
+    """What is read from a task and how it is split (see `metapeft.data.load_task`)."""
+
+    max_train: int = Field(1000, ge=1, description="training examples used at most")
+    max_validation: int = Field(150, ge=1)
+    max_test: int = Field(300, ge=1)
+    seed: int = 0
+    metric: Literal["accuracy", "macro_f1", "exact_match"] | None = Field(None, description="None: the field's default")
+    template: str | None = Field(None, description="prompt template with {text} and {labels}; None: the default")
+
+
+class RecommendSettings(Section):
+    prefer: Prefer = "balanced"
+    max_seconds: float | None = Field(None, gt=0)
+    max_memory_mb: float | None = Field(None, gt=0)
+
+
+class SweepSettings(Section):
+    trials: int = Field(8, ge=1)
+    max_seconds: float | None = Field(None, gt=0)
+    steps: int = Field(40, ge=1, description="optimizer steps per trial")
+    methods: list[str] | None = Field(None, description="None: all five")
+    space: dict[str, Any] = Field(default_factory=dict, description="hyperparameter -> fixed value or list of choices")
+    workers: int = Field(1, ge=1)
+
+
+class TrainSettings(Section):
+    steps: int = Field(120, ge=1, description="optimizer steps")
+    method: str | None = Field(None, description="None: the best of the sweep, else the first recommended")
+    configuration: dict[str, Any] = Field(default_factory=dict, description="hyperparameters that override the chosen ones")
+
+
+class TrackingSettings(Section):
+    uri: str | None = Field(None, description="None: SQLite in METAPEFT_HOME")
+    experiment: str = "metapeft"
+
+
+class Settings(Section):
+    """All settings of one run. `load_settings` builds it."""
+
+    task: str = "sms_spam"
+    backbone: str = DEFAULT_BACKBONE
+    seed: int = 0
+    data: DataSettings = DataSettings()
+    recommend: RecommendSettings = RecommendSettings()
+    sweep: SweepSettings = SweepSettings()
+    train: TrainSettings = TrainSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+
+def home() -> Path:
+    """The folder for caches, the MLflow database, adapters and experience (absolute, not created)."""
+    return Path(os.environ.get("METAPEFT_HOME", ".metapeft")).expanduser().absolute()
+
+
+def load_settings(params: Path | None = None, **overrides: Any) -> Settings:
+    """Settings from a params.yaml (when given, it must exist) with `overrides` on top (nested dicts are merged).
+
+    Raises UserError naming the first wrong key.
+    """
+    import yaml
+
+    values: dict[str, Any] = {}
+    if params is not None:
+        try:
+            values = yaml.safe_load(params.read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise UserError(f"cannot read {params}: {error.strerror}; give an existing params file") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"{params} is not valid YAML ({str(error).splitlines()[0]}); fix the file") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{params} must hold a mapping of settings, not a {type(values).__name__}")
+    try:
+        return Settings.model_validate(merge(values, overrides))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"setting {where}: {first['msg'].lower()} (in {params or 'the given options'})") from error
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`; None values in `over` mean "not given"."""
+    result = dict(base)
+    for key, value in over.items():
+        if value is None:
+            continue
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = merge(result[key], value)
+        else:
+            result[key] = value
+    return result

@@ -1,0 +1,66 @@
+"""A trial: one configuration trained on one task for one budget and seed. The record every later stage reads."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Status = Literal["ok", "diverged", "out_of_memory", "failed", "stopped"]
+
+
+@dataclass
+class Score:
+    """A metric with its standard error, over `n` examples; `loss` is the mean token-level cross-entropy in nats."""
+
+    metric: str
+    value: float
+    standard_error: float
+    n: int
+    loss: float
+
+
+@dataclass
+class Trial:
+    """The outcome of one trial. Every field is JSON; `curve` holds one dict per evaluation point.
+
+    `curve` rows: {"step", "examples", "seconds", "train_loss", "validation_loss", "validation_score"} (the last two may be
+    None where no validation ran). `seconds` is training plus evaluation wall time; `peak_memory_mb` is MLX's peak.
+    """
+
+    id: str
+    task: str
+    task_version: str
+    backbone: str
+    method: str
+    configuration: dict[str, Any]
+    seed: int
+    budget: int  # optimizer steps
+    status: Status
+    score: Score | None = None  # on the test split
+    validation: Score | None = None
+    untuned_score: Score | None = None
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+    tokens: int = 0
+    peak_memory_mb: float = 0.0
+    trained_parameters: int = 0
+    adapter_bytes: int = 0
+    adapter: str = ""  # folder
+    device: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    started: str = ""  # ISO 8601, UTC
+    error: str = ""
+    train_examples: int = 0
+    profile_version: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Trial:
+        record = dict(record)
+        for key in ("score", "validation", "untuned_score"):
+            if record.get(key) is not None:
+                record[key] = Score(**record[key])
+        return cls(**record)
