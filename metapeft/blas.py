@@ -1,0 +1,278 @@
+"""A fast BLAS for MLX on Linux.
+
+The `mlx-cpu` wheel links the reference BLAS (4-7 GFLOP/s on two cores). Its three undefined symbols, `cblas_sgemm`, `cblas_dgemm`
+and `cblas_cgemm`, are looked up in the process's global scope first, so a library opened with RTLD_GLOBAL **before** the first
+`import mlx.core` takes their place (ELF symbol interposition, see ld.so(8)). Sources, in order:
+
+1. whatever the process already offers (LD_PRELOAD),
+2. `METAPEFT_BLAS`, the path of a library,
+3. the wheel `scipy-openblas32`, which exports only `scipy_`-prefixed names and so needs a forwarder of three functions, compiled
+   once and cached per user,
+4. Debian's `libopenblas.so.0`.
+
+macOS uses Accelerate and Metal: nothing to do there. This module never imports MLX.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metapeft.errors import UserError
+
+FORWARDED = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
+FORWARDER = Path(__file__).with_name("blas_forwarder.c")
+COMPILERS = ("cc", "gcc", "clang", "c++", "g++", "clang++")
+REMEDY = "install the wheel scipy-openblas32 and a C compiler (Debian: apt-get install g++), or Debian's libopenblas0-pthread"
+
+
+@dataclass(frozen=True)
+class Blas:
+    """The BLAS that MLX's CPU matrix products use. `threads` is 0 where it cannot be asked or set."""
+
+    name: str
+    path: str
+    threads: int
+    fast: bool
+    remedy: str = ""  # what to do when it is not fast
+
+
+class SlowBlasWarning(UserWarning):
+    """MLX runs on the reference BLAS, some 30 times slower than it could."""
+
+
+_lock = threading.Lock()
+_opened: Blas | None = None
+_library: ctypes.CDLL | None = None  # the one that computes: its thread count can be set
+
+
+def open_fast() -> Blas:
+    """Open a fast BLAS, once per process, before MLX is imported; later calls return the same answer.
+
+    Warns once (`SlowBlasWarning`, with the remedy) when only the reference BLAS is there. Raises UserError when
+    `METAPEFT_BLAS` names something that is not a BLAS.
+    """
+    global _opened
+    with _lock:
+        if _opened is None:
+            _opened = _open()
+            if not _opened.fast:
+                warnings.warn(f"MLX uses {_opened.name}, which is slow: {_opened.remedy}", SlowBlasWarning, stacklevel=3)
+        return _opened
+
+
+def set_threads(n: int) -> int:
+    """Let each matrix product use `n` threads (several single-threaded streams beat one wide one on small products).
+
+    Returns the count in force afterwards, 0 where the library has no such setting (macOS, reference BLAS).
+    """
+    if n < 1:
+        raise ValueError(f"threads must be at least 1, not {n}")
+    open_fast()
+    if _library is None or (setter := _function(_library, "openblas_set_num_threads")) is None:
+        return 0
+    setter.argtypes = [ctypes.c_int]
+    setter.restype = None
+    setter(n)
+    return _threads(_library)
+
+
+def get_threads() -> int:
+    """Threads that each matrix product uses now, 0 where the library cannot say."""
+    open_fast()
+    return _threads(_library) if _library is not None else 0
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity mask, capped by the container's CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            cores = min(cores, max(1, -(-int(quota) // int(period))))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here
+    return cores
+
+
+def compiler() -> str | None:
+    """The C or C++ compiler on this machine, if any."""
+    named = os.environ.get("CC", "").split()
+    return next((found for name in (*named[:1], *COMPILERS) if (found := shutil.which(name))), None)
+
+
+def _open() -> Blas:
+    global _library
+    if sys.platform != "linux":
+        return Blas("Accelerate" if sys.platform == "darwin" else "MLX's own", "", 0, True)
+    offered = _offered()
+    if offered is not None:
+        _library = offered
+        return _describe("already in the process", _where(offered, "cblas_sgemm"), offered)
+    if "mlx.core" in sys.modules:
+        reason = "mlx was imported before metapeft.runtime; import metapeft.runtime first"
+        return Blas("reference BLAS", "", 0, False, reason)
+    if named := os.environ.get("METAPEFT_BLAS"):
+        try:
+            _library = _expose(Path(named).expanduser())
+        except (OSError, subprocess.SubprocessError) as error:
+            problem = str(error).strip().splitlines()[-1]
+            raise UserError(
+                f"METAPEFT_BLAS={named} cannot be used ({problem}); give the path of an OpenBLAS library or unset it"
+            ) from error
+        return _describe("METAPEFT_BLAS", named, _library)
+    problems = []
+    for name, candidate in (("scipy-openblas32", _wheel()), ("system OpenBLAS", Path("libopenblas.so.0"))):
+        if candidate is None:
+            continue
+        try:
+            _library = _expose(candidate)
+        except (OSError, subprocess.SubprocessError) as error:
+            problems.append(f"{name}: {str(error).strip().splitlines()[-1]}")
+            continue
+        return _describe(name, str(candidate), _library)
+    remedy = REMEDY + (f" ({'; '.join(problems)})" if problems else "")
+    return Blas("reference BLAS", "", 0, False, remedy)
+
+
+def _describe(source: str, path: str, library: ctypes.CDLL) -> Blas:
+    asked = _function(library, "openblas_get_config")
+    if asked is None:
+        return Blas(source, path, 0, True)
+    asked.restype = ctypes.c_char_p
+    version = " ".join(asked().decode().split()[:2])
+    if not os.environ.get("OPENBLAS_NUM_THREADS") and not os.environ.get("OMP_NUM_THREADS"):
+        cores = usable_cores()
+        if _threads(library) > cores and (setter := _function(library, "openblas_set_num_threads")) is not None:
+            setter(ctypes.c_int(cores))  # OpenBLAS does not know of a container's CPU quota
+    return Blas(f"{version} ({source})", path, _threads(library), True)
+
+
+def _offered() -> ctypes.CDLL | None:
+    """The process's global scope, if it has a `cblas_sgemm` that does not come from a reference BLAS."""
+    scope = ctypes.CDLL(None)
+    if _function(scope, "cblas_sgemm") is None:
+        return None
+    path = Path(_where(scope, "cblas_sgemm")).name
+    return None if path.startswith(("libblas", "libcblas", "libgslcblas")) else scope
+
+
+def _wheel() -> Path | None:
+    spec = importlib.util.find_spec("scipy_openblas32") if sys.modules.get("scipy_openblas32", ...) is not None else None
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for library in sorted(Path(folder, "lib").glob("libscipy_openblas*.so")):
+            return library
+    return None
+
+
+def _expose(path: Path) -> ctypes.CDLL:
+    """Put the library's matrix products into the global scope; returns the library that computes."""
+    library = ctypes.CDLL(str(path))  # local: only the three functions become global
+    if _function(library, "cblas_sgemm", prefixes=("",)) is not None:
+        return ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    prefixed = {name: _function(library, name, prefixes=("scipy_",)) for name in FORWARDED}
+    if None in prefixed.values():
+        raise OSError(f"{path} has no cblas_sgemm")
+    forwarder = _forwarder(f"{path.stem}-{_version()}")
+    pointers = [ctypes.cast(function, ctypes.c_void_p) for function in prefixed.values()]
+    forwarder.metapeft_forward_to.argtypes = [ctypes.c_void_p] * len(pointers)
+    forwarder.metapeft_forward_to(*pointers)
+    return library
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("scipy-openblas32")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _forwarder(key: str) -> ctypes.CDLL:
+    """The compiled forwarder, from the per-user cache or compiled now, opened with RTLD_GLOBAL."""
+    source = FORWARDER.read_bytes()
+    name = f"forwarder-{key}-{platform.machine()}-{hashlib.sha256(source).hexdigest()[:12]}.so"
+    folder = _cache_folder()
+    if folder is None:  # nowhere to keep it: compile for this process alone
+        with tempfile.TemporaryDirectory(prefix="metapeft-blas-") as private:
+            return _compile(Path(private, name))
+    try:
+        return ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL)
+    except OSError:  # not there yet, or damaged
+        return _compile(folder / name)
+
+
+def _cache_folder() -> Path | None:
+    """A folder that only this user can write to, so that nobody else can plant a library in it; None if there is none."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(base, "metapeft", "blas")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        state = folder.stat()
+    except OSError:
+        return None
+    private = state.st_uid == os.getuid() and not state.st_mode & 0o022
+    return folder if private and os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def _compile(target: Path) -> ctypes.CDLL:
+    """Compile the forwarder beside its final name and rename it: two processes at once end with the same file."""
+    found = compiler()
+    if found is None:
+        raise OSError("no C compiler")
+    handle, temporary = tempfile.mkstemp(prefix=".forwarder-", suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        command = [found, "-O2", "-shared", "-fPIC", "-o", temporary, str(FORWARDER)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode:
+            raise OSError(f"{found} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        os.replace(temporary, target)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+    return ctypes.CDLL(str(target), ctypes.RTLD_GLOBAL)
+
+
+def _function(library: ctypes.CDLL, name: str, prefixes: tuple[str, ...] = ("", "scipy_")) -> Any | None:
+    for prefix in prefixes:
+        try:
+            return library[prefix + name]  # a fresh object each time: no shared argtypes
+        except AttributeError:
+            continue
+    return None
+
+
+def _threads(library: ctypes.CDLL) -> int:
+    asked = _function(library, "openblas_get_num_threads")
+    return int(asked()) if asked is not None else 0
+
+
+class _Found(ctypes.Structure):
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def _where(library: ctypes.CDLL, name: str) -> str:
+    """The file that the library's symbol comes from (dladdr(3)); empty if unknown."""
+    found = _Found()
+    lookup = getattr(ctypes.CDLL(None), "dladdr", None)
+    if lookup is None or not lookup(ctypes.cast(library[name], ctypes.c_void_p), ctypes.byref(found)):
+        return ""
+    return os.fsdecode(found.file or b"")

@@ -1,0 +1,180 @@
+"""The one door to MLX: `from metapeft.runtime import mx, nn, optim`.
+
+Importing this module opens a fast BLAS first (`metapeft.blas`), then imports MLX and caps its memory so that a run fails
+with an error instead of pushing the machine into swap. MLX work must not happen in a forked child (`os.fork()` after any
+`mx.eval` hangs it): start `python -m …` or a spawned process.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from metapeft import blas as _blas
+
+BLAS = _blas.open_fast()  # before MLX: see metapeft.blas
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import mlx.optimizers as optim  # noqa: E402
+
+__all__ = [
+    "BLAS",
+    "Measured",
+    "describe",
+    "device",
+    "free_memory_mb",
+    "limit_memory",
+    "mx",
+    "nn",
+    "optim",
+    "total_memory_mb",
+    "versions",
+]
+
+MB = 1024 * 1024
+REPORTED = ("mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "optuna", "mlflow", "dvc", "apache-airflow")
+
+
+def device() -> str:
+    """Where MLX computes: "cpu", "metal" or "cuda"."""
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def describe() -> dict[str, Any]:
+    """Device, its name, BLAS and threads: what a run says at its start and a trial records."""
+    information = mx.device_info()
+    return {
+        "device": device(),
+        "device_name": str(information.get("device_name", "")),
+        "blas": BLAS.name if device() == "cpu" else "",
+        "fast_blas": BLAS.fast,
+        "threads": _blas.get_threads(),
+        "cores": _blas.usable_cores(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "mlx": mx.__version__,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of Python, metapeft and the libraries that decide a result."""
+    found = {"python": platform.python_version()}
+    for name in ("metapeft", *REPORTED):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def total_memory_mb() -> float:
+    """Memory of the machine, or of its container where that is less, in MiB."""
+    if sys.platform == "darwin":
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / MB
+    limit = _cgroup("memory.max")
+    total = _meminfo("MemTotal")
+    return min(total, limit) if limit is not None else total
+
+
+def free_memory_mb() -> float:
+    """Memory that a new run may take without swapping, in MiB (the GPU's own memory with CUDA)."""
+    if device() == "cuda":
+        return float(mx.get_memory_limit() - mx.get_active_memory()) / MB
+    if sys.platform == "darwin":
+        return _darwin_free_mb()
+    free = _meminfo("MemAvailable")
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    if limit is not None and used is not None:
+        reclaimable = _cgroup_reclaimable_mb()
+        free = min(free, limit - used + reclaimable)
+    return max(free, 0.0)
+
+
+def limit_memory(mb: float | None = None) -> float:
+    """Cap what MLX may hold, in MiB, and what it may keep in its cache (a quarter of that); returns the cap.
+
+    The default leaves a tenth of the free memory to others. Past the cap MLX waits for memory to come back before it
+    takes more; with none left an evaluation raises RuntimeError, which the trainer records as `out_of_memory`.
+    """
+    cap = mb if mb is not None else max(0.9 * (free_memory_mb() + mx.get_active_memory() / MB), 256.0)
+    if cap <= 0:
+        raise ValueError(f"a memory limit must be positive, not {cap} MB")
+    mx.set_memory_limit(int(cap * MB))
+    mx.set_cache_limit(int(cap * MB / 4))
+    return cap
+
+
+class Measured:
+    """Context manager: wall seconds and MLX's peak memory (MiB) of the block.
+
+    The peak counts everything MLX holds, so it includes the model. Blocks must not be nested: the peak is one counter.
+    The block must evaluate its own work; MLX is lazy.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.peak_memory_mb = 0.0
+
+    def __enter__(self) -> Measured:
+        mx.synchronize()
+        mx.reset_peak_memory()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        mx.synchronize()
+        self.seconds = time.perf_counter() - self._start
+        self.peak_memory_mb = max(mx.get_peak_memory(), mx.get_active_memory()) / MB
+
+
+def _meminfo(field: str) -> float:
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith(field + ":"):
+                return float(line.split()[1]) / 1024
+    return 0.0
+
+
+def _cgroup(name: str) -> float | None:
+    """A cgroup v2 number in MiB, None where there is no limit or no such cgroup."""
+    try:
+        with open(f"/sys/fs/cgroup/{name}", encoding="ascii") as file:
+            text = file.read().strip()
+    except OSError:
+        return None
+    return float(text) / MB if text.isdigit() else None
+
+
+def _cgroup_reclaimable_mb() -> float:
+    """File pages that the kernel gives back before it kills anything."""
+    try:
+        with open("/sys/fs/cgroup/memory.stat", encoding="ascii") as lines:
+            return sum(float(line.split()[1]) for line in lines if line.startswith("inactive_file ")) / MB
+    except OSError:
+        return 0.0
+
+
+def _darwin_free_mb() -> float:
+    """Free, inactive and speculative pages, as vm_stat(1) counts them."""
+    import re
+    import subprocess
+
+    report = subprocess.run(["vm_stat"], capture_output=True, text=True, check=False).stdout
+    size = re.search(r"page size of (\d+) bytes", report)
+    pages = re.findall(r"^Pages (?:free|inactive|speculative):\s+(\d+)\.", report, re.MULTILINE)
+    if size is None or not pages:
+        return total_memory_mb() / 2
+    return sum(map(int, pages)) * int(size.group(1)) / MB
+
+
+limit_memory()
