@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -64,3 +66,31 @@ class Trial:
             if record.get(key) is not None:
                 record[key] = Score(**record[key])
         return cls(**record)
+
+
+def trial_id(
+    task: str,
+    task_version: str,
+    backbone: str,
+    configuration: dict[str, Any],
+    seed: int,
+    budget: int,
+    train_examples: int,
+) -> str:
+    """16 hex digits that the same work always has, so that a trial that was run before is recognised.
+
+    `configuration` must have its defaults written out (`metapeft.training.configuration.full`); 8 and 8.0 are the same,
+    and so are a list and a tuple.
+    """
+    work = [task, task_version, backbone, _canonical(configuration), seed, budget, train_examples]
+    text = json.dumps(work, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _canonical(value: Any) -> Any:
+    """Equal numbers written equally."""
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
