@@ -98,7 +98,20 @@ def load_settings(params: Path | None = None, **overrides: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"setting {where}: {first['msg'].lower()} (in {params or 'the given options'})") from error
+        problem = unknown(first["loc"]) if first["type"] == "extra_forbidden" else f"{first['msg'].lower()}"
+        raise UserError(f"setting {where}: {problem} (in {params or 'the given options'})") from error
+
+
+def unknown(place: tuple[int | str, ...]) -> str:
+    """What to say of a setting that does not exist."""
+    import difflib
+
+    section: Any = Settings
+    for part in place[:-1]:
+        section = section.model_fields[part].annotation
+    close = difflib.get_close_matches(str(place[-1]), section.model_fields, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(section.model_fields)}"
+    return f"there is no such setting; {hint}"
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

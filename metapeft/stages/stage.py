@@ -1,0 +1,257 @@
+"""What every stage shares: a declared set of inputs, an output folder that appears whole or not at all, and a `main`.
+
+A stage writes one folder, `WORK/NAME`, from the settings and the earlier stages' folders that it declares. It is a pure
+function of those, so a finished stage whose inputs have not changed is not run again. DVC, Airflow and the command line
+all run the same `Stage`; `dvc.yaml` repeats the declarations, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metapeft.errors import MetapeftError, UserError
+from metapeft.settings import Settings, load_settings
+
+ROOT = Path(__file__).resolve().parents[2]  # what `Stage.code` is relative to
+PARENT = "METAPEFT_PARENT"  # process id of whoever started this stage; the stage ends when it dies
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished stage hands on: its folder, a small JSON summary, and whether it was there already."""
+
+    stage: str
+    folder: Path
+    summary: dict[str, Any]
+    cached: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline.
+
+    `body(settings, work, out)` reads `work/NEED` for each of `needs`, writes files into the empty folder `out`, and returns a
+    small JSON summary. `settings` are the dotted names it reads; `code` the files and folders (beside the package) whose
+    change makes the output stale; `outside(settings)` fingerprints what it reads from elsewhere, such as the user's file.
+    """
+
+    name: str
+    body: Callable[[Settings, Path, Path], dict[str, Any]]
+    settings: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    code: tuple[str, ...] = ()
+    outside: Callable[[Settings], str] | None = None
+
+    def run(self, settings: Settings, work: Path) -> Result:
+        """Run the stage unless its output is there and current. Raises UserError (bad input) or MetapeftError."""
+        started = time.perf_counter()
+        for need in self.needs:
+            if not (work / need).is_dir():
+                raise UserError(f"{self.name} needs the output of {need}, which is not in {work}; run that stage first")
+        with locked(work, self.name):
+            inputs = self.fingerprint(settings, work)
+            done = self._finished(work, inputs)
+            if done is not None:
+                return Result(self.name, work / self.name, done, True, time.perf_counter() - started)
+            summary = self._write(settings, work, inputs)
+        return Result(self.name, work / self.name, summary, False, time.perf_counter() - started)
+
+    def fingerprint(self, settings: Settings, work: Path) -> str:
+        """sha256 of everything the output depends on."""
+        values = settings.model_dump(mode="json")
+        parts = {
+            "settings": {name: dotted(values, name) for name in self.settings},
+            "needs": {need: content(work / need) for need in self.needs},
+            "code": {path: content(ROOT / path) for path in self.code},
+            "outside": self.outside(settings) if self.outside else "",
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """The stage as a process: log on stderr, the summary as one JSON line on stdout; exit code 0, 2 (bad input) or 1."""
+        parser = argparse.ArgumentParser(prog=f"python -m metapeft.stages.{self.name}", description=self.body.__doc__)
+        parser.add_argument("--params", type=Path, help="settings file (default: params.yaml where there is one)")
+        parser.add_argument("--work", type=Path, default=Path("artifacts"), help="folder of all stages' outputs")
+        parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, e.g. sweep.trials=4")
+        parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+        given = parser.parse_args(arguments)
+        end_with_parent()
+        try:
+            params = given.params or (Path("params.yaml") if Path("params.yaml").exists() else None)
+            result = self.run(load_settings(params, **nested(assignments(given.set))), given.work)
+        except Exception as error:
+            return report_failure(error, given.debug)
+        except KeyboardInterrupt:
+            print("error: interrupted", file=sys.stderr)
+            return 130
+        print(f"{self.name}: {'unchanged' if result.cached else f'done in {result.seconds:.1f} s'}", file=sys.stderr)
+        print(json.dumps(result.summary), flush=True)
+        return 0
+
+    def _finished(self, work: Path, inputs: str) -> dict[str, Any] | None:
+        """The summary of a current output, or None. The record counts only for the very files it was written for."""
+        try:
+            record = json.loads(self._record(work).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if record.get("inputs") != inputs or record.get("output") != content(work / self.name):
+            return None
+        return dict(record["summary"])
+
+    def _write(self, settings: Settings, work: Path, inputs: str) -> dict[str, Any]:
+        final, record = work / self.name, self._record(work)
+        for left_over in work.glob(f".{self.name}-*.tmp"):  # of a killed run: we hold the lock, so nobody writes there
+            shutil.rmtree(left_over, ignore_errors=True)
+        out = Path(tempfile.mkdtemp(prefix=f".{self.name}-", suffix=".tmp", dir=work))
+        try:
+            out.chmod(0o755)
+            summary = self.body(settings, work, out)
+            record.unlink(missing_ok=True)
+            if final.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{self.name}-", suffix=".tmp", dir=work))
+                final.rename(old / "old")
+                shutil.rmtree(old, ignore_errors=True)
+            out.rename(final)
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
+        write_json(record, {"inputs": inputs, "output": content(final), "summary": summary})
+        return summary
+
+    def _record(self, work: Path) -> Path:
+        return work / ".stages" / f"{self.name}.json"
+
+
+def locked(work: Path, name: str) -> Any:
+    """One writer per stage output. Raises UserError when `work` cannot be written."""
+    from filelock import FileLock
+
+    folder = work / ".stages"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write in {work} ({error.strerror}); give a folder you may write in") from error
+    return FileLock(folder / f"{name}.lock")
+
+
+def content(path: Path) -> str:
+    """sha256 of a file, or of a folder's relative names and contents ("" where there is nothing). Hidden files do not count."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
+        name = file_path.relative_to(path)
+        if "__pycache__" in name.parts or any(part.startswith(".") for part in name.parts):
+            continue
+        digest.update(f"{name.as_posix()}\0{content(file_path)}\n".encode())
+    return digest.hexdigest()
+
+
+def dotted(values: dict[str, Any], name: str) -> Any:
+    """The value of a dotted name in nested dicts."""
+    for part in name.split("."):
+        values = values[part]
+    return values
+
+
+def scalar(text: str) -> Any:
+    """A value given on a command line: JSON where it is JSON, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def assignments(pairs: Iterable[str]) -> dict[str, Any]:
+    """["rank=8", "name=x"] -> {"rank": 8, "name": "x"}. Raises UserError for a pair without "="."""
+    values = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {pair!r} is not KEY=VALUE; write for example --set rank=8")
+        values[key.strip()] = scalar(value.strip())
+    return values
+
+
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """{"sweep.trials": 4} -> {"sweep": {"trials": 4}}."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, key = name.split(".")
+        place = result
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise UserError(f"--set {name}: {section} already has a value; give only one of them")
+        place[key] = value
+    return result
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON (stable key order, one trailing newline) so that a reader sees the old file or the new one, never a part."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError when the file is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); run the stage that writes it first") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); run the stage that writes it again") from error
+
+
+def report_failure(error: Exception, debug: bool) -> int:
+    """One line on stderr for people; the exit code. The traceback only where it was asked for."""
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MetapeftError):
+        print(f"error: {message}", file=sys.stderr)
+        return error.exit_code
+    hint = "" if debug else "; run with --debug for the traceback"
+    print(f"error: {type(error).__name__}: {message}{hint}", file=sys.stderr)
+    return 1
+
+
+def end_with_parent() -> None:
+    """Exit when the process named in METAPEFT_PARENT is gone: a worker killed with -9 leaves no training behind."""
+    parent = os.environ.get(PARENT)
+    if not parent or os.getppid() != int(parent):
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
