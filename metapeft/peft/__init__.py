@@ -1,0 +1,81 @@
+"""The five methods: a configuration in, an adapter attached to a frozen model out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from metapeft.errors import UserError
+from metapeft.peft.base import METHODS, Adapter, MethodConfig
+
+if TYPE_CHECKING:
+    from metapeft.runtime import nn
+
+__all__ = ["METHODS", "Adapter", "MethodConfig", "config_class", "create", "parse"]
+
+
+def config_class(method: str) -> type[MethodConfig]:
+    """The dataclass of a method's hyperparameters. Raises UserError on an unknown method."""
+    from metapeft.peft.adalora import AdaLoRAConfig
+    from metapeft.peft.lora import LoRAConfig
+    from metapeft.peft.p_tuning import PTuningConfig
+    from metapeft.peft.prefix import PrefixConfig
+    from metapeft.peft.prompt import PromptConfig
+
+    classes = (LoRAConfig, AdaLoRAConfig, PromptConfig, PrefixConfig, PTuningConfig)
+    found = {c.method: c for c in classes}.get(method)
+    if found is None:
+        raise UserError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    return found
+
+
+def parse(method: str, values: dict[str, Any]) -> MethodConfig:
+    """Checked hyperparameters of a method. Raises UserError naming the wrong key or value."""
+    from pydantic import TypeAdapter, ValidationError
+
+    cls = config_class(method)
+    unknown = sorted(set(values) - cls.names())
+    if unknown:
+        raise UserError(f"{method} has no hyperparameter {unknown[0]!r}; it has {', '.join(sorted(cls.names()))}")
+    try:
+        config: MethodConfig = TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{method} hyperparameter {where}={first['input']!r}: {first['msg'].lower()}") from error
+    for name in ("rank", "initial_rank", "target_rank", "tokens", "interval", "width"):
+        if getattr(config, name, 1) < 1:
+            raise UserError(f"{method} hyperparameter {name}={getattr(config, name)} must be at least 1")
+    if not 0 <= getattr(config, "dropout", 0.0) < 1:
+        raise UserError(f"{method} hyperparameter dropout={config.dropout} must be in [0, 1)")  # type: ignore[attr-defined]
+    return config
+
+
+def create(
+    config: MethodConfig, model: nn.Module, *, seed: int, text_ids: Sequence[int] = (), vocabulary: int | None = None
+) -> Adapter:
+    """A fresh adapter (not yet attached).
+
+    text_ids: tokens that "text" initialisations start from; vocabulary: how many token ids may be sampled (default: the
+    backbone's embedding size). Equal arguments give equal weights.
+    """
+    from metapeft.backbones.forward import width
+    from metapeft.peft import adalora, lora, p_tuning, prefix, prompt
+    from metapeft.peft.virtual import embed
+    from metapeft.runtime import mx
+
+    if isinstance(config, lora.LoRAConfig):
+        return lora.create(config, model, seed)
+    if isinstance(config, adalora.AdaLoRAConfig):
+        return adalora.create(config, model, seed)
+    if vocabulary is None:
+        vocabulary = model.args.vocab_size
+    if getattr(config, "initialisation", "") == "text" and not text_ids:
+        raise UserError(f"{config.method} starts from a text: give text_ids, or another initialisation")
+    if isinstance(config, prompt.PromptConfig):
+        return prompt.create(config, model, seed, text_ids, vocabulary)
+    if isinstance(config, prefix.PrefixConfig):
+        return prefix.create(config, model, seed, text_ids or [0], width(model))
+    assert isinstance(config, p_tuning.PTuningConfig)
+    sample = embed(model, mx.random.randint(0, vocabulary, (256,), key=mx.random.key(0)).tolist())
+    return p_tuning.create(config, seed, sample.shape[1], float(mx.std(sample)))

@@ -1,0 +1,84 @@
+"""Prefix tuning (Li and Liang 2021, arXiv:2101.00190): trained keys and values in front of every layer's attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from metapeft.backbones.forward import keys_values
+from metapeft.peft.base import Adapter, MethodConfig
+from metapeft.peft.virtual import Table, repeat_to
+from metapeft.runtime import mx, nn
+
+
+@dataclass(frozen=True)
+class PrefixConfig(MethodConfig):
+    """`initialisation` "text" starts from the keys and values of a real text. `projection` > 0 trains through a
+    Linear-Tanh-Linear of that hidden width instead of the keys and values themselves (then the start is random)."""
+
+    method: ClassVar[str] = "prefix"
+    tokens: int = 16
+    initialisation: Literal["text", "random"] = "text"
+    text: str = ""
+    projection: int = 0
+
+
+class Projection(nn.Module):
+    """Embedding (tokens, width) -> Linear -> Tanh -> Linear -> (tokens, 2 * layers * kv_heads * head width)."""
+
+    def __init__(self, tokens: int, width: int, hidden: int, outputs: int):
+        super().__init__()
+        self.embedding = mx.random.normal((tokens, width))
+        self.first, self.second = nn.Linear(width, hidden), nn.Linear(hidden, outputs)
+
+    def __call__(self) -> mx.array:
+        return self.second(mx.tanh(self.first(self.embedding)))
+
+
+class Prefix(Adapter):
+    """`module()` gives (tokens, 2 * layers * kv_heads * head width): per layer the keys, then the values."""
+
+    def __init__(self, config: PrefixConfig, module: nn.Module, kv_heads: Sequence[int], head_width: int):
+        self.config = config
+        self.module = module
+        self.kv_heads, self.head_width = list(kv_heads), head_width
+
+    def attach(self, model: nn.Module) -> None:
+        model.freeze()
+
+    def detach(self, model: nn.Module) -> None:
+        pass
+
+    def prefix(self, model: nn.Module) -> list[tuple[mx.array, mx.array]]:
+        flat = self.module()
+        tokens = flat.shape[0]
+        heads = self.kv_heads[0]
+        split = flat.reshape(tokens, 2 * len(self.kv_heads), heads, self.head_width).transpose(1, 2, 0, 3)
+        return [(split[2 * i][None], split[2 * i + 1][None]) for i in range(len(self.kv_heads))]
+
+
+def flatten(layers: Sequence[tuple[mx.array, mx.array]]) -> mx.array:
+    """Per-layer (keys, values) of one sequence -> (tokens, 2 * layers * kv_heads * head width)."""
+    stacked = mx.stack([part[0] for pair in layers for part in pair])  # (2 layers, kv_heads, tokens, head width)
+    return stacked.transpose(2, 0, 1, 3).reshape(stacked.shape[2], -1).astype(mx.float32)
+
+
+def create(config: PrefixConfig, model: nn.Module, seed: int, text_ids: Sequence[int], width: int) -> Prefix:
+    """A fresh prefix. text_ids: what "text" starts from, cut or repeated."""
+    real = keys_values(model, mx.array([repeat_to(text_ids, config.tokens)]))
+    shapes = {tuple(part.shape[1:]) for pair in real for part in pair}
+    if len(shapes) != 1:
+        from metapeft.errors import UserError
+
+        raise UserError("prefix tuning needs keys and values of one shape in every layer; this backbone's differ")
+    heads, _, head_width = shapes.pop()
+    if config.projection:
+        mx.random.seed(seed)
+        module: nn.Module = Projection(config.tokens, width, config.projection, 2 * len(real) * heads * head_width)
+    elif config.initialisation == "text":
+        module = Table(flatten(real))
+    else:
+        value = flatten(real)
+        module = Table(mx.std(value) * mx.random.normal(value.shape, key=mx.random.key(seed)))
+    return Prefix(config, module, [heads] * len(real), head_width)

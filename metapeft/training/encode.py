@@ -1,0 +1,73 @@
+"""Examples -> token ids, once per task and backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from metapeft.data.task import SPLITS, Example, Task
+from metapeft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """ids: prompt then completion then end of sequence. The completion starts at `start`."""
+
+    ids: tuple[int, ...]
+    start: int
+
+    @property
+    def length(self) -> int:
+        """Tokens that go into the model: all but the last, which is only predicted."""
+        return len(self.ids) - 1
+
+
+def prompt_ids(prompt: str | tuple[tuple[str, str], ...], tokenizer: Any) -> list[int]:
+    """A plain prompt as it is; chat messages through the backbone's chat template."""
+    if isinstance(prompt, str):
+        return list(tokenizer.encode(prompt, add_special_tokens=False))
+    messages = [{"role": role, "content": content} for role, content in prompt]
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    except ValueError as error:
+        raise UserError(f"the task holds chat messages and the backbone has no usable chat template: {error}") from error
+
+
+def encode(example: Example, tokenizer: Any) -> Encoded:
+    """Prompt and completion are tokenised apart, so that scoring sees the same prompt whatever the completion is."""
+    prompt = prompt_ids(example.prompt, tokenizer)
+    completion = tokenizer.encode(example.completion, add_special_tokens=False)
+    if not prompt:  # a completion needs something to be predicted from
+        prompt = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    return Encoded((*prompt, *completion, tokenizer.eos_token_id), len(prompt))
+
+
+def encode_task(task: Task, tokenizer: Any, context_length: int) -> dict[str, list[Encoded]]:
+    """All splits. Raises UserError naming the first row that does not fit into the backbone's context."""
+    result: dict[str, list[Encoded]] = {}
+    for name in SPLITS:
+        result[name] = [encode(example, tokenizer) for example in task.split(name)]
+        long = [i for i, e in enumerate(result[name]) if len(e.ids) > context_length]
+        if long:
+            tokens = len(result[name][long[0]].ids)
+            raise UserError(
+                f"task {task.name}: {len(long)} rows are longer than the backbone's context of {context_length} tokens "
+                f"(first: {name} row {long[0] + 1}, {tokens} tokens, {preview(task.split(name)[long[0]])!r}); shorten them"
+            )
+    return result
+
+
+def preview(example: Example, characters: int = 40) -> str:
+    text = example.prompt if isinstance(example.prompt, str) else example.prompt[-1][1]
+    return text if len(text) <= characters else text[: characters - 1] + "…"
+
+
+def text_ids(encoded: Sequence[Encoded], tokens: int) -> list[int]:
+    """The first training examples one after another: the text that text initialisations start from."""
+    result: list[int] = []
+    for item in encoded:
+        if len(result) >= tokens:
+            break
+        result += item.ids
+    return result[:tokens]

@@ -1,0 +1,208 @@
+"""Evaluation without generation: one forward pass gives loss, exact match and the likelihood of each label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from metapeft.backbones.forward import PrefixCache, RecordingCache, run
+from metapeft.peft.base import Adapter
+from metapeft.runtime import mx
+from metapeft.training.encode import encode
+from metapeft.training.session import Session, completion_logits
+from metapeft.training.trial import Score
+from metapeft.training.trunk import pad
+
+CHUNK_TOKENS = 1024
+
+
+@dataclass
+class Predictions:
+    """Per example: token losses summed and counted, exact match, and for classification the scores of all labels.
+
+    label_scores: (examples, labels), log-likelihood of each label up to the token that tells it from all others.
+    """
+
+    loss_sum: np.ndarray
+    tokens: np.ndarray
+    exact: np.ndarray
+    label_scores: np.ndarray | None
+
+
+def evaluate(session: Session, adapter: Adapter | None, split: str) -> Score:
+    """The task's metric on a split, with its standard error and the token-level loss. The adapter must be attached."""
+    return score(session, predict(session, adapter, split), split)
+
+
+def untuned(session: Session, split: str) -> Score:
+    """The score of the backbone alone (nothing attached), computed once per session."""
+    if split not in session.untuned:
+        session.untuned[split] = evaluate(session, None, split)
+    return session.untuned[split]
+
+
+def predict(session: Session, adapter: Adapter | None, split: str) -> Predictions:
+    examples = session.encoded[split]
+    start = adapter.lowest_layer() if adapter is not None else 0
+    if start > 0:
+        session.trunk(split, start).prepare(range(len(examples)), session.streams)
+    labels = Labels(session) if session.task.kind == "classification" else None
+    result = Predictions(
+        np.zeros(len(examples)),
+        np.zeros(len(examples)),
+        np.zeros(len(examples), dtype=bool),
+        np.zeros((len(examples), len(session.task.labels))) if labels else None,
+    )
+    chunks = chunked([e.length for e in examples])
+    for first in range(0, len(chunks), len(session.streams)):
+        group = chunks[first : first + len(session.streams)]
+        pending = []
+        for chunk, stream in zip(group, session.streams, strict=False):
+            shard = session.shard(split, chunk, start, stream)
+            with mx.stream(stream):
+                logits = completion_logits(session.model, adapter, shard, start).astype(mx.float32)
+                total = mx.logsumexp(logits, axis=-1)
+                gold = mx.take_along_axis(logits, shard.targets[:, None], axis=-1)[:, 0]
+                hit = mx.argmax(logits, axis=-1) == shard.targets
+                firsts = np.cumsum([0, *shard.spans[:-1]])
+                roots = (logits[mx.array(firsts)][:, labels.roots] - total[mx.array(firsts)][:, None]) if labels else gold
+            pending.append((chunk, shard.spans, total - gold, hit, roots))
+        mx.eval([p[2:] for p in pending])
+        for chunk, spans, losses, hit, roots in pending:
+            ends = np.cumsum(spans)
+            for row, index in enumerate(chunk):
+                part = slice(int(ends[row] - spans[row]), int(ends[row]))
+                result.loss_sum[index] = float(np.array(losses[part], dtype=np.float64).sum())
+                result.tokens[index] = spans[row]
+                result.exact[index] = bool(np.array(hit[part]).all())
+                if result.label_scores is not None:
+                    result.label_scores[index] = np.array(roots[row], dtype=np.float64)
+    if labels and labels.paths:
+        assert result.label_scores is not None
+        labels.add_deeper(session, adapter, split, result.label_scores)
+    return result
+
+
+def score(session: Session, predictions: Predictions, split: str) -> Score:
+    task = session.task
+    loss = float(predictions.loss_sum.sum() / max(1.0, predictions.tokens.sum()))
+    n = len(predictions.exact)
+    if task.kind == "classification":
+        assert predictions.label_scores is not None
+        chosen = predictions.label_scores.argmax(axis=1)
+        truth = np.array([task.labels.index(e.completion.strip()) for e in task.split(split)])
+        if task.metric == "macro_f1":
+            value, error = macro_f1(truth, chosen, len(task.labels))
+            return Score("macro_f1", value, error, n, loss)
+        hits = chosen == truth
+    else:
+        hits = predictions.exact
+    return Score(task.metric, float(hits.mean()), proportion_error(float(hits.mean()), n), n, loss)
+
+
+def proportion_error(p: float, n: int) -> float:
+    """Standard error of a proportion, with two successes and two failures added (Agresti and Coull 1998) so that it is
+    not zero at 0 or 1."""
+    shrunk = (p * n + 2) / (n + 4)
+    return math.sqrt(shrunk * (1 - shrunk) / (n + 4))
+
+
+def macro_f1(truth: np.ndarray, chosen: np.ndarray, labels: int, resamples: int = 200) -> tuple[float, float]:
+    """Mean F1 over the labels that occur, and its bootstrap standard error (seeded)."""
+
+    def value(t: np.ndarray, c: np.ndarray) -> float:
+        counts = np.zeros((labels, labels))
+        np.add.at(counts, (t, c), 1)
+        hit, real, said = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
+        present = (real + said) > 0
+        return float((2 * hit[present] / (real + said)[present]).mean())
+
+    random = np.random.default_rng(0)
+    draws = [random.integers(0, len(truth), len(truth)) for _ in range(resamples)]
+    return value(truth, chosen), float(np.std([value(truth[d], chosen[d]) for d in draws]))
+
+
+def chunked(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices in groups of similar length, at most CHUNK_TOKENS padded tokens each (at least one example)."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    chunks: list[list[int]] = []
+    for index in order:
+        # A group ends when full, or when padding its first example to this length would waste a quarter of it.
+        full = bool(chunks) and (len(chunks[-1]) + 1) * lengths[index] > CHUNK_TOKENS
+        if not chunks or full or lengths[index] > 1.25 * lengths[chunks[-1][0]] + 2:
+            chunks.append([])
+        chunks[-1].append(index)
+    return chunks
+
+
+class Labels:
+    """Labels as token sequences, and how far each must be read until no other label continues the same way.
+
+    Most label sets differ in their first token: then the prompt's last position decides. Where labels share first
+    tokens, the shared beginnings (`paths`) are run after the prompt and the later tokens' likelihoods added.
+    """
+
+    def __init__(self, session: Session):
+        task, tokenizer = session.task, session.backbone.tokenizer
+        # A label's own completion (with its leading space, if any) is taken from an example that has it.
+        seen = {e.completion.strip(): e for split in ("train", "validation", "test") for e in task.split(split)}
+        sequences = []
+        for label in task.labels:
+            encoded = encode(seen[label], tokenizer)
+            sequences.append(encoded.ids[encoded.start :])
+        self.sequences = sequences
+        self.roots = mx.array([s[0] for s in sequences])
+        self.decided = [
+            next(d for d in range(1, len(s) + 1) if sum(o[:d] == s[:d] for o in sequences) == 1) for s in sequences
+        ]
+        nodes = {s[:d] for s, end in zip(sequences, self.decided, strict=True) for d in range(1, end)}
+        self.paths = sorted(n for n in nodes if not any(o != n and o[: len(n)] == n for o in nodes))
+
+    def add_deeper(self, session: Session, adapter: Adapter | None, split: str, scores: np.ndarray) -> None:
+        by_length: dict[int, list[int]] = {}
+        for index, example in enumerate(session.encoded[split]):
+            by_length.setdefault(example.start, []).append(index)
+        longest = max(len(p) for p in self.paths)
+        paths = mx.array([pad(p, longest) for p in self.paths])
+        per_batch = max(1, CHUNK_TOKENS // (len(self.paths) * longest))
+        jobs = []
+        for length, indices in by_length.items():
+            step = max(1, min(per_batch, CHUNK_TOKENS // length))
+            jobs += [(length, indices[i : i + step]) for i in range(0, len(indices), step)]
+        for first in range(0, len(jobs), len(session.streams)):
+            pending = []
+            for (length, indices), stream in zip(jobs[first : first + len(session.streams)], session.streams, strict=False):
+                ids = mx.array([session.encoded[split][i].ids[:length] for i in indices])
+                with mx.stream(stream):
+                    pending.append((indices, self._path_scores(session, adapter, ids, paths)))
+            mx.eval([p[1] for p in pending])
+            for indices, values in pending:
+                deeper = np.array(values, dtype=np.float64)  # (examples, labels)
+                for row, index in enumerate(indices):
+                    scores[index] += deeper[row]
+
+    def _path_scores(self, session: Session, adapter: Adapter | None, ids: mx.array, paths: mx.array) -> mx.array:
+        """Log-likelihood of each label's tokens after the first, up to the deciding one: (examples, labels)."""
+        batch, count = ids.shape[0], paths.shape[0]
+        prefix = adapter.prefix(session.model) if adapter is not None else None
+        empty = [(None, None)] * session.depth if prefix is None else prefix
+        caches = [RecordingCache() if k is None else PrefixCache(k, v) for k, v in empty]
+        run(session.model, ids, cache=caches, logits=False)
+        repeated = [
+            PrefixCache(mx.repeat(c.keys, count, axis=0), mx.repeat(c.values, count, axis=0)) for c in caches
+        ]
+        tokens = mx.concatenate([paths] * batch, axis=0)
+        logits = run(session.model, tokens, cache=repeated).astype(mx.float32)
+        logs = (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).reshape(batch, count, paths.shape[1], -1)
+        columns = []
+        for sequence, end in zip(self.sequences, self.decided, strict=True):
+            total = mx.zeros((batch,))
+            if end > 1:
+                path = next(i for i, p in enumerate(self.paths) if p[: end - 1] == sequence[: end - 1])
+                for depth in range(1, end):
+                    total = total + logs[:, path, depth - 1, sequence[depth]]
+            columns.append(total)
+        return mx.stack(columns, axis=1)

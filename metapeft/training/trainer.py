@@ -1,0 +1,327 @@
+"""The trainer: a pure function of (backbone, task, configuration, seed, steps); the same inputs give the same result.
+
+Batches come from `batch_at(seed, step)` and dropout from a key made of (seed, step), so a run that was killed continues
+from its last saved state exactly as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from metapeft.peft import create
+from metapeft.peft.adalora import AdaLoRA
+from metapeft.peft.base import Adapter
+from metapeft.runtime import device, mx, nn, optim, versions
+from metapeft.training.batches import batch_at, shards
+from metapeft.training.configuration import TrainConfig, full, split
+from metapeft.training.encode import text_ids
+from metapeft.training.evaluation import evaluate, untuned
+from metapeft.training.session import Session, Shard, completion_logits
+from metapeft.training.trial import Score, Trial, trial_id
+
+Progress = Callable[[dict[str, Any]], bool | None]
+STATE_SECONDS = 15.0  # how often a resumable state is written
+
+
+class Diverged(Exception):
+    """The loss became infinite, not a number, or far larger than at the start."""
+
+
+def run_trial(
+    session: Session,
+    configuration: dict[str, Any],
+    *,
+    steps: int,
+    seed: int = 0,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+    test: bool = True,
+) -> Trial:
+    """Trains one configuration and measures it. Never raises for what a configuration does: the status says it.
+
+    folder: where the adapter goes (and, while training, the state that a restarted run continues from); None keeps
+    nothing. progress: called with {"step", "steps", "train_loss", …} after every step and evaluation; returning True stops
+    the trial early (status "stopped", best weights so far). test: whether the test split is scored.
+    """
+    configuration = full(configuration)
+    method, train = split(configuration)
+    task, backbone = session.task, session.backbone
+    trial = Trial(
+        id=trial_id(task.version, backbone.content_id, configuration, seed, steps, len(task.train)),
+        task=task.name,
+        task_version=task.version,
+        backbone=backbone.id,
+        method=method.method,
+        configuration=configuration,
+        seed=seed,
+        budget=steps,
+        status="ok",
+        device=device(),
+        versions=versions(),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        train_examples=len(task.train),
+    )
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    begin = time.perf_counter()
+    adapter: Adapter | None = None
+    run: _Run | None = None
+    try:
+        trial.untuned_score = untuned(session, "test") if test else None
+        begin = time.perf_counter()  # the untuned score belongs to the task, not to this trial
+        text = getattr(method, "text", "")
+        ids = list(backbone.tokenizer.encode(text)) if text else text_ids(session.encoded["train"], 256)
+        adapter = create(method, session.model, seed=seed, text_ids=ids)
+        trial.trained_parameters = sum(v.size for _, v in tree_flatten(adapter.module.parameters()))
+        adapter.attach(session.model)
+        run = _Run(session, adapter, train, steps, seed, folder, trial, progress)
+        run.train()
+        trial.validation = run.best
+        if test:
+            trial.score = evaluate(session, adapter, "test")
+        if folder is not None:
+            _save(adapter, folder, trial, session)
+    except Diverged as error:
+        trial.status, trial.error = "diverged", str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "alloc" not in str(error).lower():
+            raise
+        trial.status, trial.error = "out_of_memory", str(error).splitlines()[0]
+    finally:
+        if adapter is not None:
+            adapter.detach(session.model)
+        trial.seconds = time.perf_counter() - begin
+        trial.peak_memory_mb = mx.get_peak_memory() / 2**20
+        if run is not None:
+            trial.seconds += run.earlier_seconds
+    if folder is not None:
+        (folder / "state.safetensors").unlink(missing_ok=True)
+    return trial
+
+
+class _Run:
+    """The state of one training run."""
+
+    def __init__(
+        self,
+        session: Session,
+        adapter: Adapter,
+        config: TrainConfig,
+        steps: int,
+        seed: int,
+        folder: Path | None,
+        trial: Trial,
+        progress: Progress | None,
+    ):
+        self.session, self.adapter, self.config = session, adapter, config
+        self.steps, self.seed, self.folder, self.trial, self.progress = steps, seed, folder, trial, progress
+        self.examples = session.encoded["train"]
+        self.lengths = [e.length for e in self.examples]
+        self.start = adapter.lowest_layer()
+        self.optimizer = optim.AdamW(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+        self.step = 0
+        self.losses: list[float] = []
+        self.best: Score | None = None
+        self.best_weights: Any = None
+        self.since_best = 0
+        self.earlier_seconds = 0.0
+        self.begin = time.perf_counter()
+        self.saved = self.begin
+        if isinstance(adapter, AdaLoRA):
+            adapter.schedule(steps)
+        every = max(1, round(steps / config.evaluations))
+        self.evaluate_at = {s for s in range(every, steps, every) if steps - s >= every / 2} | {steps}
+        self.optimizer.init(adapter.module.trainable_parameters())
+
+    def train(self) -> None:
+        """Runs to the end of the budget, early stopping, or a stop asked for; leaves the best weights in the adapter."""
+        self._resume()
+        stopped = False
+        if self.start > 0:
+            wanted = [i for s in range(self.step, self.steps) for i in self._batch(s)]
+            self.session.trunk("train", self.start).prepare(wanted, self.session.streams)
+        while self.step < self.steps and not stopped:
+            loss = self._train_step()
+            self.step += 1
+            self.losses.append(loss)
+            self._check(loss)
+            event: dict[str, Any] = {"step": self.step, "steps": self.steps, "train_loss": loss}
+            if self.step in self.evaluate_at:
+                event |= self._evaluate()
+                stopped = 0 < self.config.patience <= self.since_best
+            if self.progress is not None and self.progress(event):
+                self.trial.status, stopped = "stopped", True
+            if self.folder is not None and time.perf_counter() - self.saved > STATE_SECONDS:
+                self._save_state()
+        if self.best is None:
+            self._evaluate()
+        self.adapter.module.update(self.best_weights)
+        mx.eval(self.adapter.module.parameters())
+        self.trial.train_seconds = self._elapsed()
+
+    def _elapsed(self) -> float:
+        return self.earlier_seconds + time.perf_counter() - self.begin
+
+    def _batch(self, step: int) -> list[int]:
+        return batch_at(self.lengths, self.config.batch_size, self.seed, step)
+
+    def _train_step(self) -> float:
+        mx.random.seed(self.seed * 1_000_003 + self.step)
+        indices = self._batch(self.step)
+        total = sum(len(self.examples[i].ids) - self.examples[i].start for i in indices)
+        parameters = self.adapter.module.trainable_parameters()
+        gradients: Any = None
+        loss = mx.array(0.0)
+        # Micro-batches follow one another and bound the memory; the shards of one run at the same time on streams.
+        parts = shards([self.lengths[i] for i in indices], len(self.session.streams) * self.config.accumulate)
+        for first in range(0, len(parts), len(self.session.streams)):
+            for part, stream in zip(parts[first : first + len(self.session.streams)], self.session.streams, strict=False):
+                shard = self.session.shard("train", [indices[i] for i in part], self.start, stream)
+                value, grads = self._gradients(parameters, shard, total)
+                gradients = grads if gradients is None else tree_map(mx.add, gradients, grads)
+                loss = loss + value
+            mx.eval(loss, gradients)
+        extra = self._extra_gradients(parameters)
+        if extra is not None:
+            gradients = tree_map(mx.add, gradients, extra)
+        if self.config.clip > 0:
+            gradients, _ = optim.clip_grad_norm(gradients, self.config.clip)
+        self.optimizer.learning_rate = learning_rate(self.config, self.step, self.steps)
+        self.adapter.module.update(parameters)
+        self.optimizer.update(self.adapter.module, gradients)
+        mx.eval(self.adapter.module.parameters(), self.optimizer.state, loss)
+        if isinstance(self.adapter, AdaLoRA):
+            by_path = {path.replace("/", "."): g for path, g in gradients["deltas"].items()}
+            self.adapter.after_step(self.step, by_path)
+        self.trial.tokens += sum(self.lengths[i] for i in indices)
+        return float(loss.item())
+
+    def _gradients(self, parameters: Any, shard: Shard, total: int) -> tuple[mx.array, Any]:
+        """Sum of the shard's token losses over the batch's number of tokens, and its gradient."""
+
+        def loss(parameters: Any) -> mx.array:
+            self.adapter.module.update(parameters)
+            logits = completion_logits(
+                self.session.model, self.adapter, shard, self.start, checkpoint=self.config.checkpoint
+            )
+            return nn.losses.cross_entropy(logits.astype(mx.float32), shard.targets, reduction="sum") / total
+
+        with mx.stream(shard.stream):
+            return mx.value_and_grad(loss)(parameters)
+
+    def _extra_gradients(self, parameters: Any) -> Any:
+        """Gradient of the method's own loss (AdaLoRA's orthogonality), which does not depend on the data."""
+
+        def loss(parameters: Any) -> mx.array:
+            self.adapter.module.update(parameters)
+            value = self.adapter.extra_loss()
+            assert value is not None
+            return value
+
+        return mx.grad(loss)(parameters) if isinstance(self.adapter, AdaLoRA) else None
+
+    def _check(self, loss: float) -> None:
+        """Raises Diverged on NaN or an exploding loss: recent losses far above both the first ones and chance level."""
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss was {loss} at step {self.step}")
+        if len(self.losses) >= 10:
+            first, recent = sum(self.losses[:3]) / 3, sum(self.losses[-5:]) / 5
+            if recent > max(2.5 * first, first + 5):
+                raise Diverged(f"the loss rose from {first:.2f} to {recent:.2f} by step {self.step}")
+
+    def _evaluate(self) -> dict[str, Any]:
+        found = evaluate(self.session, self.adapter, "validation")
+        self.since_best += 1
+        if self.best is None or (found.value, -found.loss) > (self.best.value, -self.best.loss):
+            self.best, self.since_best = found, 0
+            self.best_weights = tree_map(lambda v: v, self.adapter.module.parameters())
+        recent = self.losses[-max(1, self.steps // 10) :]
+        row = {
+            "step": self.step,
+            "examples": self.step * self.config.batch_size,
+            "seconds": round(self._elapsed(), 3),
+            "train_loss": sum(recent) / max(1, len(recent)),
+            "validation_loss": found.loss,
+            "validation_score": found.value,
+        }
+        self.trial.curve.append(row)
+        return row
+
+    def _save_state(self) -> None:
+        """One file, replaced atomically, with everything a restarted run needs."""
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        groups = {
+            "weights": self.adapter.module.parameters(),
+            "optimizer": self.optimizer.state,
+            "best": self.best_weights or {},
+            "extra": self.adapter.state() if isinstance(self.adapter, AdaLoRA) else {},
+        }
+        arrays = {f"{group}|{name}": v for group, tree in groups.items() for name, v in tree_flatten(tree)}
+        facts = {
+            "trial": self.trial.id,
+            "step": self.step,
+            "losses": self.losses,
+            "best": asdict(self.best) if self.best else None,
+            "since_best": self.since_best,
+            "curve": self.trial.curve,
+            "tokens": self.trial.tokens,
+            "seconds": self._elapsed(),
+        }
+        temporary = self.folder / ".state.partial.safetensors"
+        mx.save_safetensors(str(temporary), arrays, metadata={"state": json.dumps(facts)})
+        os.replace(temporary, self.folder / "state.safetensors")
+        self.saved = time.perf_counter()
+
+    def _resume(self) -> None:
+        path = self.folder / "state.safetensors" if self.folder is not None else None
+        if path is None or not path.exists():
+            return
+        try:
+            arrays, metadata = mx.load(str(path), return_metadata=True)
+            facts = json.loads(metadata["state"])
+        except (RuntimeError, KeyError, ValueError):
+            return  # not a state of ours: start afresh
+        if facts["trial"] != self.trial.id:
+            return
+        groups: dict[str, list[tuple[str, mx.array]]] = {"weights": [], "optimizer": [], "best": [], "extra": []}
+        for name, value in arrays.items():
+            group, key = name.split("|", 1)
+            groups[group].append((key, value))
+        self.adapter.module.update(tree_unflatten(groups["weights"]))
+        self.optimizer.state = tree_unflatten(groups["optimizer"])
+        if isinstance(self.adapter, AdaLoRA):
+            self.adapter.restore(dict(groups["extra"]))
+        if facts["best"]:
+            self.best, self.best_weights = Score(**facts["best"]), tree_unflatten(groups["best"])
+        self.step, self.losses, self.since_best = facts["step"], facts["losses"], facts["since_best"]
+        self.trial.curve, self.trial.tokens = facts["curve"], facts["tokens"]
+        self.earlier_seconds = facts["seconds"]
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Linear warm-up to the peak, then the schedule down to a tenth of it (or constant)."""
+    warm = config.warmup * steps
+    if step < warm:
+        return config.learning_rate * (step + 1) / (warm + 1)
+    progress = (step - warm) / max(1.0, steps - warm)
+    falls = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return config.learning_rate * (0.1 + 0.9 * falls[config.schedule])
+
+
+def _save(adapter: Adapter, folder: Path, trial: Trial, session: Session) -> None:
+    from metapeft.peft import checkpoints
+
+    checkpoints.save(adapter, session.model, folder, trial.to_json())
+    trial.adapter = str(folder)
+    trial.adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
