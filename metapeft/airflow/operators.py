@@ -13,12 +13,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from metapeft.airflow.links import MLflowRunLink
 
 BAD_INPUT = 2  # exit code of a stage whose input is wrong: trying again cannot help
 GRACE_SECONDS = 10.0
@@ -39,6 +42,7 @@ class StageOperator(BaseOperator):
     """
 
     template_fields: Sequence[str] = ("work", "settings", "arguments")
+    operator_extra_links = (MLflowRunLink(),)
     ui_color = "#d8e8d0"
 
     def __init__(
@@ -59,13 +63,14 @@ class StageOperator(BaseOperator):
         self.form = dict(form or {})
         self.project = project
         self.arguments = list(arguments)
+        self.run_url = ""  # of the MLflow run, once the stage has said it
         self._process: subprocess.Popen[str] | None = None
 
     def execute(self, context: Mapping[str, Any]) -> dict[str, Any]:
         command = self.command(context.get("params") or {})
         self.log.info("%s", " ".join(command[1:]))
         with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
-            self._process = subprocess.Popen(
+            self._process = process = subprocess.Popen(
                 command,
                 cwd=self.project,
                 env={**os.environ, "METAPEFT_PARENT": str(os.getpid())},
@@ -79,15 +84,15 @@ class StageOperator(BaseOperator):
             )
             last = ""
             try:
-                assert self._process.stderr is not None
-                for line in self._process.stderr:
+                assert process.stderr is not None
+                for line in process.stderr:
                     if line := line.rstrip():
                         self.log.info("%s", line)
                         last = line
-                code = self._process.wait()
+                ended(process, None)
             finally:
                 self.on_kill()  # a timeout or a cancelled task arrives here as an exception
-            return self._outcome(code, last, out)
+            return self._outcome(process.returncode, last, out)
 
     def command(self, params: Mapping[str, Any]) -> list[str]:
         """The stage's command line for the given DAG parameters."""
@@ -101,19 +106,15 @@ class StageOperator(BaseOperator):
 
     def on_kill(self) -> None:
         """End the stage and whatever it started: first kindly, then for good."""
-        process = self._process
+        process, self._process = self._process, None
         if process is None:
             return
-        for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+        for number in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(process.pid, number)
             except (ProcessLookupError, PermissionError):  # macOS says EPERM of a group of zombies
                 break
-            try:
-                process.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
-        self._process = None
+            ended(process, GRACE_SECONDS)
 
     def _outcome(self, code: int, last: str, out: IO[str]) -> dict[str, Any]:
         if code == BAD_INPUT:
@@ -122,10 +123,22 @@ class StageOperator(BaseOperator):
             raise AirflowException(f"{self.stage} ended with exit code {code}: {last.removeprefix('error: ')}")
         out.seek(0)
         lines = out.read().strip().splitlines()
-        return dict(json.loads(lines[-1])) if lines else {}
+        summary = dict(json.loads(lines[-1])) if lines else {}
+        self.run_url = str(summary.get("run_url") or "")
+        return summary
+
+
+def ended(process: subprocess.Popen[str], seconds: float | None) -> bool:
+    """Wait by polling: Airflow calls `on_kill` from a signal handler, where the lock inside `Popen.wait` could be our own."""
+    deadline = None if seconds is None else time.monotonic() + seconds
+    while process.poll() is None:
+        if deadline is not None and time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def work_folder(name: str, project: str) -> Path:
     """`METAPEFT_HOME/airflow/NAME`, with every character of a run id that a shell or DVC could mind replaced by "_"."""
     home = Path(project, os.environ.get("METAPEFT_HOME", ".metapeft")).expanduser().absolute()
-    return home / "airflow" / "/".join(re.sub(r"[^\w.-]", "_", part) for part in name.split("/"))
+    return home / "airflow" / "/".join(re.sub(r"^\.+|[^\w.-]", "_", part) for part in name.split("/"))

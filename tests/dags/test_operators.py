@@ -1,0 +1,151 @@
+"""The operator runs real stage processes. The project folder shadows the package, so the stages here are small ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from metapeft.airflow.operators import StageOperator, work_folder
+
+STAGES = {
+    "good": """
+        import json, os, sys
+        print("step 1 of 2", file=sys.stderr)
+        print("noise")
+        print(json.dumps({"arguments": sys.argv[1:], "pid": os.getpid(), "group": os.getpgid(0), "run_url": "http://x/1"}))
+    """,
+    "bad_input": """
+        import sys
+        print("loading", file=sys.stderr); print("error: no such task; fetch it", file=sys.stderr); sys.exit(2)
+    """,
+    "breaks": """
+        import sys
+        print("error: disk full", file=sys.stderr); sys.exit(1)
+    """,
+    "waits": """
+        import os, pathlib, signal, subprocess, sys, time
+        child = subprocess.Popen([sys.executable, "-c",
+            "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"],
+            stdout=subprocess.PIPE)
+        child.stdout.readline()
+        pathlib.Path("pids").write_text(f"{os.getpid()} {child.pid}")
+        time.sleep(600)
+    """,
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "metapeft" / "stages"
+    folder.mkdir(parents=True)
+    for name, text in STAGES.items():
+        (folder / f"{name}.py").write_text(textwrap.dedent(text))
+    monkeypatch.setenv("METAPEFT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    return tmp_path
+
+
+def operator(project: Path, stage: str, **arguments: object) -> StageOperator:
+    return StageOperator(task_id=stage, stage=stage, work="dag/run", project=str(project), **arguments)
+
+
+def test_runs_in_a_fresh_process_of_its_own_group_and_returns_the_summary(project: Path) -> None:
+    task = operator(project, "good")
+    summary = task.execute({})
+    assert summary["pid"] == summary["group"] != os.getpid()
+    assert summary["arguments"] == ["--work", str(project / "home/airflow/dag/run")]
+    assert task.run_url == "http://x/1"
+
+
+def test_the_form_overrides_settings_and_empty_fields_do_not(project: Path) -> None:
+    task = operator(project, "good", settings={"seed": 1, "task": "a b"}, form={"seed": "seed", "most": "recommend.max_seconds"})
+    arguments = task.execute({"params": {"seed": 7, "most": None}})["arguments"]
+    assert arguments[2:] == ["--set", "seed=7", "--set", 'task="a b"']
+
+
+def test_progress_goes_to_the_task_log(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    operator(project, "good").execute({})
+    assert "step 1 of 2" in capsys.readouterr().out
+
+
+def test_bad_input_is_not_tried_again_and_says_why(project: Path) -> None:
+    with pytest.raises(AirflowFailException, match=r"^bad_input: no such task; fetch it$"):
+        operator(project, "bad_input").execute({})
+
+
+def test_another_failure_is_tried_again(project: Path) -> None:
+    with pytest.raises(AirflowException, match="exit code 1: disk full") as caught:
+        operator(project, "breaks").execute({})
+    assert not isinstance(caught.value, AirflowFailException)
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def waiting(project: Path) -> list[int]:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if (project / "pids").exists() and len(pids := (project / "pids").read_text().split()) == 2:
+            return [int(pid) for pid in pids]
+        time.sleep(0.05)
+    raise AssertionError("the stage did not start")
+
+
+def test_on_kill_ends_the_whole_process_group(project: Path) -> None:
+    """Also a grandchild that ignores SIGTERM."""
+    task = operator(project, "waits")
+    ended: list[BaseException] = []
+
+    def execute() -> None:
+        try:
+            task.execute({})
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=execute)
+    thread.start()
+    pids = waiting(project)
+    task.on_kill()
+    thread.join(timeout=20)
+    assert not thread.is_alive() and isinstance(ended[0], AirflowException)
+    time.sleep(0.2)
+    assert all(gone(pid) for pid in pids)
+
+
+def test_a_timeout_raised_inside_execute_leaves_no_orphan(project: Path) -> None:
+    class Timeout(BaseException):
+        pass
+
+    def ring(*_: object) -> None:
+        raise Timeout
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        task = operator(project, "waits")
+        threading.Thread(target=lambda: (waiting(project), os.kill(os.getpid(), signal.SIGALRM)), daemon=True).start()
+        with pytest.raises(Timeout):
+            task.execute({})
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    time.sleep(0.2)
+    assert all(gone(pid) for pid in waiting(project))
+
+
+def test_run_ids_become_plain_folder_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("METAPEFT_HOME", "state")
+    folder = work_folder("tune_task/manual__2026-11-23T19:16:00+00:00", str(tmp_path))
+    assert folder == tmp_path / "state/airflow/tune_task/manual__2026-11-23T19_16_00_00_00"
+    assert work_folder("tune_task/..", str(tmp_path)).parent == folder.parent
