@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from metapeft import blas
-from metapeft.backbones import Backbone
 from metapeft.backbones.forward import PrefixCache, anatomy, run
 from metapeft.data.task import Task
 from metapeft.peft.base import Adapter
@@ -16,6 +16,9 @@ from metapeft.runtime import device, mx, nn
 from metapeft.training.encode import Encoded, encode_task
 from metapeft.training.trial import Score
 from metapeft.training.trunk import Trunk, pad
+
+if TYPE_CHECKING:
+    from metapeft.backbones import Backbone
 
 
 @dataclass

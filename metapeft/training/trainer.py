@@ -57,7 +57,7 @@ def run_trial(
     method, train = split(configuration)
     task, backbone = session.task, session.backbone
     trial = Trial(
-        id=trial_id(task.version, backbone.content_id, configuration, seed, steps, len(task.train)),
+        id=trial_id(task.name, task.version, backbone.id, configuration, seed, steps, len(task.train)),
         task=task.name,
         task_version=task.version,
         backbone=backbone.id,
@@ -90,7 +90,7 @@ def run_trial(
         if test:
             trial.score = evaluate(session, adapter, "test")
         if folder is not None:
-            _save(adapter, folder, trial, session)
+            _save(adapter, folder, trial)
     except Diverged as error:
         trial.status, trial.error = "diverged", str(error)
     except (RuntimeError, MemoryError) as error:
@@ -319,9 +319,9 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.learning_rate * (0.1 + 0.9 * falls[config.schedule])
 
 
-def _save(adapter: Adapter, folder: Path, trial: Trial, session: Session) -> None:
-    from metapeft.peft import checkpoints
+def _save(adapter: Adapter, folder: Path, trial: Trial) -> None:
+    from metapeft.peft import adapters
 
-    checkpoints.save(adapter, session.model, folder, trial.to_json())
     trial.adapter = str(folder)
+    adapters.save(adapter, folder, {"trial": trial.to_json()})
     trial.adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
