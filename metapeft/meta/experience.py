@@ -1,0 +1,380 @@
+"""The experience: every trial ever run here, on top of the experience that ships with the package.
+
+Each process appends to a segment file of its own, one JSON line per trial, in one `write` followed by `fsync`. kill -9 can
+tear only the line being written, and a line that does not parse is not a trial. `compact` moves finished segments into
+one Parquet table. A trial that was recorded twice (same id) counts once: the user's own before the shipped one, then the
+one that started later.
+
+    experience/segments/HOST-PID-….jsonl    being appended to, or not yet compacted
+    experience/experience.parquet           compacted
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import platform
+import re
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metapeft.errors import MetapeftError, UserError
+from metapeft.settings import home
+from metapeft.training.trial import Score, Trial
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+Record = dict[str, Any]
+
+SCHEMA = 1
+MIGRATIONS: dict[
+    int, Callable[[Record], Record]
+] = {}  # schema version -> what turns its records into the next version's
+SHIPPED = Path(__file__).parent / "shipped"
+
+_FIELDS = tuple(f.name for f in fields(Trial))
+_SCORES = ("score", "validation", "untuned_score")
+_PARTS = tuple(f.name for f in fields(Score) if f.name != "value")
+_JSON = ("configuration", "curve", "versions")
+_INTEGERS = ("seed", "budget", "tokens", "trained_parameters", "adapter_bytes", "train_examples")
+_FLOATS = ("seconds", "train_seconds", "peak_memory_mb")
+_log = logging.getLogger(__name__)
+
+
+class Experience:
+    """The store in `folder` (default METAPEFT_HOME/experience), with the read-only `shipped` tables beneath it."""
+
+    def __init__(self, folder: Path | None = None, shipped: Path | None = SHIPPED):
+        self.folder = home() / "experience" if folder is None else Path(folder)
+        self.shipped = shipped
+        self._lock = threading.Lock()
+        self._segment: tuple[int, int] | None = None  # process id, file descriptor
+        self._read: dict[Path, tuple[tuple[int, ...], list[Record]]] = {}  # by path: what it looked like, what it held
+
+    def append(self, trial: Trial) -> None:
+        """Record one trial; it is on disk when this returns. Raises UserError when the folder cannot be written."""
+        self.extend([trial])
+
+    def extend(self, trials: Iterable[Trial]) -> None:
+        """Record several trials with one write."""
+        self._write([_record(trial) for trial in trials])
+
+    def trials(self) -> list[Trial]:
+        """Every trial once, in the order in which they started."""
+        return [_trial(record) for record in self._records()]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per trial. Scores become columns such as `score`, `score_standard_error`, `score_loss`; every
+        hyperparameter a column such as `configuration.learning_rate`; `curve` and `versions` hold Python objects."""
+        import pandas as pd
+
+        records = self._records()
+        frame = _table(records).to_pandas().drop(columns=["schema", "configuration"])
+        for name in ("curve", "versions"):
+            frame[name] = [record[name] for record in records]
+        keys = dict.fromkeys(key for record in records for key in record["configuration"])
+        values = {f"configuration.{key}": [record["configuration"].get(key) for record in records] for key in keys}
+        whole: pd.DataFrame = pd.concat([frame, pd.DataFrame(values, index=frame.index)], axis=1)
+        return whole
+
+    def compact(self) -> Path:
+        """Move the segments that nobody is writing into the Parquet table; returns its path."""
+        from filelock import FileLock
+
+        self.close()
+        target = self.folder / "experience.parquet"
+        with self._writable():
+            (self.folder / "segments").mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / "compact.lock"), _unused(self._segments()) as segments:
+                if segments or not target.exists():
+                    records = [record for path in (*segments, *self._tables()) for record in self._load(path)]
+                    _write_table(_table(_unique([(0, records)])), target)
+                    for path in segments:
+                        path.unlink()
+        return target
+
+    def export(self, path: Path) -> int:
+        """Write the user's own trials to one .parquet or .jsonl file; returns how many."""
+        records = self._records(shipped=False)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".parquet":
+                _write_table(_table(records), path)
+            elif path.suffix == ".jsonl":
+                with _replacing(path) as temporary:
+                    temporary.write_bytes(b"".join(_line(record) for record in records))
+            else:
+                raise UserError(f"cannot export to {path.name}: give a name that ends in .parquet or .jsonl")
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error.strerror}); give a place you may write to") from error
+        return len(records)
+
+    def merge(self, path: Path) -> int:
+        """Take over the trials of a .parquet or .jsonl file, or of another experience's folder; returns how many were new.
+
+        Trials that are here already (same id, started at the same time or later) are left alone.
+        """
+        if path.is_dir():
+            other = Experience(path, shipped=None)._records()
+        elif path.is_file() and path.suffix in (".parquet", ".jsonl"):
+            other = _unique([(0, _load(path))])
+        else:
+            raise UserError(f"cannot import {path}: give an existing .parquet or .jsonl file, or an experience folder")
+        mine = {record["id"]: _rank(record) for record in self._records(shipped=False)}
+        new = [record for record in other if record["id"] not in mine or mine[record["id"]] < _rank(record)]
+        self._write(new)
+        return len(new)
+
+    def close(self) -> None:
+        """Finish this process's segment (a later append starts another)."""
+        with self._lock:
+            if self._segment is not None and self._segment[0] == os.getpid():
+                os.close(self._segment[1])
+            self._segment = None
+
+    def _records(self, shipped: bool = True) -> list[Record]:
+        # Segments before the table: what a compaction moves in between is then seen twice, never missed.
+        own: list[Record] = []
+        for path in self._segments():
+            try:
+                own += self._load(path)
+            except FileNotFoundError:
+                continue  # compacted since
+        for path in self._tables():
+            own += self._load(path)
+        beneath = sorted(self.shipped.glob("*.parquet")) if shipped and self.shipped is not None else []
+        return _unique([(0, [record for path in beneath for record in self._load(path)]), (1, own)])
+
+    def _segments(self) -> list[Path]:
+        return sorted((self.folder / "segments").glob("*.jsonl"))
+
+    def _tables(self) -> list[Path]:
+        return sorted(self.folder.glob("*.parquet"))
+
+    def _load(self, path: Path) -> list[Record]:
+        state = path.stat()
+        looks = (state.st_ino, state.st_size, state.st_mtime_ns)
+        if self._read.get(path, ((), []))[0] != looks:
+            self._read[path] = (looks, _load(path))
+        return self._read[path][1]
+
+    def _write(self, records: list[Record]) -> None:
+        if not records:
+            return
+        data = b"".join(_line(record) for record in records)
+        with self._lock, self._writable():
+            file = self._open()
+            written = os.write(file, data)
+            if written != len(data):  # the disk is full: leave the torn line behind, in a segment of its own
+                os.close(file)
+                self._segment = None
+                raise MetapeftError(f"cannot record the trial in {self.folder}: the disk is full")
+            os.fsync(file)
+
+    def _open(self) -> int:
+        if self._segment is not None and self._segment[0] == os.getpid():
+            return self._segment[1]
+        folder = self.folder / "segments"
+        folder.mkdir(parents=True, exist_ok=True)
+        host = re.sub(r"[^A-Za-z0-9]+", "-", platform.node()) or "host"
+        while True:
+            path = folder / f"{host}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
+            fcntl.flock(file, fcntl.LOCK_EX)  # until this process ends: a segment in use is not compacted
+            if os.fstat(file).st_nlink:  # else a compaction found it empty, between those two lines
+                break
+            os.close(file)
+        _sync_folder(folder)
+        self._segment = (os.getpid(), file)
+        return file
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write in {self.folder} ({error.strerror}); set METAPEFT_HOME to a folder you may write in"
+            ) from error
+
+
+def migrate(record: Record) -> Record:
+    """A record in today's schema. Raises UserError when it comes from a newer metapeft."""
+    version = record.get("schema", SCHEMA)
+    if version > SCHEMA:
+        raise UserError(
+            f"this experience has schema {version} and this metapeft reads up to {SCHEMA}; upgrade metapeft"
+        )
+    for old in range(version, SCHEMA):
+        record = MIGRATIONS[old](record)
+    return {**record, "schema": SCHEMA}
+
+
+def _record(trial: Trial) -> Record:
+    return {"schema": SCHEMA, **_finite(trial.to_json())}
+
+
+def _trial(record: Record) -> Trial:
+    values = {name: record[name] for name in _FIELDS if name in record}
+    for name in _SCORES:
+        if values.get(name) is not None:
+            values[name] = {k: math.nan if v is None else v for k, v in values[name].items()}
+    return Trial.from_json(values)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if hasattr(value, "item"):  # a numpy scalar
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _rank(record: Record) -> tuple[str, str]:
+    """Which of two records of one trial counts: the higher. A total order, so that merging in any order ends the same."""
+    return record["started"], json.dumps(record, sort_keys=True)
+
+
+def _unique(layers: list[tuple[int, list[Record]]]) -> list[Record]:
+    best: dict[str, tuple[int, Record]] = {}
+    for layer, records in layers:
+        for record in records:
+            known = best.get(record["id"])
+            if known is None or (known[0], _rank(known[1])) < (layer, _rank(record)):
+                best[record["id"]] = (layer, record)
+    return sorted((record for _, record in best.values()), key=lambda record: (record["started"], record["id"]))
+
+
+def _load(path: Path) -> list[Record]:
+    return _load_table(path) if path.suffix == ".parquet" else _load_lines(path)
+
+
+def _load_lines(path: Path) -> list[Record]:
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not {"id", "started", "configuration"} <= record.keys():
+                raise ValueError
+        except (ValueError, AttributeError):
+            if number < len(lines):  # the last one is a write that was cut short
+                _log.warning("%s line %d is not a trial; skipped", path, number)
+            continue
+        records.append(migrate(record))
+    return records
+
+
+def _load_table(path: Path) -> list[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is not a Parquet file of trials; remove it or restore it from a copy") from error
+    records = []
+    for row in rows:
+        if "id" not in row or "configuration" not in row:
+            raise UserError(f"{path} does not hold trials; give a file that `metapeft experience export` wrote")
+        for name in _JSON:
+            row[name] = json.loads(row[name])
+        for name in _SCORES:
+            parts = {part: row.pop(f"{name}_{part}", None) for part in _PARTS}
+            row[name] = None if parts["metric"] is None else {"value": row[name], **parts}
+        records.append(migrate(row))
+    return records
+
+
+def _table(records: list[Record]) -> pa.Table:
+    import pyarrow as pa
+
+    columns: dict[str, pa.DataType] = {"schema": pa.int64()}
+    for name in _FIELDS:
+        if name in _SCORES:
+            columns[name] = pa.float64()
+            for part in _PARTS:
+                columns[f"{name}_{part}"] = {"metric": pa.string(), "n": pa.int64()}.get(part, pa.float64())
+        else:
+            columns[name] = pa.int64() if name in _INTEGERS else pa.float64() if name in _FLOATS else pa.string()
+    rows = []
+    for record in records:
+        row = {name: record.get(name) for name in ("schema", *_FIELDS)}
+        for name in _JSON:
+            row[name] = json.dumps(row[name], ensure_ascii=False)
+        for name in _SCORES:
+            score = row[name] or {}
+            row[name] = score.get("value")
+            row |= {f"{name}_{part}": score.get(part) for part in _PARTS}
+        rows.append(row)
+    return pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items())))
+
+
+def _write_table(table: pa.Table, path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    with _replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the place of `path`, whole and on disk, when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _unused(paths: list[Path]) -> Iterator[list[Path]]:
+    """Those of the segments that no process has open, locked meanwhile."""
+    held: list[tuple[int, Path]] = []
+    try:
+        for path in paths:
+            try:
+                file = os.open(path, os.O_RDWR)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                continue
+            held.append((file, path))
+        yield [path for _, path in held]
+    finally:
+        for file, _ in held:
+            os.close(file)
+
+
+def _sync_folder(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
