@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from metapeft.backbones.forward import PrefixCache, keys_values
+from metapeft.backbones.forward import PrefixCache, keys_values, width
 from metapeft.errors import UserError
 from metapeft.peft import adalora, checkpoints, lora
 from metapeft.peft.adalora import AdaLoRA, AdaLoRAConfig
@@ -13,62 +13,112 @@ from metapeft.peft.base import Adapter
 from metapeft.peft.lora import LoRAConfig, MatrixAdapter
 from metapeft.peft.matrices import linear_layers, shape
 from metapeft.peft.prefix import Prefix, PrefixConfig
+from metapeft.peft.saved import ROOT, Saved, layer_of, within_layer
 from metapeft.peft.virtual import Table, VirtualTokens
 from metapeft.runtime import mx, nn
 
 
-def tensors(adapter: Adapter) -> dict[str, mx.array]:
-    """What is stored, under Hugging Face PEFT's names; encoders are reduced to the virtual tokens they make."""
-    if isinstance(adapter, AdaLoRA):
-        return adalora.tensors(adapter)
-    if isinstance(adapter, MatrixAdapter):
-        return lora.tensors(adapter)
-    return {"prompt_embeddings": adapter.module()}
-
-
 def save(adapter: Adapter, folder: Path, metadata: dict[str, Any]) -> None:
     """Writes an adapter folder (Hugging Face PEFT format plus metapeft.json and a manifest), replacing an older one."""
-    checkpoints.write(folder, adapter.config, tensors(adapter), metadata)
+    checkpoints.write(folder, take(adapter, metadata))
+
+
+def take(adapter: Adapter, metadata: dict[str, Any]) -> Saved:
+    """An adapter's present weights as data; encoders are reduced to the virtual tokens they make."""
+    if isinstance(adapter, AdaLoRA):
+        # A rank is in force where E is not zero: `kept` may be newer than restored best weights.
+        deltas = adapter.deltas if adapter.kept is not None else {}
+        masks = {path: (delta.e[:, 0] != 0).tolist() for path, delta in deltas.items()}
+        return Saved(adapter.config, adalora.tensors(adapter), metadata, rank_pattern=masks)
+    if isinstance(adapter, MatrixAdapter):
+        return Saved(adapter.config, lora.tensors(adapter), metadata)
+    if isinstance(adapter, Prefix):
+        metadata = metadata | {"layers": len(adapter.kv_heads), "kv_heads": adapter.kv_heads[0]}
+    return Saved(adapter.config, {"prompt_embeddings": adapter.module()}, metadata)
 
 
 def load(folder: Path, model: nn.Module) -> Adapter:
-    """The adapter of a folder in any format that `checkpoints.read` knows, not yet attached.
+    """The adapter of a folder in any format that `checkpoints.read` knows, in float32, not yet attached.
 
-    Raises UserError when the folder is damaged or does not fit the model.
+    Raises UserError when the folder is damaged or was made for another backbone.
     """
-    saved = checkpoints.read(folder)
-    weights = {name: mx.array(value).astype(mx.float32) for name, value in saved.tensors.items()}
-    if isinstance(saved.config, LoRAConfig | AdaLoRAConfig):
-        build: Any = lora.from_tensors if isinstance(saved.config, LoRAConfig) else adalora.from_tensors
-        adapter: MatrixAdapter = build(saved.config, weights)
-        _check_matrices(adapter, model, folder)
+    return build(checkpoints.read(folder), model, str(folder))
+
+
+def build(saved: Saved, model: nn.Module, name: str = "the adapter") -> Adapter:
+    """An adapter for `model`, in float32, not yet attached. Raises UserError, naming `name`, when it does not fit."""
+    config = saved.config
+    if isinstance(config, LoRAConfig):
+        return lora.from_tensors(config, _fitted(saved, model, name))
+    if isinstance(config, AdaLoRAConfig):
+        adapter = adalora.from_tensors(config, _fitted(saved, model, name))
+        masks = {_place(path): mx.array(mask)[:, None] for path, mask in saved.rank_pattern.items()}
+        adapter.kept = {path: masks[_place(path)] for path in adapter.deltas} if masks else None
         return adapter
-    value = weights["prompt_embeddings"]
-    probe = keys_values(model, mx.array([[0]]))
-    heads, _, head_width = probe[0][0].shape[1:]
-    if isinstance(saved.config, PrefixConfig):
-        expected = 2 * len(probe) * heads * head_width
-        if value.shape[1] != expected:
-            raise UserError(f"adapter {folder} does not fit the backbone: its prefix is {value.shape[1]} wide, not {expected}")
-        return Prefix(saved.config, Table(value), [heads] * len(probe), head_width)
-    from metapeft.backbones.forward import width
-
-    if value.shape[1] != width(model):
-        raise UserError(f"adapter {folder} does not fit the backbone: it is {value.shape[1]} wide, not {width(model)}")
-    return VirtualTokens(saved.config, Table(value))
+    table = saved.tensors["prompt_embeddings"].astype(mx.float32)
+    if isinstance(config, PrefixConfig):
+        return _prefix(config, saved, table, model, name)
+    if table.shape[1] != width(model):
+        raise UserError(
+            f"{name} was made for another backbone: its tokens are {table.shape[1]} wide, this one's {width(model)}"
+        )
+    return VirtualTokens(config, Table(table))
 
 
-def _check_matrices(adapter: MatrixAdapter, model: nn.Module, folder: Path) -> None:
-    found = linear_layers(model)
-    for path, delta in adapter.deltas.items():
-        if path not in found:
-            raise UserError(f"adapter {folder} does not fit the backbone: it changes {path}, which is not a linear layer there")
-        outputs, inputs = shape(found[path])
-        if (delta.b.shape[0], delta.a.shape[1]) != (outputs, inputs):
+def _fitted(saved: Saved, model: nn.Module, name: str) -> dict[str, mx.array]:
+    """The tensors in float32 under the model's own paths, checked against its linear layers; AdaLoRA's at full rank."""
+    layers = linear_layers(model)
+    by_place = {_place(path): path for path in layers}
+    suffix = "" if isinstance(saved.config, AdaLoRAConfig) else ".weight"
+    tensors: dict[str, mx.array] = {}
+    for path, parts in saved.modules().items():
+        own = path if path in layers else by_place.get(_place(path))
+        if own is None:
+            raise UserError(f"{name} adapts {path}, which is no linear layer of this backbone's transformer layers")
+        outputs, inputs = shape(layers[own])
+        found = (int(parts["B"].shape[0]), int(parts["A"].shape[1]))
+        if found != (outputs, inputs):
             raise UserError(
-                f"adapter {folder} does not fit the backbone: {path} is {outputs}x{inputs} there, "
-                f"{delta.b.shape[0]}x{delta.a.shape[1]} in the adapter"
+                f"{name} was made for another backbone: its {path} is {found[1]} -> {found[0]},"
+                f" this one's {inputs} -> {outputs}"
             )
+        if mask := saved.rank_pattern.get(path):
+            parts = _full_rank(parts, mask)
+        tensors |= {f"{ROOT}{own}.lora_{part}{suffix}": value.astype(mx.float32) for part, value in parts.items()}
+    return tensors
+
+
+def _place(path: str) -> tuple[int | None, str]:
+    """Where a module is, whatever an implementation calls the way there: (layer, path within it)."""
+    return layer_of(path), within_layer(path)
+
+
+def _full_rank(parts: dict[str, mx.array], mask: list[bool]) -> dict[str, mx.array]:
+    """Trimmed AdaLoRA matrices with zeros where ranks were removed, so that each rank is where its mask says."""
+    if parts["A"].shape[0] == len(mask):
+        return parts
+    kept = mx.array([index for index, keep in enumerate(mask) if keep], dtype=mx.int32)
+    full = {}
+    for part, value in parts.items():
+        rows = mx.zeros((len(mask), value.shape[0] if part == "B" else value.shape[1]), dtype=value.dtype)
+        rows = rows.at[kept].add(value.T if part == "B" else value) if kept.size else rows
+        full[part] = rows.T if part == "B" else rows
+    return full
+
+
+def _prefix(config: PrefixConfig, saved: Saved, table: mx.array, model: nn.Module, name: str) -> Adapter:
+    real = keys_values(model, mx.array([[0]]))
+    shapes = {(part.shape[1], part.shape[3]) for pair in real for part in pair}
+    if len(shapes) != 1:
+        raise UserError("prefix tuning needs keys and values of one shape in every layer; this backbone's differ")
+    heads, head_width = shapes.pop()
+    expected = (len(real), heads, 2 * len(real) * heads * head_width)
+    found = (saved.metadata.get("layers"), saved.metadata.get("kv_heads"), int(table.shape[1]))
+    if found != expected:
+        raise UserError(
+            f"{name} was made for another backbone: (layers, key-value heads, width) are {found}, this one's {expected}"
+        )
+    return Prefix(config, Table(table), [heads] * len(real), head_width)
 
 
 class Prefixed(nn.Module):

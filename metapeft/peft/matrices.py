@@ -34,7 +34,7 @@ def shape(linear: nn.Module) -> tuple[int, int]:
 def linear_layers(model: nn.Module, targets: Sequence[str] = (), layers: int = 0) -> dict[str, nn.Module]:
     """Path in the model -> linear layer, for the top `layers` transformer layers (0: all).
 
-    `targets` are module names (`q_proj`) or path endings (`self_attn.q_proj`); empty means every linear layer.
+    `targets` are module names (`q_proj`), path endings (`self_attn.q_proj`) or paths; empty means every linear layer.
     Raises UserError when a target matches nothing.
     """
     parts = anatomy(model)
@@ -55,10 +55,11 @@ def linear_layers(model: nn.Module, targets: Sequence[str] = (), layers: int = 0
                 continue
             if isinstance(module, Adapted):
                 adapted.append(name)
-            hits = {t for t in targets if name == t or name.endswith(f".{t}")}
+            path = f"{prefix}{index}.{name}"
+            hits = {t for t in targets if path == t or path.endswith(f".{t}")}
             matched |= hits
             if hits or not targets:
-                found[f"{prefix}{index}.{name}"] = module
+                found[path] = module
     missing = [t for t in targets if t not in matched]
     if missing or not found:
         names = sorted({path.rsplit(".", 1)[-1] for path in (found or linear_layers(model))})

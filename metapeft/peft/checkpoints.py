@@ -1,0 +1,106 @@
+"""Adapter folders: reading three formats, writing ours, converting between them.
+
+Our folder is a Hugging Face PEFT folder (`huggingface`) that also holds `metapeft.json` (the exact configuration and
+the caller's metadata) and a manifest (`folder`). What only training needs (encoders of P-tuning and prefix tuning,
+AdaLoRA's moving averages) belongs to the trainer's resume state; PEFT drops it too.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from metapeft.errors import UserError
+from metapeft.peft import folder as folders
+from metapeft.peft import huggingface, mlx_lm, parse
+from metapeft.peft.saved import Format, Saved
+
+OURS = "metapeft.json"
+FORMATS: tuple[Format, ...] = ("metapeft", "peft", "mlx-lm")
+
+
+def detect(folder: Path) -> Format:
+    """Which format a folder has, by its files. Raises UserError when it holds no adapter or only a pickled one."""
+    place = folders.locate(folder)
+    if (place / OURS).exists() or (place / folders.MANIFEST).exists():
+        return "metapeft"
+    if (place / huggingface.WEIGHTS).exists():
+        return "peft"
+    if (place / mlx_lm.WEIGHTS).exists():
+        return "mlx-lm"
+    if (place / huggingface.PICKLE).exists():
+        raise UserError(
+            f"{place / huggingface.PICKLE} is a pickle, which can run code when it is opened; save the adapter again"
+            " with PEFT's save_pretrained, which writes safetensors"
+        )
+    raise UserError(f"{folder} holds no adapter ({huggingface.WEIGHTS} or {mlx_lm.WEIGHTS}); check the path")
+
+
+def read(folder: Path) -> Saved:
+    """The adapter in a folder of ours (checked against its manifest), of Hugging Face PEFT's or of mlx-lm's.
+
+    Raises UserError with one sentence on anything that is missing, damaged, inconsistent or not supported.
+    """
+    found = detect(folder)
+    if found == "metapeft":
+        return _decode(folders.sealed_files(folder), folder)
+    place = folders.locate(folder)
+    weights = huggingface.WEIGHTS if found == "peft" else mlx_lm.WEIGHTS
+    files = {name: folders.read(place / name) for name in (huggingface.CONFIG, weights)}
+    return huggingface.decode(files, place) if found == "peft" else mlx_lm.decode(files, place)
+
+
+def write(folder: Path, saved: Saved) -> None:
+    """Writes our format; an adapter that is already there is replaced in one step (see `folder.publish`)."""
+    ours = {"format": 1, "configuration": saved.config.to_json(), "metadata": saved.metadata}
+    folders.publish(folder, huggingface.encode(saved) | {OURS: json.dumps(ours, indent=2, sort_keys=True).encode()})
+
+
+def _decode(files: dict[str, bytes], folder: Path) -> Saved:
+    for name in (huggingface.CONFIG, huggingface.WEIGHTS, OURS):
+        if name not in files:
+            raise UserError(f"{folder / folders.MANIFEST} does not list {name}; the adapter was damaged, save it again")
+    saved = huggingface.decode(files, folder)
+    ours = huggingface.parse_json(files[OURS], folder / OURS)
+    try:
+        values = dict(ours["configuration"])
+        method, metadata = values.pop("method"), dict(ours["metadata"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / OURS} has no configuration and metadata; save the adapter again") from error
+    if method != saved.config.method:
+        raise UserError(
+            f"{folder / OURS} says {method} and {huggingface.CONFIG} says {saved.config.method}; save it again"
+        )
+    return replace(saved, config=parse(method, values), metadata=metadata, format="metapeft")
+
+
+def to_mlx_lm(folder: Path, saved: Saved) -> None:
+    """Writes a folder for `mlx_lm --adapter-path`. Raises UserError for methods that mlx-lm does not have."""
+    folders.publish(folder, mlx_lm.encode(saved), sealed=False)
+
+
+def to_peft(folder: Path, saved: Saved) -> None:
+    """Writes a folder for `PeftModel.from_pretrained`."""
+    folders.publish(folder, huggingface.encode(saved), sealed=False)
+
+
+def convert(source: Path, destination: Path, to: Format, backbone: str | None = None) -> Saved:
+    """Reads an adapter in any format and writes it in another; returns what was written.
+
+    `backbone` is the base model's name to record, where the source has none or a wrong one. Raises UserError.
+    """
+    saved = read(source)
+    if backbone is not None:
+        saved = replace(saved, metadata=saved.metadata | {"backbone": backbone})
+    writers = {"metapeft": write, "peft": to_peft, "mlx-lm": to_mlx_lm}
+    if to not in writers:
+        raise UserError(f"unknown adapter format {to!r}; choose from {', '.join(FORMATS)}")
+    if destination.exists() and not _replaceable(destination):
+        raise UserError(f"{destination} exists and is not an adapter folder; choose another name or remove it first")
+    writers[to](destination, saved)
+    return replace(saved, format=to)
+
+
+def _replaceable(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / "adapter_config.json").exists() or not any(folder.iterdir()))
