@@ -1,0 +1,58 @@
+"""How long work speaks to people: a bar on a terminal, a line now and then in a log. Always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+LINE_SECONDS = 20.0  # in a log: how long to stay silent at most
+
+Advance = Callable[..., None]
+
+
+def say(line: str) -> None:
+    """One line for people."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(label: str, total: float) -> Iterator[Advance]:
+    """Gives `advance(done, note="")`, with `done` out of `total`; `advance(done, note, line=True)` also leaves a line behind."""
+    if sys.stderr.isatty():
+        with _bar(label, total) as advance:
+            yield advance
+    else:
+        yield _lines(label, total)
+
+
+@contextmanager
+def _bar(label: str, total: float) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, transient=True) as bar:
+        job = bar.add_task(label, total=total, note="")
+
+        def advance(done: float, note: str = "", line: bool = False) -> None:
+            bar.update(job, completed=done, note=note)
+            if line:
+                console.print(f"{label}: {note}", highlight=False, markup=False)
+
+        yield advance
+
+
+def _lines(label: str, total: float) -> Advance:
+    spoke = time.monotonic()
+
+    def advance(done: float, note: str = "", line: bool = False) -> None:
+        nonlocal spoke
+        now = time.monotonic()
+        if line or now - spoke > LINE_SECONDS:
+            spoke = now
+            say(f"{label}: {note}" if line else f"{label}: {100 * done / total:.0f} % {note}".rstrip())
+
+    return advance

@@ -1,0 +1,63 @@
+"""What stages hand to each other: the task, written by `version` and read by all others, and the paths in the work folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from metapeft.data.task import SPLITS, Example, Task
+from metapeft.errors import UserError
+from metapeft.stages.stage import read_json, write_json, write_text
+from metapeft.training.trial import Trial
+
+
+def write_task(task: Task, folder: Path) -> None:
+    """`task.json` (everything but the rows) and `data.jsonl` (one row per example: split, prompt, completion)."""
+    rows = [
+        json.dumps({"split": split, "prompt": example.prompt, "completion": example.completion}, ensure_ascii=False)
+        for split in SPLITS
+        for example in task.split(split)
+    ]
+    write_text(folder / "data.jsonl", "".join(row + "\n" for row in rows))
+    write_json(folder / "task.json", {k: v for k, v in asdict(task).items() if k not in SPLITS})
+
+
+def read_task(folder: Path) -> Task:
+    """The task that `write_task` wrote. Raises UserError when it is missing or broken."""
+    facts = read_json(folder / "task.json")
+    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    try:
+        for line in (folder / "data.jsonl").read_text(encoding="utf-8").split("\n"):
+            if line:
+                row = json.loads(line)
+                prompt = row["prompt"]
+                if isinstance(prompt, list):
+                    prompt = tuple((role, content) for role, content in prompt)
+                splits[row["split"]].append(Example(prompt, row["completion"]))
+        examples = {split: tuple(rows) for split, rows in splits.items()}
+        return Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}, **examples)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} does not hold a task ({error}); run the version stage again") from error
+
+
+def write_trials(trials: list[Trial], path: Path) -> None:
+    """One JSON record per line."""
+    write_text(path, "".join(json.dumps(trial.to_json(), ensure_ascii=False) + "\n" for trial in trials))
+
+
+def read_trials(path: Path) -> list[Trial]:
+    return [Trial.from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> None:
+    """A table for `dvc plots` (RFC 4180); None becomes an empty cell."""
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
