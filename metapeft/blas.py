@@ -1,13 +1,13 @@
 """A fast BLAS for MLX on Linux.
 
-The `mlx-cpu` wheel links the reference BLAS (4-7 GFLOP/s on two cores). Its three undefined symbols, `cblas_sgemm`, `cblas_dgemm`
-and `cblas_cgemm`, are looked up in the process's global scope first, so a library opened with RTLD_GLOBAL **before** the first
-`import mlx.core` takes their place (ELF symbol interposition, see ld.so(8)). Sources, in order:
+The `mlx-cpu` wheel links the reference BLAS (4-7 GFLOP/s on two cores). Its three undefined symbols, `cblas_sgemm`,
+`cblas_dgemm` and `cblas_cgemm`, are looked up in the process's global scope first, so a library opened with RTLD_GLOBAL
+**before** the first `import mlx.core` takes their place (ELF symbol interposition, see ld.so(8)). Sources, in order:
 
 1. whatever the process already offers (LD_PRELOAD),
 2. `METAPEFT_BLAS`, the path of a library,
-3. the wheel `scipy-openblas32`, which exports only `scipy_`-prefixed names and so needs a forwarder of three functions, compiled
-   once and cached per user,
+3. the wheel `scipy-openblas32`, which exports only `scipy_`-prefixed names and so needs a forwarder of three functions,
+   compiled once and cached per user,
 4. Debian's `libopenblas.so.0`.
 
 macOS uses Accelerate and Metal: nothing to do there. This module never imports MLX.
@@ -18,7 +18,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -36,7 +35,7 @@ from metapeft.errors import UserError
 FORWARDED = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 FORWARDER = Path(__file__).with_name("blas_forwarder.c")
 COMPILERS = ("cc", "gcc", "clang", "c++", "g++", "clang++")
-REMEDY = "install the wheel scipy-openblas32 and a C compiler (Debian: apt-get install g++), or Debian's libopenblas0-pthread"
+REMEDY = "install scipy-openblas32 and a C++ compiler (Debian: apt-get install g++), or Debian's libopenblas0-pthread"
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def open_fast() -> Blas:
         if _opened is None:
             _opened = _open()
             if not _opened.fast:
-                warnings.warn(f"MLX uses {_opened.name}, which is slow: {_opened.remedy}", SlowBlasWarning, stacklevel=3)
+                warnings.warn(f"MLX uses {_opened.name}, which is slow: {_opened.remedy}", SlowBlasWarning, 3)
         return _opened
 
 
@@ -171,11 +170,12 @@ def _offered() -> ctypes.CDLL | None:
 
 
 def _wheel() -> Path | None:
-    spec = importlib.util.find_spec("scipy_openblas32") if sys.modules.get("scipy_openblas32", ...) is not None else None
-    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
-        for library in sorted(Path(folder, "lib").glob("libscipy_openblas*.so")):
-            return library
-    return None
+    try:
+        files = importlib.metadata.files("scipy-openblas32") or ()
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = (Path(str(file.locate())) for file in files if file.match("lib/libscipy_openblas*.so"))
+    return next((path for path in found if path.exists()), None)
 
 
 def _expose(path: Path) -> ctypes.CDLL:
@@ -183,27 +183,22 @@ def _expose(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))  # local: only the three functions become global
     if _function(library, "cblas_sgemm", prefixes=("",)) is not None:
         return ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-    prefixed = {name: _function(library, name, prefixes=("scipy_",)) for name in FORWARDED}
-    if None in prefixed.values():
+    prefixed = [_function(library, name, prefixes=("scipy_",)) for name in FORWARDED]
+    pointers = [ctypes.cast(function, ctypes.c_void_p) for function in prefixed if function is not None]
+    if len(pointers) < len(FORWARDED):
         raise OSError(f"{path} has no cblas_sgemm")
-    forwarder = _forwarder(f"{path.stem}-{_version()}")
-    pointers = [ctypes.cast(function, ctypes.c_void_p) for function in prefixed.values()]
+    forwarder = _forwarder()
     forwarder.metapeft_forward_to.argtypes = [ctypes.c_void_p] * len(pointers)
     forwarder.metapeft_forward_to(*pointers)
     return library
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("scipy-openblas32")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+def _forwarder() -> ctypes.CDLL:
+    """The compiled forwarder, from the per-user cache or compiled now, opened with RTLD_GLOBAL.
 
-
-def _forwarder(key: str) -> ctypes.CDLL:
-    """The compiled forwarder, from the per-user cache or compiled now, opened with RTLD_GLOBAL."""
-    source = FORWARDER.read_bytes()
-    name = f"forwarder-{key}-{platform.machine()}-{hashlib.sha256(source).hexdigest()[:12]}.so"
+    It is given addresses at run time, so one file serves every version of the library it forwards to.
+    """
+    name = f"forwarder-{platform.machine()}-{hashlib.sha256(FORWARDER.read_bytes()).hexdigest()[:16]}.so"
     folder = _cache_folder()
     if folder is None:  # nowhere to keep it: compile for this process alone
         with tempfile.TemporaryDirectory(prefix="metapeft-blas-") as private:
@@ -215,7 +210,7 @@ def _forwarder(key: str) -> ctypes.CDLL:
 
 
 def _cache_folder() -> Path | None:
-    """A folder that only this user can write to, so that nobody else can plant a library in it; None if there is none."""
+    """A folder that only this user can write to: nobody else can plant a library in it. None if there is none."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(base, "metapeft", "blas")
     try:

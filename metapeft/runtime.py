@@ -1,8 +1,8 @@
 """The one door to MLX: `from metapeft.runtime import mx, nn, optim`.
 
-Importing this module opens a fast BLAS first (`metapeft.blas`), then imports MLX and caps its memory so that a run fails
-with an error instead of pushing the machine into swap. MLX work must not happen in a forked child (`os.fork()` after any
-`mx.eval` hangs it): start `python -m …` or a spawned process.
+Importing this module opens a fast BLAS first (`metapeft.blas`), then imports MLX and caps its memory so that a run
+fails with an error instead of pushing the machine into swap. MLX work must not happen in a forked child (`os.fork()`
+after any `mx.eval` hangs it): start `python -m …` or a spawned process.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def describe() -> dict[str, Any]:
         "cores": _blas.usable_cores(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "mlx": mx.__version__,
+        "mlx": importlib.metadata.version("mlx"),
     }
 
 

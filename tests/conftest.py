@@ -1,4 +1,4 @@
-"""Every test has a home of its own; the converted packaged backbone alone is shared, because making it costs seconds."""
+"""Every test has a home of its own; only the converted packaged backbone is shared: making it costs seconds."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SMOLLM = "smollm2-135m-instruct"
 
 
 def shared_backbones() -> Path:
-    """The folder of converted backbones that all tests share: METAPEFT_TEST_CACHE/backbones, by default the checkout's."""
+    """The converted backbones that all tests share: METAPEFT_TEST_CACHE/backbones, by default the checkout's."""
     return Path(os.environ.get("METAPEFT_TEST_CACHE", ROOT / ".metapeft")) / "backbones"
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty METAPEFT_HOME of this test's own, in which the packaged backbone is already converted if it was before."""
+    """An empty METAPEFT_HOME of this test's own, with the packaged backbone in it if that was ever converted."""
     folder = tmp_path / "home"
     (folder / "backbones").mkdir(parents=True)
     monkeypatch.setenv("METAPEFT_HOME", str(folder))

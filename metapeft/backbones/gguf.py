@@ -35,14 +35,15 @@ CONTROL, USER_DEFINED = 3, 4  # GGUF token types that are matched whole, before 
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write config.json, model.safetensors, tokenizer.json, tokenizer_config.json and chat_template.jinja into `folder`.
+    """Write config.json, model.safetensors and the tokenizer's files into `folder`.
 
     Raises UserError when the file is not a readable GGUF of the llama family with a byte-level BPE vocabulary.
     """
     from metapeft.runtime import mx
 
     try:
-        weights, metadata = mx.load(str(file), format="gguf", return_metadata=True)
+        loaded: Any = mx.load(str(file), format="gguf", return_metadata=True)
+        weights, metadata = loaded
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{file} is not a readable GGUF file ({error}); download it again") from error
     read = _Metadata(file, metadata)
@@ -50,7 +51,9 @@ def convert(file: Path, folder: Path) -> None:
         raise UserError(f"{file} holds a {architecture} model; only the llama family can be converted from GGUF")
     if (kind := read.text("tokenizer.ggml.model")) != "gpt2" or read.text("tokenizer.ggml.pre") not in DIGITS:
         pre = read.text("tokenizer.ggml.pre")
-        raise UserError(f"{file} has a {kind}/{pre} vocabulary; only byte-level BPE ({', '.join(DIGITS)}) can be converted")
+        raise UserError(
+            f"{file} has a {kind}/{pre} vocabulary; only byte-level BPE ({', '.join(DIGITS)}) can be converted"
+        )
     config = _config(read, tied="output.weight" not in weights)
     tensors = _weights(weights, config["num_attention_heads"], config["num_key_value_heads"])
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})

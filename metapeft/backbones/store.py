@@ -1,7 +1,7 @@
 """Folders that are either complete or absent: written beside their final name, manifest last, renamed when done.
 
-A folder under `METAPEFT_HOME/backbones` is valid when its `manifest.json` names every file with its sha256 and the files
-match. Anything else (killed half-way, damaged later, made by an older version) is rebuilt.
+A folder under `METAPEFT_HOME/backbones` is valid when its `manifest.json` names every file with its sha256 and the
+files match. Anything else (killed half-way, damaged later, made by an older version) is rebuilt.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def _writable(folder: Path) -> Iterator[None]:
             free = shutil.disk_usage(_existing(folder)).free // 2**20
             raise UserError(f"no space left for {folder} ({free} MiB free); free some or set METAPEFT_HOME") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"cannot write {folder} ({error.strerror}); set METAPEFT_HOME to a writable folder") from error
+            raise UserError(
+                f"cannot write {folder} ({error.strerror}); set METAPEFT_HOME to a writable folder"
+            ) from error
         raise
 
 

@@ -1,6 +1,6 @@
 """Small random models of many architectures, as real folders that mlx-lm and `metapeft.backbones.load` read.
 
-Hidden 64, 4 layers, a byte-level tokenizer of 256 bytes and four special tokens. The same arguments give the same weights.
+Hidden 64, 4 layers, a byte-level tokenizer of 256 bytes and four special tokens. Equal arguments give equal weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 VOCABULARY = 264  # 256 bytes, the special tokens, and four ids that nothing produces
 CONTEXT = 512
 TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
