@@ -67,8 +67,15 @@ CASES: dict[str, tuple[Callable[[], PeftConfig], float | None]] = {
     ),
     "adalora": (
         lambda: AdaLoraConfig(
-            init_r=6, target_r=3, lora_alpha=12, target_modules=LINEAR, total_step=30, tinit=5, tfinal=10,
-            orth_reg_weight=0.5, task_type="CAUSAL_LM",
+            init_r=6,
+            target_r=3,
+            lora_alpha=12,
+            target_modules=LINEAR,
+            total_step=30,
+            tinit=5,
+            tfinal=10,
+            orth_reg_weight=0.5,
+            task_type="CAUSAL_LM",
         ),
         0.3,
     ),
@@ -88,7 +95,10 @@ CASES: dict[str, tuple[Callable[[], PeftConfig], float | None]] = {
     ),
     "p_tuning_lstm": (
         lambda: PromptEncoderConfig(
-            num_virtual_tokens=5, encoder_reparameterization_type="LSTM", encoder_hidden_size=12, encoder_num_layers=2,
+            num_virtual_tokens=5,
+            encoder_reparameterization_type="LSTM",
+            encoder_hidden_size=12,
+            encoder_num_layers=2,
             task_type="CAUSAL_LM",
         ),
         0.3,
@@ -126,10 +136,21 @@ def make_base() -> LlamaForCausalLM:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=False,
-            attention_bias=False, mlp_bias=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=False,
+            attention_bias=False,
+            mlp_bias=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         )
     ).float()
     with torch.no_grad():
@@ -269,8 +290,8 @@ def save_adapter(model: PeftModel, base: Path, batch: dict[str, Any], folder: Pa
 
 def write_adalora_run(batches: list[dict[str, Any]], base: Path, folder: Path) -> None:
     config = AdaLoraConfig(
-        init_r=6, target_r=3, lora_alpha=12, target_modules=LINEAR, tinit=5, tfinal=10, deltaT=2, beta1=0.85, beta2=0.85,
-        orth_reg_weight=0.5, total_step=RUN["steps"], task_type="CAUSAL_LM",
+        init_r=6, target_r=3, lora_alpha=12, target_modules=LINEAR, tinit=5, tfinal=10, deltaT=2, beta1=0.85,
+        beta2=0.85, orth_reg_weight=0.5, total_step=RUN["steps"], task_type="CAUSAL_LM",
     )  # fmt: skip
     model = attach(config, 0.3, base, seed=RUN["seed"])
     allocator = model.base_model.rankallocator
