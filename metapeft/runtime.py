@@ -1,8 +1,7 @@
 """The one door to MLX: `from metapeft.runtime import mx, nn, optim`.
 
-Importing this module opens a fast BLAS first (`metapeft.blas`), then imports MLX and caps its memory so that a run
-fails with an error instead of pushing the machine into swap. MLX work must not happen in a forked child (`os.fork()`
-after any `mx.eval` hangs it): start `python -m …` or a spawned process.
+Importing this module opens a fast BLAS first (`metapeft.blas`), then imports MLX. MLX work must not happen in a forked
+child (`os.fork()` after any `mx.eval` hangs it): start `python -m …` or a spawned process.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ __all__ = [
     "describe",
     "device",
     "free_memory_mb",
-    "limit_memory",
     "mx",
     "nn",
     "optim",
+    "require_memory",
     "total_memory_mb",
     "versions",
 ]
@@ -80,7 +79,7 @@ def total_memory_mb() -> float:
     if sys.platform == "darwin":
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / MB
     limit = _cgroup("memory.max")
-    total = _meminfo("MemTotal")
+    total = _proc("/proc/meminfo", "MemTotal")
     return min(total, limit) if limit is not None else total
 
 
@@ -90,7 +89,7 @@ def free_memory_mb() -> float:
         return float(mx.get_memory_limit() - mx.get_active_memory()) / MB
     if sys.platform == "darwin":
         return _darwin_free_mb()
-    free = _meminfo("MemAvailable")
+    free = _proc("/proc/meminfo", "MemAvailable")
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     if limit is not None and used is not None:
         reclaimable = _cgroup_reclaimable_mb()
@@ -98,18 +97,22 @@ def free_memory_mb() -> float:
     return max(free, 0.0)
 
 
-def limit_memory(mb: float | None = None) -> float:
-    """Cap what MLX may hold, in MiB, and what it may keep in its cache (a quarter of that); returns the cap.
+def require_memory(mb: float = 0.0) -> None:
+    """Raise MemoryError unless `mb` MiB, and a reserve of 2 % of the machine's memory, are free.
 
-    The default leaves a tenth of the free memory to others. Past the cap MLX waits for memory to come back before it
-    takes more; with none left an evaluation raises RuntimeError, which the trainer records as `out_of_memory`.
+    Ask before each step with what the step will take: on a CPU MLX enforces no limit and does not survive a failed
+    allocation, so a run must stop before it swaps. Costs some 50 microseconds.
     """
-    cap = mb if mb is not None else max(0.9 * (free_memory_mb() + mx.get_active_memory() / MB), 256.0)
-    if cap <= 0:
-        raise ValueError(f"a memory limit must be positive, not {cap} MB")
-    mx.set_memory_limit(int(cap * MB))
-    mx.set_cache_limit(int(cap * MB / 4))
-    return cap
+    free, reserve = free_memory_mb(), 0.02 * total_memory_mb()
+    if free < mb + reserve:
+        raise MemoryError(f"{mb:,.0f} MB needed, {max(free - reserve, 0):,.0f} MB free: out of memory")
+
+
+def _limit_metal() -> None:
+    """Metal shares the machine's memory and by default takes up to 1.5 times what the system recommends."""
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    if recommended:
+        mx.set_memory_limit(int(recommended))
 
 
 class Measured:
@@ -137,8 +140,9 @@ class Measured:
         self.peak_memory_mb = max(mx.get_peak_memory(), mx.get_active_memory()) / MB
 
 
-def _meminfo(field: str) -> float:
-    with open("/proc/meminfo", encoding="ascii") as lines:
+def _proc(file: str, field: str) -> float:
+    """A field of /proc/meminfo or /proc/self/status, in MiB."""
+    with open(file, encoding="utf-8") as lines:
         for line in lines:
             if line.startswith(field + ":"):
                 return float(line.split()[1]) / 1024
@@ -177,4 +181,5 @@ def _darwin_free_mb() -> float:
     return sum(map(int, pages)) * int(size.group(1)) / MB
 
 
-limit_memory()
+if device() == "metal":
+    _limit_metal()
