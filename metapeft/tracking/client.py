@@ -1,0 +1,166 @@
+"""The connection to MLflow: SQLite in METAPEFT_HOME unless the settings or MLFLOW_TRACKING_URI name another store.
+
+Importing MLflow takes seconds, so it happens here, inside functions, with its telemetry and its chatter off.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from metapeft.errors import MetapeftError, UserError
+from metapeft.settings import TrackingSettings, home
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+SERVERS = ("http", "https", "databricks")
+_QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is gone is reported in seconds, not in minutes
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+def uri(settings: TrackingSettings) -> str:
+    """Where runs are recorded: the setting, else MLFLOW_TRACKING_URI, else SQLite in METAPEFT_HOME."""
+    return settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+def connect(settings: TrackingSettings) -> MlflowClient:
+    """A client of the tracking store; the first call on a machine creates the SQLite database.
+
+    Raises UserError when the store cannot be used, with what to do about it.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    where = uri(settings)
+    scheme = where.split(":", 1)[0].split("+", 1)[0]
+    if scheme not in DATABASES + SERVERS:
+        raise UserError(
+            f"tracking uri {where!r} is not supported; use sqlite:///FILE, postgresql://… or an http(s) server"
+        )
+    if scheme == "sqlite":
+        _create_database(Path(where.removeprefix("sqlite:///")))
+    try:
+        return _client(where)
+    except Exception as error:
+        raise UserError(f"cannot use the tracking store {where}: {_reason(error, where)}") from error
+
+
+def experiment_id(client: MlflowClient, settings: TrackingSettings) -> str:
+    """The experiment of the settings, created when missing; its artifacts lie in METAPEFT_HOME or on the server."""
+    from mlflow.exceptions import MlflowException
+
+    name = settings.experiment
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        own = uri(settings).split(":", 1)[0] not in SERVERS
+        try:
+            return str(client.create_experiment(name, (home() / "mlartifacts").as_uri() if own else None))
+        except MlflowException:  # another process was first
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"experiment {name!r} was deleted in MLflow; restore it there or set tracking.experiment to another name"
+        )
+    return str(found.experiment_id)
+
+
+@contextmanager
+def failures(settings: TrackingSettings) -> Iterator[None]:
+    """Turns MLflow's errors into MetapeftError with one clear line."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        where = uri(settings)
+        raise MetapeftError(f"MLflow at {where} refused: {_reason(error, where)}") from error
+
+
+@contextmanager
+def lock(name: str) -> Iterator[None]:
+    """One process of this installation at a time. Raises UserError when METAPEFT_HOME cannot be written."""
+    from filelock import FileLock
+
+    folder = home() / "locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / f"{name}.lock")
+        held.acquire()
+    except OSError as error:
+        raise UserError(
+            f"cannot write in {folder} ({error.strerror}); set METAPEFT_HOME to a folder you may write in"
+        ) from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _client(where: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    client = MlflowClient(where, os.environ.get("MLFLOW_REGISTRY_URI") or where)
+    client.search_experiments(max_results=1)  # connects, and checks the database's schema
+    return client
+
+
+def _create_database(path: Path) -> None:
+    """MLflow's dozens of migrations run in a file of another name, so that a killed one leaves nothing half-made."""
+    if _has_tables(path):
+        return
+    with lock("mlflow-database"):
+        if _has_tables(path):
+            return
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _client(f"sqlite:///{temporary}")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path} ({error.strerror}); set METAPEFT_HOME to a folder you may write in"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _has_tables(path: Path) -> bool:
+    """Raises UserError when the file is not a database."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    try:
+        with sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True) as database:
+            return bool(database.execute("select 1 from sqlite_master limit 1").fetchone())
+    except sqlite3.DatabaseError as error:
+        raise UserError(
+            f"{path} is not a usable SQLite database ({error}); move it away or set tracking.uri"
+        ) from error
+
+
+def _reason(error: Exception, where: str) -> str:
+    text = " ".join(str(error).split())
+    if "out-of-date database schema" in text:
+        return f"it was made by another MLflow version; copy it, then run: mlflow db upgrade {where}"
+    if "Max retries exceeded" in text or "Connection refused" in text:
+        return "the server does not answer; start it or set tracking.uri"
+    with suppress(ValueError, KeyError, TypeError):
+        text = json.loads(text)["message"]
+    return text[:300]

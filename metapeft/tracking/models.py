@@ -1,0 +1,360 @@
+"""The registry: one registered model per task and backbone, one version per adapter, data only.
+
+A version is a folder of safetensors and JSON with its metadata as tags; nothing is pickled. The alias `champion` says
+which version to serve. It moves to a new version only when that one scores no worse; otherwise the new one is
+`challenger`. The tag `champions` of the registered model keeps who was champion in what order, for `rollback`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
+
+from metapeft.data.task import Task
+from metapeft.errors import UserError
+from metapeft.settings import Settings, home
+from metapeft.tracking.client import connect, failures, lock
+from metapeft.training.trial import Trial
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion as MlflowVersion
+
+    from metapeft.tracking.tracker import Json
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+DATA_ONLY = {".safetensors", ".json", ".md", ".txt", ".jinja"}
+_HISTORY = "champions"
+_KIND = {"metapeft": "adapter"}  # tag of the registered models that are ours
+
+
+@dataclass(frozen=True)
+class Model:
+    """A registered adapter. `name`@`version` identifies it; `source` is where MLflow keeps its files."""
+
+    name: str
+    version: int
+    aliases: tuple[str, ...]
+    task: str
+    task_version: str
+    backbone: str
+    method: str
+    configuration: dict[str, Any]
+    metric: str
+    score: float
+    standard_error: float
+    untuned_score: float | None
+    trial: str
+    dvc_id: str
+    run_id: str
+    source: str
+    created: int  # milliseconds since 1970, UTC
+    expected: dict[str, Any] | None = None  # the recommendation's entry for this configuration
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A new version, the alias it got, and why."""
+
+    model: Model
+    alias: str
+    reason: str
+
+
+def registered_name(task: str, backbone: str) -> str:
+    """`task-TASK--BACKBONE`. MLflow forbids "/" and ":"; a name that had to change ends in a hash of the original."""
+    plain = f"task-{task}--{backbone}"
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", plain)[:180]
+    return safe if safe == plain else f"{safe}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
+
+
+def register(
+    client: MlflowClient,
+    settings: Settings,
+    run_id: str,
+    adapter: Path,
+    trial: Trial,
+    task: Task,
+    recommendation: Json | None = None,
+    alias: str = CHAMPION,
+) -> Registration:
+    """Upload an adapter folder as artifacts of the run and make it a version of the task's registered model.
+
+    With alias "champion" the version becomes champion unless the present one scored better (or on another metric);
+    then it is "challenger". Any other alias is simply set. Raises UserError when the folder holds no plain adapter or
+    the trial has no score.
+    """
+    if trial.score is None:
+        raise UserError(
+            f"trial {trial.id} ended {trial.status!r} without a score; only a scored trial can be registered"
+        )
+    _check_folder(adapter)
+    name = registered_name(task.name, trial.backbone)
+    with failures(settings.tracking), lock("registry"):
+        place = f"adapters/{trial.id}"
+        client.log_artifacts(run_id, str(adapter), place)
+        source = f"{client.get_run(run_id).info.artifact_uri.rstrip('/')}/{place}"
+        _ensure_registered(client, name, task, trial.backbone)
+        tags = _tags(trial, task, recommendation)
+        created = client.create_model_version(name, source, run_id, tags)
+        present = _by_alias(client, name, CHAMPION)
+        reason = "asked for"
+        if alias == CHAMPION:
+            alias, reason = _decide(trial, task, present)
+        if alias == CHAMPION:
+            _crown(client, name, int(created.version))
+        else:
+            client.set_registered_model_alias(name, alias, created.version)
+        return Registration(_model(client, client.get_model_version(name, created.version)), alias, reason)
+
+
+def list_models(settings: Settings) -> list[Model]:
+    """All registered adapters, by name, newest version first."""
+    client = connect(settings.tracking)
+    with failures(settings.tracking):
+        found = [_model(client, v) for m in _registered(client) for v in _versions(client, m.name)]
+    return sorted(found, key=lambda model: (model.name, -model.version))
+
+
+def promote(settings: Settings, name: str, version: int) -> Model:
+    """Make a version the champion, whatever it scored. `name` is a registered name or a task's name."""
+    client = connect(settings.tracking)
+    with failures(settings.tracking), lock("registry"):
+        name = _find(client, name)
+        chosen = _version(client, name, str(version))
+        _crown(client, name, int(chosen.version))
+        return _model(client, client.get_model_version(name, chosen.version))
+
+
+def rollback(settings: Settings, name: str) -> Model:
+    """Give the champion alias back to the version that had it before. Raises UserError when there was none."""
+    client = connect(settings.tracking)
+    with failures(settings.tracking), lock("registry"):
+        name = _find(client, name)
+        history = _history(client, name)
+        alive = {int(v.version) for v in _versions(client, name)}
+        earlier = history[:-1]
+        while earlier and earlier[-1] not in alive:
+            earlier.pop()
+        if not earlier:
+            raise UserError(f"{name} has had no earlier champion to go back to; see `metapeft models list`")
+        client.set_registered_model_alias(name, CHAMPION, str(earlier[-1]))
+        client.set_registered_model_tag(name, _HISTORY, json.dumps(earlier))
+        return _model(client, client.get_model_version(name, str(earlier[-1])))
+
+
+def resolve(settings: Settings, reference: str) -> tuple[Path, Model]:
+    """`[task/]NAME[@ALIAS|@VERSION]` -> (local adapter folder, metadata); the alias is champion when none is given.
+
+    NAME is a registered name or a task's. Files on a server are downloaded once into METAPEFT_HOME/models.
+    """
+    client = connect(settings.tracking)
+    name, _, which = reference.removeprefix("task/").partition("@")
+    with failures(settings.tracking):
+        name = _find(client, name)
+        model = _model(client, _version(client, name, which or CHAMPION))
+        return _local(client, model), model
+
+
+def _check_folder(adapter: Path) -> None:
+    if not adapter.is_dir():
+        raise UserError(f"there is no adapter folder {adapter}; give the folder that training wrote")
+    files = [path for path in sorted(adapter.rglob("*")) if path.is_file()]
+    for path in files:
+        if path.suffix not in DATA_ONLY:
+            raise UserError(f"{path} is not plain data; an adapter holds only {', '.join(sorted(DATA_ONLY))} files")
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise UserError(f"{adapter} holds no weights (.safetensors); give the folder that training wrote")
+
+
+def _ensure_registered(client: MlflowClient, name: str, task: Task, backbone: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name, {**_KIND, "task": task.name, "backbone": backbone})
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _tags(trial: Trial, task: Task, recommendation: Json | None) -> dict[str, str]:
+    assert trial.score is not None
+    tags = {
+        "task": task.name,
+        "task_version": task.version,
+        "backbone": trial.backbone,
+        "method": trial.method,
+        "configuration": json.dumps(trial.configuration),
+        "metric": trial.score.metric,
+        "score": repr(float(trial.score.value)),
+        "standard_error": repr(float(trial.score.standard_error)),
+        "untuned_score": repr(float(trial.untuned_score.value)) if trial.untuned_score else "",
+        "trial": trial.id,
+        "dvc_id": task.dvc_id,
+    }
+    if recommendation is not None:
+        record = recommendation.to_json()
+        tags["recommendation_basis"] = record["basis"]
+        same = [r for r in record["recommendations"] if r["method"] == trial.method]
+        # The very configuration where it was recommended, else the best one recommended of its method.
+        exact = [r for r in same if all(trial.configuration.get(k) == v for k, v in r["configuration"].items())]
+        for entry in (exact or same)[:1]:
+            tags["expected"] = json.dumps(entry)
+    return tags
+
+
+def _decide(trial: Trial, task: Task, present: MlflowVersion | None) -> tuple[str, str]:
+    """The alias of a new version, and why. Equal scores count as not worse."""
+    assert trial.score is not None
+    score = trial.score
+    if present is None:
+        weak = trial.untuned_score is not None and score.value < trial.untuned_score.value
+        return CHAMPION, "first version" + (", though it scores below the untuned backbone" if weak else "")
+    old = present.tags
+    if old.get("metric") != score.metric:
+        return CHALLENGER, f"scored by {score.metric}, version {present.version} by {old.get('metric')}: not comparable"
+    other = "" if old.get("task_version") == task.version else " (on another version of the data)"
+    compared = f"scores {score.value:.3f}, champion version {present.version} {float(old['score']):.3f}{other}"
+    return (CHAMPION if score.value >= float(old["score"]) else CHALLENGER), compared
+
+
+def _crown(client: MlflowClient, name: str, version: int) -> None:
+    # Alias first: should the process die before the tag is written, `_history` completes it from the alias.
+    history = _history(client, name)
+    client.set_registered_model_alias(name, CHAMPION, str(version))
+    if not history or history[-1] != version:
+        history.append(version)
+    client.set_registered_model_tag(name, _HISTORY, json.dumps(history))
+    challenger = _by_alias(client, name, CHALLENGER)
+    if challenger is not None and int(challenger.version) == version:
+        client.delete_registered_model_alias(name, CHALLENGER)
+
+
+def _history(client: MlflowClient, name: str) -> list[int]:
+    """Versions that were champion, oldest first, ending with the present champion."""
+    history = [int(v) for v in json.loads(client.get_registered_model(name).tags.get(_HISTORY, "[]"))]
+    present = _by_alias(client, name, CHAMPION)
+    if present is None:
+        return history
+    current = int(present.version)
+    if current in history:  # cut what an interrupted rollback left behind
+        return history[: len(history) - history[::-1].index(current)]
+    return [*history, current]
+
+
+def _by_alias(client: MlflowClient, name: str, alias: str) -> MlflowVersion | None:
+    version = client.get_registered_model(name).aliases.get(alias)
+    return None if version is None else client.get_model_version(name, str(version))
+
+
+def _registered(client: MlflowClient) -> Iterable[Any]:
+    token = None
+    while True:
+        page = client.search_registered_models("tags.metapeft = 'adapter'", max_results=200, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _versions(client: MlflowClient, name: str) -> list[MlflowVersion]:
+    found: list[MlflowVersion] = []
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", max_results=200, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def _find(client: MlflowClient, name: str) -> str:
+    """A registered name from itself or from a task's name."""
+    models = list(_registered(client))
+    hits = [m.name for m in models if m.name == name] or [m.name for m in models if m.tags.get("task") == name]
+    if len(hits) == 1:
+        return str(hits[0])
+    if hits:
+        raise UserError(f"task {name} has models for several backbones; choose one of {', '.join(sorted(hits))}")
+    known = ", ".join(sorted(m.name for m in models)) or "none yet"
+    raise UserError(f"there is no registered model {name!r}; registered: {known}")
+
+
+def _version(client: MlflowClient, name: str, which: str) -> MlflowVersion:
+    versions = {int(v.version): v for v in _versions(client, name)}
+    number = which.removeprefix("v")
+    if number.isdigit() and int(number) in versions:
+        return versions[int(number)]
+    found = None if number.isdigit() else _by_alias(client, name, which)
+    if found is None:
+        aliases = ", ".join(sorted(client.get_registered_model(name).aliases)) or "none"
+        numbers = ", ".join(map(str, sorted(versions))) or "none"
+        raise UserError(f"{name} has no version or alias {which!r}; versions: {numbers}; aliases: {aliases}")
+    return found
+
+
+def _model(client: MlflowClient, version: MlflowVersion) -> Model:
+    tags = version.tags
+    aliases = client.get_registered_model(version.name).aliases
+    return Model(
+        name=version.name,
+        version=int(version.version),
+        aliases=tuple(sorted(a for a, v in aliases.items() if str(v) == str(version.version))),
+        task=tags.get("task", ""),
+        task_version=tags.get("task_version", ""),
+        backbone=tags.get("backbone", ""),
+        method=tags.get("method", ""),
+        configuration=json.loads(tags.get("configuration", "{}")),
+        metric=tags.get("metric", ""),
+        score=float(tags.get("score", "nan")),
+        standard_error=float(tags.get("standard_error", "nan")),
+        untuned_score=float(tags["untuned_score"]) if tags.get("untuned_score") else None,
+        trial=tags.get("trial", ""),
+        dvc_id=tags.get("dvc_id", ""),
+        run_id=version.run_id or "",
+        source=version.source or "",
+        created=int(version.creation_timestamp),
+        expected=json.loads(tags["expected"]) if tags.get("expected") else None,
+    )
+
+
+def _local(client: MlflowClient, model: Model) -> Path:
+    parsed = urlparse(model.source)
+    if parsed.scheme in ("", "file"):
+        folder = Path(unquote(parsed.path))
+        if not folder.is_dir():
+            raise UserError(f"the files of {model.name} version {model.version} are gone from {folder}; train it again")
+        return folder
+    folder = home() / "models" / model.name / str(model.version)
+    if not folder.is_dir():
+        from mlflow.artifacts import download_artifacts
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        try:
+            where = download_artifacts(
+                run_id=model.run_id,
+                artifact_path=f"adapters/{model.trial}",
+                dst_path=str(temporary),
+                tracking_uri=client.tracking_uri,
+            )
+            try:
+                os.rename(where, folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was first
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder

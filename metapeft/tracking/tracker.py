@@ -1,0 +1,301 @@
+"""Recording a run in MLflow: the task, its profile, the recommendation, every trial, and the adapter that came of it.
+
+Within `run` everything is written at once; a process that dies loses nothing that was logged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from metapeft.data.task import Task
+from metapeft.errors import UserError
+from metapeft.settings import Settings
+from metapeft.tracking.client import connect, experiment_id, failures
+from metapeft.training.trial import Score, Trial
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from metapeft.tracking.models import Registration
+
+RUN_ID = "MLFLOW_RUN_ID"  # the environment variable that MLflow itself uses to continue a run in another process
+STATUS = {"ok": "FINISHED", "stopped": "KILLED", "diverged": "FAILED", "out_of_memory": "FAILED", "failed": "FAILED"}
+_OUTCOME = ("seconds", "train_seconds", "peak_memory_mb", "tokens", "trained_parameters", "adapter_bytes")
+_BATCH = 1000  # metrics per request that MLflow accepts
+_PARAMS = 100
+
+
+class Json(Protocol):
+    """A profile or a recommendation: what matters here is its JSON."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+@contextmanager
+def run(
+    settings: Settings, name: str, tags: Mapping[str, str] | None = None, run_id: str | None = None
+) -> Iterator[Tracker]:
+    """One MLflow run for one command or pipeline.
+
+    run_id, or MLFLOW_RUN_ID in the environment, continues a run that another process began. The run ends FINISHED,
+    FAILED (with the error as a tag) or KILLED. Raises UserError when the store or the run cannot be used.
+    """
+    client = connect(settings.tracking)
+    with failures(settings.tracking):
+        run_id = run_id or os.environ.get(RUN_ID)
+        if run_id is None:
+            all_tags = {**_about(), "backbone": settings.backbone, **(tags or {})}
+            run_id = client.create_run(
+                experiment_id(client, settings.tracking), tags=all_tags, run_name=name
+            ).info.run_id
+        else:
+            _continue(client, run_id, tags or {})
+    tracker = Tracker(client, settings, run_id)
+    status = "FINISHED"
+    try:
+        yield tracker
+    except (KeyboardInterrupt, SystemExit) as stop:
+        status = "FINISHED" if isinstance(stop, SystemExit) and not stop.code else "KILLED"
+        raise
+    except BaseException as error:
+        status = "FAILED"
+        with failures(settings.tracking):
+            client.set_tag(run_id, "error", " ".join(f"{type(error).__name__}: {error}".split())[:5000])
+        raise
+    finally:
+        with failures(settings.tracking):
+            client.set_terminated(run_id, status)
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """An MLflow run being written. Everything may be logged again with the same content."""
+
+    client: MlflowClient
+    settings: Settings
+    run_id: str
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Values become text; None and "" are left out."""
+        with failures(self.settings.tracking):
+            _write(self.client, self.run_id, tags=tags)
+
+    def log_task(self, task: Task) -> None:
+        """The dataset as an input (its digest is the content version), and its identity as tags."""
+        with failures(self.settings.tracking):
+            _log_input(self.client, self.run_id, task)
+            _write(self.client, self.run_id, tags=identity(task))
+
+    def log_profile(self, profile: Json) -> None:
+        """`profile.json` holds everything, with the embedding; every feature is a metric `profile.NAME`."""
+        record = profile.to_json()
+        self.log_json(record, "profile.json")
+        metrics = {f"profile.{name}": value for name, value in record["features"].items()}
+        with failures(self.settings.tracking):
+            _write(self.client, self.run_id, metrics=metrics, tags={"profile_version": record["version"]})
+
+    def log_recommendation(self, recommendation: Json) -> None:
+        """`recommendation.json`, and its basis and first choice as tags."""
+        record = recommendation.to_json()
+        self.log_json(record, "recommendation.json")
+        tags: dict[str, Any] = {"basis": record["basis"]}
+        metrics = {}
+        if record["recommendations"]:
+            first = record["recommendations"][0]
+            tags |= {"recommended_method": first["method"], "recommended_configuration": first["configuration"]}
+            metrics = {f"recommended.{key}": first[key] for key in ("seconds", "peak_memory_mb", "p_best")}
+            metrics["recommended.score"] = first["score"]["mean"]
+        with failures(self.settings.tracking):
+            _write(self.client, self.run_id, metrics=metrics, tags=tags)
+
+    def log_trial(self, trial: Trial, task: Task | None = None) -> str:
+        """A nested run with the configuration, the learning curve and the outcome; returns its run id.
+
+        A trial that this run holds already is not recorded twice.
+        """
+        with failures(self.settings.tracking):
+            parent = self.client.get_run(self.run_id).info
+            query = f"tags.trial_id = '{trial.id}' and tags.mlflow.parentRunId = '{self.run_id}'"
+            found = self.client.search_runs([parent.experiment_id], query, max_results=1)
+            if found and found[0].info.status != "RUNNING":
+                return str(found[0].info.run_id)
+            started = _milliseconds(trial.started)
+            tags = {**_about(), "mlflow.parentRunId": self.run_id, "trial_id": trial.id}
+            name = f"{trial.method}-{trial.id[:6]}"
+            nested = found[0] if found else self.client.create_run(parent.experiment_id, started, tags, name)
+            run_id = str(nested.info.run_id)
+            if task is not None:
+                _log_input(self.client, run_id, task)
+                _write(self.client, run_id, tags=identity(task))
+            _write_outcome(self.client, run_id, trial)
+            ended = int(started + 1000 * trial.seconds)
+            self.client.set_terminated(run_id, STATUS[trial.status], ended)
+            return run_id
+
+    def log_outcome(self, trial: Trial) -> None:
+        """What this run came to: the trial's configuration, curve and scores, on the run itself."""
+        with failures(self.settings.tracking):
+            _write_outcome(self.client, self.run_id, trial)
+
+    def log_point(self, point: Mapping[str, Any]) -> None:
+        """One row of a learning curve (`Trial.curve`), while training goes on."""
+        with failures(self.settings.tracking):
+            _write_curve(
+                self.client, self.run_id, [point], int(time.time() * 1000) - int(1000 * point.get("seconds", 0))
+            )
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        with failures(self.settings.tracking):
+            _write(self.client, self.run_id, metrics=metrics)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """MLflow's parameters never change: raises MetapeftError when one has another value already."""
+        with failures(self.settings.tracking):
+            _write(self.client, self.run_id, params=params)
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        """A file, or everything in a folder, as artifacts."""
+        if not path.exists():
+            raise UserError(f"cannot record {path}: there is no such file")
+        with failures(self.settings.tracking):
+            if path.is_dir():
+                self.client.log_artifacts(self.run_id, str(path), folder)
+            else:
+                self.client.log_artifact(self.run_id, str(path), folder)
+
+    def log_json(self, value: Any, name: str) -> None:
+        with failures(self.settings.tracking):
+            self.client.log_text(self.run_id, json.dumps(value, indent=2, ensure_ascii=False), name)
+
+    def register(
+        self, adapter: Path, trial: Trial, task: Task, recommendation: Json | None = None, alias: str = "champion"
+    ) -> Registration:
+        """Put a trained adapter into the registry; see `metapeft.tracking.models.register`."""
+        from metapeft.tracking.models import register
+
+        return register(self.client, self.settings, self.run_id, adapter, trial, task, recommendation, alias)
+
+
+def identity(task: Task) -> dict[str, str]:
+    """The tags that say which data this is."""
+    return {
+        "task": task.name,
+        "task_version": task.version,
+        "dvc_id": task.dvc_id,
+        "task_kind": task.kind,
+        "metric": task.metric,
+    }
+
+
+def _continue(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        info = client.get_run(run_id).info
+    except MlflowException as error:
+        raise UserError(f"there is no MLflow run {run_id} to continue; check the id and the tracking uri") from error
+    if info.lifecycle_stage == "deleted":
+        raise UserError(f"MLflow run {run_id} was deleted; start a new one or restore it in MLflow")
+    client.update_run(run_id, status="RUNNING")
+    _write(client, run_id, tags=tags)
+
+
+def _about() -> dict[str, str]:
+    """Tags of every run: who made it, with which metapeft, from which commit."""
+    tags = {"mlflow.source.name": Path(sys.argv[0]).name or "metapeft", "mlflow.source.type": "LOCAL"}
+    with suppress(metadata.PackageNotFoundError):
+        tags["metapeft_version"] = metadata.version("metapeft")
+    if user := os.environ.get("USER") or os.environ.get("LOGNAME"):
+        tags["mlflow.user"] = user
+    with suppress(OSError, subprocess.TimeoutExpired):  # no git here
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+        if done.returncode == 0:
+            tags["mlflow.source.git.commit"] = tags["git_commit"] = done.stdout.strip()
+    return tags
+
+
+def _log_input(client: MlflowClient, run_id: str, task: Task) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    sizes = {name: len(task.split(name)) for name in ("train", "validation", "test")}
+    source = {"tags": {"source": task.source, "licence": task.licence, "dvc_id": task.dvc_id}}
+    dataset = Dataset(task.name[:500], task.version, "code", json.dumps(source), profile=json.dumps(sizes))
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+
+def _write_outcome(client: MlflowClient, run_id: str, trial: Trial) -> None:
+    params = {**trial.configuration, "method": trial.method, "seed": trial.seed, "budget": trial.budget}
+    params |= {"train_examples": trial.train_examples, "device": trial.device}
+    metrics: dict[str, float] = {name: getattr(trial, name) for name in _OUTCOME}
+    for name in ("score", "validation", "untuned_score"):
+        metrics |= _score(name, getattr(trial, name))
+    tags = {
+        "task": trial.task,
+        "task_version": trial.task_version,
+        "backbone": trial.backbone,
+        "method": trial.method,
+        "status": trial.status,
+        "trial_id": trial.id,
+        "error": trial.error,
+        "metric": trial.score.metric if trial.score else "",
+    }
+    _write(client, run_id, metrics=metrics, params=params, tags=tags)
+    _write_curve(client, run_id, trial.curve, _milliseconds(trial.started))
+
+
+def _score(name: str, score: Score | None) -> dict[str, float]:
+    if score is None:
+        return {}
+    values = {name: score.value, f"{name}_standard_error": score.standard_error, f"{name}_loss": score.loss}
+    return {**values, f"{name}_examples": score.n}
+
+
+def _write_curve(client: MlflowClient, run_id: str, curve: Iterable[Mapping[str, Any]], started: int) -> None:
+    from mlflow.entities import Metric
+
+    metrics = [
+        Metric(f"curve.{key}", float(value), started + int(1000 * (row.get("seconds") or 0)), int(row.get("step") or 0))
+        for row in curve
+        for key, value in row.items()
+        if key != "step" and value is not None
+    ]
+    for start in range(0, len(metrics), _BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
+
+
+def _write(
+    client: MlflowClient,
+    run_id: str,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+) -> None:
+    from mlflow.entities import Metric, Param, RunTag
+
+    now = int(time.time() * 1000)
+    numbers = [Metric(key, float(value), now, 0) for key, value in (metrics or {}).items()]
+    names = [Param(key, _text(value)) for key, value in (params or {}).items()]
+    texts = [RunTag(key, _text(value)) for key, value in (tags or {}).items() if value not in (None, "")]
+    while numbers or names or texts:
+        client.log_batch(run_id, numbers[: _BATCH - 2 * _PARAMS], names[:_PARAMS], texts[:_PARAMS])
+        numbers, names, texts = numbers[_BATCH - 2 * _PARAMS :], names[_PARAMS:], texts[_PARAMS:]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _milliseconds(started: str) -> int:
+    return int((datetime.fromisoformat(started).timestamp() if started else time.time()) * 1000)
