@@ -43,8 +43,8 @@ class Result:
 class Stage:
     """One step of the pipeline.
 
-    `body(settings, work, out)` reads `work/NEED` for each of `needs`, writes files into the empty folder `out`, and returns a
-    small JSON summary. `settings` are the dotted names it reads; `code` the files and folders (beside the package) whose
+    `body(settings, work, out)` reads `work/NEED` for each of `needs` (and of `uses`, where it is there), writes files into the
+    empty folder `out`, and returns a small JSON summary. `settings` are the dotted names it reads; `code` the files and folders (beside the package) whose
     change makes the output stale; `outside(settings)` fingerprints what it reads from elsewhere, such as the user's file.
     """
 
@@ -52,6 +52,7 @@ class Stage:
     body: Callable[[Settings, Path, Path], dict[str, Any]]
     settings: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
     outside: Callable[[Settings], str] | None = None
 
@@ -74,7 +75,7 @@ class Stage:
         values = settings.model_dump(mode="json")
         parts = {
             "settings": {name: dotted(values, name) for name in self.settings},
-            "needs": {need: content(work / need) for need in self.needs},
+            "needs": {need: content(work / need) for need in (*self.needs, *self.uses)},
             "code": {path: content(ROOT / path) for path in self.code},
             "outside": self.outside(settings) if self.outside else "",
         }

@@ -1,0 +1,157 @@
+"""What the command line does, for Python: `metapeft.load`, `metapeft.recommend`, `metapeft.train`, `metapeft.sweep`.
+
+Each runs the pipeline's stages up to its own in a work folder (by default one per task, backbone and data settings, in
+METAPEFT_HOME/work); stages whose inputs have not changed are not run again. All raise UserError on wrong input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metapeft import stages
+from metapeft.settings import Settings, home, load_settings
+from metapeft.stages.files import read_trials
+from metapeft.stages.stage import read_json
+from metapeft.training.trial import Trial
+
+if TYPE_CHECKING:
+    from metapeft.meta import Recommendation
+    from metapeft.profiling import Profile
+    from metapeft.search import Sweep
+
+BEFORE_SWEEP = ("version", "validate", "profile", "recommend")
+
+
+def load(backbone: str, adapter: str | Path | None = None) -> tuple[Any, Any]:
+    """A model and its tokenizer, as `mlx_lm.load` gives them.
+
+    adapter: a folder in metapeft's, Hugging Face PEFT's or mlx-lm's format. `model(ids)` returns logits for the real tokens,
+    (batch, tokens, vocabulary), whatever virtual tokens the adapter adds; `mlx_lm.generate` works with it.
+    """
+    from metapeft import backbones
+    from metapeft.peft import adapters
+
+    base = backbones.load(backbone)
+    if adapter is None:
+        return base.model, base.tokenizer
+    return adapters.with_adapter(base.model, adapters.load(Path(adapter), base.model)), base.tokenizer
+
+
+def profile(task: str | Path, *, work: Path | None = None, **options: Any) -> Profile:
+    """The task's measured characteristics. options: backbone, seed, params (a settings file)."""
+    from metapeft.profiling import Profile
+
+    settings = settings_for(task, **options)
+    work = work or work_folder(settings)
+    stages.run(("version", "validate", "profile"), settings, work)
+    return Profile.from_json(read_json(work / "profile" / "profile.json"))
+
+
+def recommend(
+    task: str | Path,
+    *,
+    prefer: str | None = None,
+    max_seconds: float | None = None,
+    max_memory_mb: float | None = None,
+    work: Path | None = None,
+    **options: Any,
+) -> Recommendation:
+    """Ranked configurations for a task. options: backbone, seed, params."""
+    from metapeft.meta import Recommendation
+
+    wanted = {"prefer": prefer, "max_seconds": max_seconds, "max_memory_mb": max_memory_mb}
+    settings = settings_for(task, recommend=wanted, **options)
+    work = work or work_folder(settings)
+    stages.run(BEFORE_SWEEP, settings, work)
+    return Recommendation.from_json(read_json(work / "recommend" / "recommendation.json"))
+
+
+def sweep(
+    task: str | Path,
+    *,
+    trials: int | None = None,
+    steps: int | None = None,
+    max_seconds: float | None = None,
+    workers: int | None = None,
+    methods: list[str] | None = None,
+    space: dict[str, Any] | None = None,
+    work: Path | None = None,
+    **options: Any,
+) -> Sweep:
+    """Trials on a task and their Pareto front. options: backbone, seed, params."""
+    wanted = {"trials": trials, "steps": steps, "max_seconds": max_seconds, "workers": workers}
+    settings = settings_for(task, sweep=wanted | {"methods": methods, "space": space}, **options)
+    work = work or work_folder(settings)
+    stages.run((*BEFORE_SWEEP, "sweep"), settings, work)
+    return read_sweep(work)
+
+
+def train(
+    task: str | Path,
+    *,
+    method: str | None = None,
+    configuration: dict[str, Any] | None = None,
+    steps: int | None = None,
+    work: Path | None = None,
+    **options: Any,
+) -> Trial:
+    """Train one configuration with the full budget, score it and register it.
+
+    Without a method: the best of the task's sweep where there was one, else the first recommended. options: backbone, seed,
+    params.
+    """
+    wanted = {"method": method, "configuration": configuration, "steps": steps}
+    settings = settings_for(task, train=wanted, **options)
+    work = work or work_folder(settings)
+    stages.run((*BEFORE_SWEEP, "train", "evaluate", "register"), settings, work)
+    return read_trial(work)
+
+
+def settings_for(task: str | Path, *, params: Path | None = None, **given: Any) -> Settings:
+    """Settings from a file (default: params.yaml where there is one) with what was given on top; None is "not given"."""
+    default = Path("params.yaml")
+    return load_settings(params or (default if default.exists() else None), task=str(task), **given)
+
+
+def work_folder(settings: Settings) -> Path:
+    """The default place of a task's stage outputs: one per task, backbone and data settings."""
+    where = Path(settings.task)
+    task = str(where.absolute()) if where.exists() else settings.task
+    identity = [task, settings.backbone, settings.data.model_dump(mode="json")]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    return home() / "work" / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', where.stem).strip('-') or 'task'}-{digest}"
+
+
+def read_trial(work: Path) -> Trial:
+    """The final training's record; `adapter` is the folder where it stays."""
+    trial = Trial.from_json(read_json(work / "evaluate" / "trial.json"))
+    kept = home() / "adapters" / trial.id
+    trial.adapter = str(kept if kept.is_dir() else (work / "train" / "adapter").absolute())
+    return trial
+
+
+def read_sweep(work: Path) -> Sweep:
+    """The sweep as the stage left it."""
+    from metapeft.search import Sweep
+
+    record = read_json(work / "sweep" / "sweep.json")
+    trials = {trial.id: trial for trial in read_trials(work / "sweep" / "trials.jsonl")}
+    for trial in trials.values():
+        folder = home() / "adapters" / trial.id
+        trial.adapter = str(folder) if folder.is_dir() else ""
+    return Sweep(
+        study=record["study"],
+        storage="",
+        task=record["task"],
+        task_version=record["task_version"],
+        trials=list(trials.values()),
+        front=[trials[id] for id in record["front"]],
+        points={name: trials[id] for name, id in record["points"].items()},
+        infeasible=record["infeasible"],
+        reused=record["reused"],
+        complete=record["complete"],
+    )

@@ -1,0 +1,451 @@
+"""The command line: thin, one function per command. Results on stdout, progress and mistakes on stderr.
+
+Exit codes: 0 success, 2 bad input (one line: what, where, how to fix), 1 any other failure. Heavy imports happen inside the
+commands, so that `metapeft --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer import Argument, Option
+
+from metapeft.errors import UserError
+
+if TYPE_CHECKING:
+    from metapeft.training.trial import Score, Trial
+
+INTERRUPTED = 130  # what typer makes of Ctrl-C: 128 + SIGINT
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Decide how to fine-tune, then do it.",
+    epilog="Any command takes --debug, to show the traceback of a failure.",
+)
+
+
+def group(name: str, help: str) -> typer.Typer:
+    part = typer.Typer(help=help)
+    app.add_typer(part, name=name)
+    return part
+
+
+tasks = group("tasks", "The catalog of public tasks.")
+experience = group("experience", "All trials ever run here.")
+models = group("models", "The registry of adapters.")
+adapters = group("adapters", "Adapter folders.")
+
+Task = Annotated[str, Argument(help="A file (.jsonl, .csv, .parquet), a Hugging Face dataset id, or a catalog name.")]
+Json = Annotated[bool, Option("--json", help="Print JSON for machines.")]
+Backbone = Annotated[str | None, Option(help="Base model: packaged name, hub id, or folder.")]
+Seed = Annotated[int | None, Option(min=0, help="Of data order and initialisation.")]
+Params = Annotated[Path | None, Option(help="Settings file (default: params.yaml where there is one).")]
+Work = Annotated[Path | None, Option(help="Folder of the stages' outputs (default: one per task in METAPEFT_HOME).")]
+Prefer = Literal["accuracy", "balanced", "speed", "memory"]
+
+
+@tasks.command("list")
+def tasks_list(as_json: Json = False) -> None:
+    """All tasks of the catalog."""
+    from metapeft.data import catalog
+
+    entries = [entry.to_json() for entry in catalog.entries()]
+    columns = ("name", "kind", "family", "rows", "labels", "licence", "source")
+    show(entries, as_json, [{key: entry.get(key) for key in columns} for entry in entries])
+
+
+@tasks.command("show")
+def tasks_show(name: Annotated[str, Argument(help="Catalog name.")], as_json: Json = False) -> None:
+    """Everything about one task of the catalog."""
+    from metapeft.data import catalog
+
+    show(catalog.entry(name).to_json(), as_json)
+
+
+@tasks.command("fetch")
+def tasks_fetch(names: Annotated[list[str], Argument(help="Catalog names.")], as_json: Json = False) -> None:
+    """Download tasks and check their hashes."""
+    from metapeft.data import catalog
+    from metapeft.progress import progress
+
+    found = []
+    with progress("fetch", len(names)) as advance:
+        for done, name in enumerate(names):
+            advance(done, name)
+            found.append({"name": name, "path": str(catalog.fetch(name))})
+    show(found, as_json)
+
+
+@app.command()
+def profile(
+    task: Task,
+    backbone: Backbone = None,
+    seed: Seed = None,
+    params: Params = None,
+    work: Work = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what characterises a task."""
+    from metapeft import api
+
+    found = api.profile(task, backbone=backbone, seed=seed, params=params, work=work).to_json()
+    rows = [{"feature": name, "value": value} for name, value in found["features"].items()]
+    show(found, as_json, rows, title=f"Profile of {task}")
+
+
+@app.command()
+def recommend(
+    task: Task,
+    prefer: Annotated[Prefer | None, Option(help="What weighs most.")] = None,
+    max_seconds: Annotated[float | None, Option(help="Longest training.")] = None,
+    max_memory_mb: Annotated[float | None, Option(help="Highest peak memory.")] = None,
+    backbone: Backbone = None,
+    seed: Seed = None,
+    params: Params = None,
+    work: Work = None,
+    as_json: Json = False,
+) -> None:
+    """Rank methods and configurations for a task."""
+    from metapeft import api
+
+    options: dict[str, Any] = {"backbone": backbone, "seed": seed, "params": params, "work": work}
+    found = api.recommend(task, prefer=prefer, max_seconds=max_seconds, max_memory_mb=max_memory_mb, **options).to_json()
+    show(found, as_json, recommended(found), title=f"Recommended for {found['task']} (basis: {found['basis']})")
+
+
+@app.command()
+def train(
+    task: Task,
+    method: Annotated[str | None, Option(help="Default: the best of the sweep, else the first recommended.")] = None,
+    set_: Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="A hyperparameter, e.g. rank=8.")] = None,
+    steps: Annotated[int | None, Option(help="Optimizer steps.")] = None,
+    backbone: Backbone = None,
+    seed: Seed = None,
+    params: Params = None,
+    work: Work = None,
+    as_json: Json = False,
+) -> None:
+    """Train one adapter, score it and register it."""
+    from metapeft import api
+    from metapeft.stages.stage import assignments
+
+    options: dict[str, Any] = {"backbone": backbone, "seed": seed, "params": params, "work": work}
+    given = assignments(set_ or [])
+    trial = api.train(task, method=method, configuration=given or None, steps=steps, **options)
+    show(trial.to_json(), as_json, outcome(trial), title=f"{trial.method} on {trial.task}")
+    if not as_json:
+        print(f"adapter: {trial.adapter}")
+
+
+@app.command()
+def sweep(
+    task: Task,
+    trials: Annotated[int | None, Option(help="How many trials.")] = None,
+    steps: Annotated[int | None, Option(help="Optimizer steps of one trial.")] = None,
+    max_seconds: Annotated[float | None, Option(help="Time for all trials together.")] = None,
+    workers: Annotated[int | None, Option(help="Processes that train at the same time.")] = None,
+    method: Annotated[list[str] | None, Option(help="Search only this method (may be repeated).")] = None,
+    set_: Annotated[
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="Fix a hyperparameter, or give choices: rank=[4,8].")
+    ] = None,
+    backbone: Backbone = None,
+    seed: Seed = None,
+    params: Params = None,
+    work: Work = None,
+    as_json: Json = False,
+) -> None:
+    """Search configurations; show the Pareto front."""
+    from metapeft import api
+    from metapeft.search import pareto
+    from metapeft.stages.stage import assignments
+
+    found = api.sweep(
+        task,
+        trials=trials,
+        steps=steps,
+        max_seconds=max_seconds,
+        workers=workers,
+        methods=method,
+        space=assignments(set_ or []) or None,
+        backbone=backbone,
+        seed=seed,
+        params=params,
+        work=work,
+    )
+    rows = [row.to_json() for row in pareto.explain(found.trials, task)]
+    table = [
+        {
+            "point": ", ".join(row["names"]),
+            "method": row["method"],
+            "validation": plus_minus(row["score"], row["standard_error"]),
+            "seconds": f"{row['seconds']:.1f}",
+            "memory MB": f"{row['peak_memory_mb']:.0f}",
+            "adapter": size(row["adapter_bytes"]),
+            "train it": row["command"],
+        }
+        for row in rows
+    ]
+    show(found.to_json(), as_json, table, title=f"Pareto front of {len(found.trials)} trials on {found.task}")
+
+
+@experience.command("list")
+def experience_list(as_json: Json = False) -> None:
+    """All trials."""
+    from metapeft.meta.experience import Experience
+
+    trials = Experience().trials()
+    rows = [
+        {
+            "trial": trial.id,
+            "task": trial.task,
+            "method": trial.method,
+            "status": trial.status,
+            "score": score_text(trial.score),
+            "untuned": score_text(trial.untuned_score),
+            "seconds": f"{trial.seconds:.1f}",
+            "steps": trial.budget,
+            "started": trial.started,
+        }
+        for trial in trials
+    ]
+    show([trial.to_json() for trial in trials], as_json, rows, title=f"{len(trials)} trials")
+
+
+@experience.command("export")
+def experience_export(file: Annotated[Path, Argument(help="A .parquet or .jsonl file.")], as_json: Json = False) -> None:
+    """Write your own trials to one file."""
+    from metapeft.meta.experience import Experience
+
+    show({"trials": Experience().export(file), "file": str(file)}, as_json)
+
+
+@experience.command("import")
+def experience_import(file: Annotated[Path, Argument(help="A file that export wrote.")], as_json: Json = False) -> None:
+    """Add the trials of a file."""
+    from metapeft.meta.experience import Experience
+
+    show({"trials": Experience().import_file(file), "file": str(file)}, as_json)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str] | None, Argument(help="Run ids, run names or experiments (default: the experiment).")] = None,
+    params: Params = None,
+    as_json: Json = False,
+) -> None:
+    """Put recorded runs side by side."""
+    from metapeft.tracking.compare import compare as rows_of
+
+    rows = rows_of(settings(params), runs or ())
+    hidden = ("task_version", "trained_parameters", "run", "score_loss")
+    show(rows, as_json, [{k: v for k, v in row.items() if k not in hidden} for row in rows])
+
+
+@models.command("list")
+def models_list(params: Params = None, as_json: Json = False) -> None:
+    """All registered adapters."""
+    from metapeft.tracking.models import list_models
+
+    found = list_models(settings(params))
+    show([model.to_json() for model in found], as_json, [registered(model) for model in found])
+
+
+@models.command("promote")
+def models_promote(
+    name: Annotated[str, Argument(help="Registered name, or a task's name.")],
+    version: Annotated[int, Argument(help="Version that becomes champion.")],
+    params: Params = None,
+    as_json: Json = False,
+) -> None:
+    """Make a version the champion."""
+    from metapeft.tracking.models import promote
+
+    model = promote(settings(params), name, version)
+    show(model.to_json(), as_json, [registered(model)])
+
+
+@models.command("rollback")
+def models_rollback(
+    name: Annotated[str, Argument(help="Registered name, or a task's name.")], params: Params = None, as_json: Json = False
+) -> None:
+    """Give the champion's place back to the version before."""
+    from metapeft.tracking.models import rollback
+
+    model = rollback(settings(params), name)
+    show(model.to_json(), as_json, [registered(model)])
+
+
+@adapters.command("convert")
+def adapters_convert(
+    source: Annotated[Path, Argument(help="Folder in metapeft's, Hugging Face PEFT's or mlx-lm's format.")],
+    destination: Annotated[Path, Argument(help="Folder to write.")],
+    to: Annotated[Literal["metapeft", "peft", "mlx-lm"], Option(help="Format to write.")] = "peft",
+    backbone: Backbone = None,
+    as_json: Json = False,
+) -> None:
+    """Convert an adapter folder to another format."""
+    from metapeft.peft.checkpoints import convert
+
+    saved = convert(source, destination, to, backbone)
+    show({"method": saved.config.method, "from": saved.format, "to": to, "folder": str(destination)}, as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Examine this machine and say what to fix."""
+    from metapeft.doctor import examine
+
+    checks = [check.to_json() for check in examine()]
+    rows = [{**check, "ok": "yes" if check["ok"] else "NO"} for check in checks]
+    show(checks, as_json, rows)
+    if not all(check["ok"] for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(task: Annotated[str, Argument(help="A catalog name or a file.")] = "sms_spam", as_json: Json = False) -> None:
+    """The whole job on a real task, with a report."""
+    from metapeft import demo as whole_job
+
+    found = whole_job.run(task)
+    if as_json:
+        return show(found, True)
+    show(found["recommendation"], False, recommended(found["recommendation"]), title="Recommended")
+    show(found["methods"], False, found["methods"], title=f"Best of each method on {found['task']}, by validation")
+    show(found["result"], False, [found["result"]], title="Test score")
+    print(f"adapter: {found['adapter']}\nmodel: {found['model']}\nreport: {found['report']}")
+
+
+def settings(params: Path | None) -> Any:
+    """Settings of a command that is about no task."""
+    from metapeft.settings import load_settings
+
+    default = Path("params.yaml")
+    return load_settings(params or (default if default.exists() else None))
+
+
+def recommended(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Table rows of a recommendation."""
+    return [
+        {
+            "rank": entry["rank"],
+            "method": entry["method"],
+            "score": f"{number(entry['score']['mean'])} [{number(entry['score']['low'])}, {number(entry['score']['high'])}]",
+            "P(best)": number(entry["p_best"]),
+            "seconds": number(entry["seconds"], 0),
+            "memory MB": number(entry["peak_memory_mb"], 0),
+            "adapter": size(entry["adapter_bytes"]),
+            "configuration": ", ".join(f"{k}={v}" for k, v in entry["configuration"].items() if k != "method"),
+        }
+        for entry in found["recommendations"]
+    ]
+
+
+def outcome(trial: Trial) -> list[dict[str, Any]]:
+    """One table row per score."""
+    return [
+        {
+            "split": "test",
+            "metric": trial.score.metric if trial.score else "",
+            "tuned": score_text(trial.score),
+            "untuned": score_text(trial.untuned_score),
+            "train seconds": f"{trial.train_seconds:.1f}",
+            "memory MB": f"{trial.peak_memory_mb:.0f}",
+            "adapter": size(trial.adapter_bytes),
+        }
+    ]
+
+
+def registered(model: Any) -> dict[str, Any]:
+    """A table row of a registered adapter."""
+    return {
+        "model": model.name,
+        "version": model.version,
+        "alias": ", ".join(model.aliases),
+        "method": model.method,
+        model.metric or "score": plus_minus(model.score, model.standard_error),
+        "untuned": number(model.untuned_score),
+        "data": model.task_version,
+    }
+
+
+def score_text(score: Score | None) -> str:
+    return plus_minus(score.value, score.standard_error) if score else ""
+
+
+def plus_minus(value: float, error: float) -> str:
+    return f"{number(value)} ± {number(error)}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def size(bytes: int | None) -> str:
+    return "" if not bytes else f"{bytes / 1e6:.2f} MB"
+
+
+def show(value: Any, as_json: bool, rows: list[dict[str, Any]] | None = None, title: str | None = None) -> None:
+    """JSON for machines; for people a table of `rows`, or names and values."""
+    if as_json:
+        print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    if rows is None:
+        rows = value if isinstance(value, list) else [{"": k, "value": v} for k, v in value.items()]
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*("" if row.get(column) is None else str(row[column]) for column in columns))
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+    console.print(table if rows else "nothing yet")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    from metapeft.stages.stage import report_failure
+
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    quiet()
+    try:
+        code: int = app(words, prog_name="metapeft", standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            print("error: interrupted", file=sys.stderr)
+        return code
+    except typer.TyperException as error:
+        return report_failure(UserError(f"{error.format_message()} (see metapeft --help)"), debug)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return report_failure(error, debug)
+
+
+def quiet() -> None:
+    """Keep the libraries' chatter off stderr: what they have to say to people comes as our own lines."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger().setLevel(logging.ERROR)
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

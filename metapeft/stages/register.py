@@ -1,0 +1,82 @@
+"""register: records the whole pipeline in MLflow and puts the adapter into the registry.
+
+Writes model.json: the registered name, version and alias, and the MLflow run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metapeft.settings import Settings
+from metapeft.stages.files import read_task, read_trials
+from metapeft.stages.stage import Stage, read_json, write_json
+from metapeft.training.trial import Trial
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A record read back from a stage's output."""
+
+    record: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.record
+
+
+def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
+    """Record and register. Doing it again for the same trial changes nothing."""
+    from metapeft.meta.experience import Experience
+    from metapeft.stages.tracked import pipeline_run, run_url
+
+    task = read_task(work / "version")
+    profile = Stored(read_json(work / "profile" / "profile.json"))
+    recommendation = Stored(read_json(work / "recommend" / "recommendation.json"))
+    trial = Trial.from_json(read_json(work / "evaluate" / "trial.json"))
+    Experience().append(trial)  # now with its score
+    with pipeline_run(settings, work, task) as tracker:
+        tracker.log_task(task)
+        tracker.log_profile(profile)
+        tracker.log_recommendation(recommendation)
+        if (work / "sweep" / "trials.jsonl").exists():
+            for tried in read_trials(work / "sweep" / "trials.jsonl"):
+                tracker.log_trial(tried, task)
+        tracker.log_outcome(trial)
+        tracker.log_json(settings.model_dump(mode="json"), "settings.json")
+        registration = tracker.register(work / "train" / "adapter", trial, task, recommendation)
+        url = run_url(settings, tracker)
+    model = registration.model
+    summary = {
+        "model": model.name,
+        "version": model.version,
+        "alias": registration.alias,
+        "reason": registration.reason,
+        "run_id": tracker.run_id,
+        "run_url": url,
+    }
+    write_json(out / "model.json", summary)
+    return summary
+
+
+def store(settings: Settings) -> str:
+    """The registry that the record is about: with another one, or a new one, the stage runs again."""
+    from metapeft.tracking.client import uri
+
+    return hashlib.sha256(uri(settings.tracking).encode()).hexdigest()
+
+
+STAGE = Stage(
+    "register",
+    body,
+    settings=("tracking", "backbone"),
+    needs=("version", "profile", "recommend", "train", "evaluate"),
+    uses=("sweep",),
+    code=("metapeft/stages/register.py", "metapeft/stages/tracked.py", "metapeft/tracking"),
+    outside=store,
+)
+run, main = STAGE.run, STAGE.main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

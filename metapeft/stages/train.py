@@ -1,0 +1,102 @@
+"""train: trains the chosen configuration with the full budget.
+
+The choice is the best of the sweep (by what the user prefers) where there was one, else the first recommended, with the
+user's own values on top. Writes trial.json, curve.csv and the folder adapter.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from metapeft.data.task import Task
+from metapeft.errors import MetapeftError
+from metapeft.progress import progress
+from metapeft.settings import Settings, home
+from metapeft.stages.files import read_task, read_trials, write_csv
+from metapeft.stages.stage import Stage, read_json, write_json
+from metapeft.stages.sweep import CURVE, ENGINE, NAMED
+
+
+def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
+    """Train, and keep the best weights by validation."""
+    from metapeft.stages.trainer import Trainer
+    from metapeft.training.configuration import full
+    from metapeft.training.trial import trial_id
+
+    task = read_task(work / "version")
+    chosen, why = choose(settings, work, task)
+    configuration = full(chosen)
+    steps = settings.train.steps
+    identity = trial_id(
+        task.name, task.version, settings.backbone, configuration, settings.seed, steps, len(task.train)
+    )
+    profile = read_json(work / "profile" / "profile.json")
+    with progress(f"train {configuration['method']}", steps) as advance:
+
+        def on_event(event: dict[str, Any]) -> None:
+            score = event.get("validation_score")
+            note = f"loss {event['train_loss']:.3f}" + (f", validation {score:.3f}" if score is not None else "")
+            advance(event["step"], f"step {event['step']} of {steps}: {note}", line=score is not None)
+
+        train = Trainer(settings.backbone, task, profile["version"], test=False, on_event=on_event)
+        trial = train(configuration, settings.seed, steps, identity)
+    if trial.status not in ("ok", "stopped"):
+        raise MetapeftError(
+            f"training {trial.method} ended as {trial.status} ({trial.error}); choose another configuration, for example"
+            f" a lower learning_rate than {configuration['learning_rate']:g}"
+        )
+    shutil.copytree(home() / "adapters" / identity, out / "adapter")
+    trial.adapter = "adapter"
+    write_json(out / "trial.json", trial.to_json())
+    write_csv(out / "curve.csv", [{"trial": trial.id, "method": trial.method} | row for row in trial.curve], CURVE)
+    validation = trial.validation.value if trial.validation else None
+    return {"trial": trial.id, "method": trial.method, "chosen": why, "validation": validation, "seconds": trial.seconds}
+
+
+def choose(settings: Settings, work: Path, task: Task) -> tuple[dict[str, Any], str]:
+    """A configuration and why it was chosen."""
+    method, own = settings.train.method, dict(settings.train.configuration)
+    method = own.pop("method", None) or method
+    found = _swept(settings, work, task, method) or _recommended(work, method)
+    if found is None:  # a method that the recommendation left out: its defaults
+        found = {"method": method}, "asked for"
+    return found[0] | own, found[1]
+
+
+def _swept(settings: Settings, work: Path, task: Task, method: str | None) -> tuple[dict[str, Any], str] | None:
+    """From the sweep, where there is one of this very data and backbone."""
+    from metapeft.search.pareto import named
+
+    if not (work / "sweep" / "sweep.json").exists():
+        return None
+    record = read_json(work / "sweep" / "sweep.json")
+    if (record["task_version"], record["backbone"]) != (task.version, settings.backbone):
+        return None
+    trials = read_trials(work / "sweep" / "trials.jsonl")
+    usable = [t for t in trials if t.id not in record["infeasible"] and method in (None, t.method)]
+    name = NAMED[settings.recommend.prefer]
+    best = named(usable).get(name)
+    return (best.configuration, f"{name} of {len(usable)} trials") if best else None
+
+
+def _recommended(work: Path, method: str | None) -> tuple[dict[str, Any], str] | None:
+    for entry in read_json(work / "recommend" / "recommendation.json")["recommendations"]:
+        if method in (None, entry["method"]):
+            return {"method": entry["method"]} | entry["configuration"], f"recommended, rank {entry['rank']}"
+    return None
+
+
+STAGE = Stage(
+    "train",
+    body,
+    settings=("backbone", "seed", "train", "recommend.prefer"),
+    needs=("version", "profile", "recommend"),
+    uses=("sweep",),
+    code=("metapeft/search/pareto.py", *ENGINE, "metapeft/stages/train.py", "metapeft/stages/trainer.py"),
+)
+run, main = STAGE.run, STAGE.main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
