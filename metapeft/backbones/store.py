@@ -44,9 +44,10 @@ def build(folder: Path, record: dict[str, Any], fill: Callable[[Path], None]) ->
     One process builds at a time and the others wait for it; who finds the folder valid with the same `record` keeps it.
     Raises UserError when the disk is full or not writable; whatever `fill` raises passes, and leaves nothing behind.
     """
+    if _holds(folder, record):  # before anything is written: a complete cache may be read-only
+        return
     with _writable(folder), _locked(folder):
-        found = manifest(folder)
-        if found is not None and record.items() <= found.items():
+        if _holds(folder, record):  # somebody else has just built it
             return
         _sweep(folder)
         temporary = folder.with_name(f".{folder.name}.building-{os.getpid()}")
@@ -64,6 +65,11 @@ def build(folder: Path, record: dict[str, Any], fill: Callable[[Path], None]) ->
             _flush(folder.parent)
         finally:
             _sweep(folder)
+
+
+def _holds(folder: Path, record: dict[str, Any]) -> bool:
+    found = manifest(folder)
+    return found is not None and record.items() <= found.items()
 
 
 @contextmanager
