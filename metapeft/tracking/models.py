@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 CHAMPION, CHALLENGER = "champion", "challenger"
 DATA_ONLY = {".safetensors", ".json", ".md", ".txt", ".jinja"}
 _HISTORY = "champions"
+_SETTLED = "first_alias"  # written last: a version without it was interrupted before it got its alias
 _KIND = {"metapeft": "adapter"}  # tag of the registered models that are ours
 
 
@@ -66,7 +67,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Registration:
-    """A new version, the alias it got, and why."""
+    """A version, the alias it has ("" for none), and why."""
 
     model: Model
     alias: str
@@ -93,8 +94,8 @@ def register(
     """Upload an adapter folder as artifacts of the run and make it a version of the task's registered model.
 
     With alias "champion" the version becomes champion unless the present one scored better (or on another metric);
-    then it is "challenger". Any other alias is simply set. Raises UserError when the folder holds no plain adapter or
-    the trial has no score.
+    then it is "challenger". Any other alias is simply set. The same weights of the same trial are not registered twice.
+    Raises UserError when the folder holds no plain adapter or the trial has no score.
     """
     if trial.score is None:
         raise UserError(
@@ -102,22 +103,28 @@ def register(
         )
     _check_folder(adapter)
     name = registered_name(task.name, trial.backbone)
+    tags = {**_tags(trial, task, recommendation), "weights": _digest(adapter)}
     with failures(settings.tracking), lock("registry"):
-        place = f"adapters/{trial.id}"
-        client.log_artifacts(run_id, str(adapter), place)
-        source = f"{client.get_run(run_id).info.artifact_uri.rstrip('/')}/{place}"
-        _ensure_registered(client, name, task, trial.backbone)
-        tags = _tags(trial, task, recommendation)
-        created = client.create_model_version(name, source, run_id, tags)
-        present = _by_alias(client, name, CHAMPION)
+        same = ("trial", "weights", "score")
+        version = next((v for v in _versions(client, name) if all(v.tags.get(key) == tags[key] for key in same)), None)
+        if version is not None and _SETTLED in version.tags:
+            known = _model(client, version)
+            return Registration(known, (*known.aliases, "")[0], f"registered before as version {known.version}")
+        if version is None:
+            place = f"adapters/{trial.id}"
+            client.log_artifacts(run_id, str(adapter), place)
+            source = f"{client.get_run(run_id).info.artifact_uri.rstrip('/')}/{place}"
+            _ensure_registered(client, name, task, trial.backbone)
+            version = client.create_model_version(name, source, run_id, tags)
         reason = "asked for"
         if alias == CHAMPION:
-            alias, reason = _decide(trial, task, present)
+            alias, reason = _decide(trial, task, _by_alias(client, name, CHAMPION))
         if alias == CHAMPION:
-            _crown(client, name, int(created.version))
+            _crown(client, name, int(version.version))
         else:
-            client.set_registered_model_alias(name, alias, created.version)
-        return Registration(_model(client, client.get_model_version(name, created.version)), alias, reason)
+            client.set_registered_model_alias(name, alias, version.version)
+        client.set_model_version_tag(name, version.version, _SETTLED, alias)
+        return Registration(_model(client, client.get_model_version(name, version.version)), alias, reason)
 
 
 def list_models(settings: Settings) -> list[Model]:
@@ -177,6 +184,14 @@ def _check_folder(adapter: Path) -> None:
             raise UserError(f"{path} is not plain data; an adapter holds only {', '.join(sorted(DATA_ONLY))} files")
     if not any(path.suffix == ".safetensors" for path in files):
         raise UserError(f"{adapter} holds no weights (.safetensors); give the folder that training wrote")
+
+
+def _digest(adapter: Path) -> str:
+    """sha256 of the weights."""
+    digest = hashlib.sha256()
+    for path in sorted(adapter.rglob("*.safetensors")):
+        digest.update(path.relative_to(adapter).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _ensure_registered(client: MlflowClient, name: str, task: Task, backbone: str) -> None:

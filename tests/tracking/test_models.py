@@ -67,6 +67,27 @@ def test_only_a_version_that_is_not_worse_becomes_champion(settings: Settings, t
     }
 
 
+def test_the_same_adapter_is_registered_once(settings: Settings, task: Task) -> None:
+    first = register(settings, task, make_trial(1, 0.9))
+    again = register(settings, task, make_trial(1, 0.9))
+    assert again.model == first.model and (again.alias, again.reason) == ("champion", "registered before as version 1")
+    with tracking.run(settings, "retrained") as tracker:
+        other = tracker.register(make_adapter(Path("adapters/other"), "other weights"), make_trial(1, 0.9), task)
+    assert other.model.version == 2 and other.alias == "champion"
+    assert register(settings, task, make_trial(1, 0.9)).alias == ""
+    assert len(list_models(settings)) == 2
+
+
+def test_an_interrupted_registration_is_finished_by_the_next(settings: Settings, task: Task) -> None:
+    register(settings, task, make_trial(1, 0.8))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("metapeft.tracking.models._crown", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        register(settings, task, make_trial(2, 0.9))
+    assert [m.aliases for m in list_models(settings)] == [(), ("champion",)]
+    assert register(settings, task, make_trial(2, 0.9)).model.aliases == ("champion",)
+    assert len(list_models(settings)) == 2
+
+
 def test_a_first_version_below_the_untuned_backbone_says_so(settings: Settings, task: Task) -> None:
     assert "below the untuned backbone" in register(settings, task, make_trial(1, 0.4)).reason
 
