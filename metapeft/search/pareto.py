@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from metapeft.search import spaces
 from metapeft.settings import DEFAULT_BACKBONE
 from metapeft.training.trial import Score, Trial
 
@@ -103,7 +104,7 @@ def hypervolume(points: Iterable[Sequence[float]], reference: Sequence[float]) -
     levels = sorted({p[2] for p in inside})
     return sum(
         (top - low) * hypervolume([p[:2] for p in inside if p[2] <= low], reference[:2])
-        for low, top in zip(levels, [*levels[1:], reference[2]], strict=True)
+        for low, top in zip(levels, [*levels[1:], *reference[2:]], strict=False)
     )
 
 
@@ -126,7 +127,8 @@ def progress(trials: Sequence[Trial], worst: Point | None = None) -> list[float]
     for trial in trials:
         if (point := objectives(trial)) is not None:
             points.append((1 - point[0], point[1] / worst[1], point[2] / worst[2]))
-        shares.append(hypervolume(points, (1 - worst[0], 1.0, 1.0)))
+        share = hypervolume(points, (1 - worst[0], 1.0, 1.0))
+        shares.append(max([share, *shares[-1:]]))  # rounding must not make it fall
     return shares
 
 
@@ -180,18 +182,22 @@ def explain(trials: Iterable[Trial], task: str | None = None) -> list[Row]:
 
 
 def command(trial: Trial, task: str | None = None) -> str:
-    """The shell command that trains this trial again: same configuration, steps and seed. Default values are left
-    out.
-    """
-    from metapeft.training.configuration import full
+    """The shell command that trains this trial again: same configuration, steps and seed.
 
+    It sets everything that is searched, since `metapeft train` starts from the recommended configuration, and what
+    else is not the default.
+    """
+    usual = spaces.defaults(trial.method)
+    searched = spaces.space([trial.method]).methods[trial.method]
     words = ["metapeft", "train", task or trial.task, "--method", trial.method, "--steps", str(trial.budget)]
     words += ["--backbone", trial.backbone] if trial.backbone != DEFAULT_BACKBONE else []
     words += ["--seed", str(trial.seed)] if trial.seed else []
-    usual = full({"method": trial.method})
     for name, value in trial.configuration.items():
-        if name != "method" and (name not in usual or usual[name] != value):
-            words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+        if name != "method" and (name in searched or usual.get(name) != value):
+            words += [
+                "--set",
+                f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}",
+            ]
     return shlex.join(words)
 
 

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metapeft.errors import UserError
+from metapeft.peft import METHODS, config_class
+from metapeft.search import spaces
+from metapeft.search.spaces import Choices, Range, Space
+from metapeft.training.configuration import TrainConfig, full, split
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def sample(space: Space, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    return [spaces.suggest(study.ask(), space) for _ in range(count)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_name_is_a_field_of_the_method_or_the_trainer(method: str) -> None:
+    known = config_class(method).names() | {f.name for f in fields(TrainConfig)}
+    assert set(spaces.space().methods[method]) <= known
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_issue_list_is_searched(method: str) -> None:
+    wanted = {
+        "lora": {"rank", "alpha", "dropout", "targets", "layers"},
+        "adalora": {"initial_rank", "target_rank", "alpha", "targets", "layers", "initial_fraction", "final_fraction"},
+        "prompt": {"tokens", "initialisation"},
+        "prefix": {"tokens", "initialisation", "projection"},
+        "p_tuning": {"tokens", "encoder", "width"},
+    }
+    assert wanted[method] | {"learning_rate", "batch_size", "warmup"} <= set(spaces.space().methods[method])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_default_lies_inside_the_declared_space(method: str) -> None:
+    default = spaces.defaults(method)
+    assert spaces.project(default, spaces.space()) == default
+
+
+def test_suggestions_are_valid_and_cover_every_method_and_choice() -> None:
+    space = spaces.space()
+    found = sample(space, 600)
+    for configuration in found:
+        split(configuration)  # raises on anything that the trainer would refuse
+        assert set(configuration) == {"method", *space.methods[configuration["method"]]}
+    for method, domains in space.methods.items():
+        own = [c for c in found if c["method"] == method]
+        assert len(own) > 60
+        for name, domain in domains.items():
+            values = [tuple(c[name]) if isinstance(c[name], list) else c[name] for c in own]
+            if isinstance(domain, Choices):
+                assert set(values) == set(domain.values), name
+            else:
+                assert domain.low <= min(values) and max(values) <= domain.high
+                middle = (domain.low * domain.high) ** 0.5 if domain.log else (domain.low + domain.high) / 2
+                assert 0.2 < sum(v < middle for v in values) / len(values) < 0.8, "the scale is searched evenly"
+
+
+def test_rules_between_hyperparameters() -> None:
+    for configuration in sample(spaces.space(["prefix", "adalora"], {"initial_rank": [2, 12]}), 200):
+        if configuration["method"] == "prefix" and configuration["projection"]:
+            assert configuration["initialisation"] == "random"
+        if configuration["method"] == "adalora":
+            assert configuration["target_rank"] <= configuration["initial_rank"]
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=40, deadline=None)
+def test_project_and_encode_reproduce_any_suggestion(seed: int) -> None:
+    space = spaces.space()
+    (configuration,) = sample(space, 1, seed)
+    assert spaces.project(configuration, space) == configuration
+    assert spaces.project(full(configuration), space) == full(configuration), "names that are not searched are kept"
+    study = optuna.create_study()
+    study.enqueue_trial(spaces.encode(configuration, space))
+    assert spaces.suggest(study.ask(), space) == configuration
+
+
+@given(
+    rate=st.floats(1e-6, 1.0),
+    rank=st.integers(1, 300),
+    targets=st.sampled_from([[], ["q_proj"], list(spaces.ATTENTION)]),
+)
+@settings(max_examples=60, deadline=None)
+def test_project_lands_inside_and_stays_there(rate: float, rank: int, targets: list[str]) -> None:
+    space = spaces.space(["lora"], {"rank": [2, 16], "learning_rate": {"low": 1.234e-4, "high": 1e-3}})
+    inside = spaces.project({"method": "lora", "learning_rate": rate, "rank": rank, "targets": targets}, space)
+    assert inside is not None
+    assert 1.234e-4 <= inside["learning_rate"] <= 1e-3
+    assert inside["rank"] == (2 if rank <= 9 else 16)
+    assert spaces.project(inside, space) == inside
+    study = optuna.create_study()
+    study.enqueue_trial(spaces.encode(inside, space))
+    assert spaces.suggest(study.ask(), space) == inside
+    assert spaces.project({"method": "prompt"}, space) is None
+
+
+def test_narrowing() -> None:
+    space = spaces.space(
+        ["lora", "prompt"],
+        {
+            "learning_rate": "1e-3",  # what YAML makes of 1e-3
+            "lora.rank": [16, 4],
+            "targets": ["q_proj", "v_proj"],
+            "layers": [0, 4],
+            "tokens": {"low": 3, "high": 6},
+            "schedule": ["cosine", "linear"],
+            "steps": [20, 40],
+            "dropout": {"low": 0.05, "high": 0.1},
+            "width": 64,  # only p_tuning has it, which is not searched
+        },
+    )
+    lora, prompt = space.methods["lora"], space.methods["prompt"]
+    assert list(space.methods) == ["lora", "prompt"]
+    assert lora["learning_rate"] == prompt["learning_rate"] == Choices((0.001,), ordered=True)
+    assert lora["rank"] == Choices((4, 16), ordered=True) and "rank" not in prompt
+    assert lora["targets"] == Choices((("q_proj", "v_proj"),))
+    assert lora["layers"] == Choices((4, 0), ordered=True), "0 means all, so it comes last"
+    assert prompt["tokens"] == Range(3, 6, integer=True)
+    assert lora["schedule"] == prompt["schedule"] == Choices(("cosine", "linear"))
+    assert lora["steps"] == Choices((20, 40), ordered=True)
+    assert lora["dropout"] == Range(0.05, 0.1)
+    for configuration in sample(space, 50):
+        assert configuration["steps"] in (20, 40)
+        configuration.pop("steps")
+        split(configuration)
+
+
+def test_range_keeps_the_declared_scale() -> None:
+    narrowed = spaces.space(["lora"], {"learning_rate": {"low": 1e-4, "high": 1e-3}}).methods["lora"]["learning_rate"]
+    assert narrowed == Range(1e-4, 1e-3, log=True)
+
+
+def test_method_is_searched_among_those_named() -> None:
+    assert list(spaces.space(narrow={"method": ["prefix", "lora"]}).methods) == ["lora", "prefix"]
+    assert list(spaces.space(narrow={"method": "prompt"}).methods) == ["prompt"]
+    assert [c["method"] for c in sample(spaces.space(["prompt"]), 3)] == ["prompt"] * 3
+
+
+def test_a_backbone_leaves_out_what_it_does_not_have() -> None:
+    lora = spaces.space(["lora"], depth=6, modules={"qkv_proj", "o_proj"}).methods["lora"]
+    assert lora["layers"] == Choices((4, 0), ordered=True)
+    assert lora["targets"] == Choices(((),))
+
+
+@pytest.mark.parametrize(
+    ("narrow", "message"),
+    [
+        ({"rnak": 4}, "space.rnak is no hyperparameter"),
+        ({"lora.tokens": 4}, "space.lora.tokens is no hyperparameter"),
+        ({"nora.rank": 4}, "space.nora.rank is no hyperparameter"),
+        ({"rank": []}, "the list of choices is empty"),
+        ({"rank": "many"}, "space.rank: "),
+        ({"rank": 0}, "at least 1"),
+        ({"dropout": [0.1, 1.5]}, r"\[0, 1\)"),
+        ({"learning_rate": {"low": 1e-3, "high": 1e-4}}, "low=0.001 must not exceed high=0.0001"),
+        ({"learning_rate": {"low": 0, "high": 1e-4}}, "above 0"),
+        ({"learning_rate": {"from": 0, "to": 1}}, "a range is"),
+        ({"learning_rate": float("inf")}, "finite"),
+        ({"initialisation": {"low": "a", "high": "b"}}, "space.initialisation"),
+        ({"initialisation": "zeros"}, "space.initialisation"),
+        ({"steps": 0}, "at least 1"),
+        ({"method": "nora"}, "unknown method 'nora'"),
+    ],
+)
+def test_wrong_narrowing_is_named(narrow: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        spaces.space(None, narrow)
+
+
+def test_methods_that_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="leaves nothing to search"):
+        spaces.space(["lora"], {"method": "prompt"})
+    with pytest.raises(UserError, match="unknown method"):
+        spaces.space(["qlora"])
+    with pytest.raises(UserError, match="unknown method"):
+        spaces.defaults("qlora")
