@@ -44,7 +44,7 @@ class Session:
         self.model: nn.Module = backbone.model
         self.encoded = encode_task(task, backbone.tokenizer, backbone.context_length)
         self.depth = anatomy(self.model).depth
-        self.streams = _streams()
+        self.streams = streams()
         self.untuned: dict[str, Score] = {}
         self._trunks: dict[tuple[str, int], Trunk] = {}
 
@@ -92,7 +92,7 @@ def completion_logits(
     return out[0]
 
 
-def _streams() -> list[mx.Stream]:
+def streams() -> list[mx.Stream]:
     """On a CPU one stream per core, each with single-threaded BLAS: MLX's elementwise work has one thread per stream."""
     if device() != "cpu":
         return [mx.default_stream(mx.default_device())]
