@@ -8,10 +8,10 @@ made under the study's lock and is safe to be cut anywhere:
 - a claimed trial whose worker is dead is told if its record is there, else queued again, once;
 - trials that were told are never run again, and a repeated command continues its study.
 
-What TPE is told. Optuna's TPE ignores trials in state FAIL, so that a region where everything fails looks unexplored and
-draws it in: with one of five methods always failing, over half of all later trials went there. Trials that did not end
-well, or break a limit, are therefore told as complete with a positive constraint: TPE then puts them among the bad ones
-whatever their values, and Optuna keeps them off its front.
+What TPE is told. Optuna's TPE ignores trials in state FAIL, so that a region where everything fails looks unexplored
+and draws it in: with one of five methods always failing, over half of all later trials went there. Trials that did not
+end well, or break a limit, are therefore told as complete with a positive constraint: TPE then puts them among the bad
+ones whatever their values, and Optuna keeps them off its front.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ class _Book:
                 f"there is no sweep {self.name} in {shown(self.url)}; run `metapeft sweep` first"
             ) from error
         except ImportError as error:
-            raise UserError(f"sweeps on PostgreSQL need its driver: pip install 'psycopg[binary]' ({error})") from error
+            raise UserError(f"sweeps on PostgreSQL need its driver: pip install 'metapeft[postgres]' ({error})") from error
         except (sqlalchemy.exc.SQLAlchemyError, OSError, optuna.exceptions.StorageInternalError) as error:
             first = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
             raise UserError(f"cannot open the sweep storage {shown(self.url)} ({first}); check the URL") from error

@@ -206,19 +206,21 @@ from metapeft.settings import Settings, SweepSettings
 from tests.search import surrogate
 
 log, seconds, trials, workers = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-storage = sys.argv[5] if len(sys.argv) > 5 else None
-settings = Settings(backbone=surrogate.BACKBONE, sweep=SweepSettings(trials=trials, workers=workers))
+seed, storage = int(sys.argv[5]), sys.argv[6] if len(sys.argv) > 6 else None
+settings = Settings(backbone=surrogate.BACKBONE, seed=seed, sweep=SweepSettings(trials=trials, workers=workers))
 if __name__ == "__main__":
     run = surrogate.Surrogate(log, seconds)
     sweep.sweep(run, surrogate.task(), settings, storage=storage, on_trial=lambda t, n, of: print(n, of, flush=True))
 """
 
 
-def start(folder: Path, seconds: float, trials: int, workers: int = 1, storage: str = "") -> subprocess.Popen[str]:
+def start(
+    folder: Path, seconds: float, trials: int, workers: int = 1, storage: str = "", seed: int = 0
+) -> subprocess.Popen[str]:
     """A real process that sweeps (in its own session, so that its helpers can be killed with it)."""
     script = folder / "sweeping.py"
     script.write_text(SCRIPT)
-    words = [str(folder / "log"), str(seconds), str(trials), str(workers), *([storage] if storage else [])]
+    words = [str(folder / "log"), str(seconds), str(trials), str(workers), str(seed), *([storage] if storage else [])]
     return subprocess.Popen(
         [sys.executable, str(script), *words],
         cwd=ROOT,
