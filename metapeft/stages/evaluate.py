@@ -1,7 +1,7 @@
 """evaluate: scores the saved adapter and the untuned backbone on the test split.
 
 The adapter is read back from its files, so the score is that of what will be served. Writes trial.json (complete now),
-metrics.json for `dvc metrics`, predictions.jsonl and, for classification, confusion.csv.
+metrics.json for `dvc metrics`, predictions.jsonl and confusion.csv (empty where there are no labels).
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def write_predictions(task: Task, predictions: Predictions, out: Path) -> None:
             row["predicted"] = task.labels[int(predictions.label_scores[index].argmax())]
         rows.append(row)
     write_text(out / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    if predictions.label_scores is not None:
-        write_csv(out / "confusion.csv", rows, ["expected", "predicted"])
+    labelled = rows if predictions.label_scores is not None else []
+    write_csv(out / "confusion.csv", labelled, ["expected", "predicted"])
 
 
 STAGE = Stage(

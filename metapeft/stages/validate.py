@@ -1,0 +1,37 @@
+"""validate: checks the task before any computing is spent on it.
+
+Writes report.json and report.md. Bad data ends here with one line; what is merely doubtful is reported and goes on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from metapeft.settings import Settings
+from metapeft.stages.files import read_task
+from metapeft.stages.stage import Stage, write_json, write_text
+
+
+def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
+    """Check columns, lengths, labels, duplicates and leakage."""
+    from metapeft.data.validation import validate
+
+    report = validate(read_task(work / "version"))
+    write_json(out / "report.json", report.to_json())
+    write_text(out / "report.md", report.to_markdown())
+    report.raise_on_error()
+    return report.summary()
+
+
+STAGE = Stage(
+    "validate",
+    body,
+    settings=(),
+    needs=("version",),
+    code=("metapeft/data/validation.py", "metapeft/stages/validate.py"),
+)
+run, main = STAGE.run, STAGE.main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,42 @@
+"""version: reads the task and fixes its rows, its splits and their content id.
+
+Writes task.json and data.jsonl: what every later stage reads instead of the source.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from metapeft.settings import Settings
+from metapeft.stages.files import write_task
+from metapeft.stages.stage import Stage, content
+
+
+def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
+    """Load, split and version the task."""
+    from metapeft.data import load_task
+
+    task = load_task(settings.task, settings.data)
+    write_task(task, out)
+    sizes = {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)}
+    return {"task": task.name, "version": task.version, "dvc_id": task.dvc_id, "kind": task.kind, **sizes}
+
+
+def source(settings: Settings) -> str:
+    """What a local file or folder holds; a catalog task is pinned by its hash, so its name says enough."""
+    path = Path(settings.task).expanduser()
+    return content(path) if path.exists() else ""
+
+
+STAGE = Stage(
+    "version",
+    body,
+    settings=("task", "data"),
+    code=("metapeft/data", "metapeft/stages/version.py", "metapeft/stages/files.py"),
+    outside=source,
+)
+run, main = STAGE.run, STAGE.main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,62 @@
+"""`dvc.yaml`, the stage modules and `params.yaml` say the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from metapeft import stages
+from metapeft.settings import Settings, load_settings
+from metapeft.stages.stage import content, dotted
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def test_the_same_stages_in_the_same_order(pipeline: dict[str, Any]) -> None:
+    assert tuple(pipeline) == stages.NAMES
+
+
+@pytest.mark.parametrize("name", stages.NAMES)
+def test_dvc_knows_what_a_stage_reads(pipeline: dict[str, Any], name: str) -> None:
+    stage, declared = stages.get(name), pipeline[name]
+    own = {"data"} if name == "version" else set()
+    assert set(declared["deps"]) == own | set(stage.code) | {f"artifacts/{need}" for need in (*stage.needs, *stage.uses)}
+    assert set(declared.get("params", ())) == set(stage.settings)
+    assert declared["outs"] == [f"artifacts/{name}"]
+    assert declared["cmd"] == f"${{python}}.{name}"
+
+
+@pytest.mark.parametrize("name", stages.NAMES)
+def test_a_stage_reads_only_earlier_stages_code_that_exists_and_settings_that_exist(name: str) -> None:
+    stage = stages.get(name)
+    assert set((*stage.needs, *stage.uses)) <= set(stages.NAMES[: stages.NAMES.index(name)])
+    assert all(content(ROOT / path) for path in stage.code), stage.code
+    values = Settings().model_dump()
+    for setting in stage.settings:
+        dotted(values, setting)
+
+
+def test_params_name_every_setting() -> None:
+    """DVC can only watch a parameter that is written down."""
+    assert load_settings(ROOT / "params.yaml")
+    written = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert keys(written) == keys(Settings().model_dump())
+
+
+SECTIONS = {name for name, value in Settings() if hasattr(value, "model_fields")}
+
+
+def keys(values: dict[str, Any]) -> set[str]:
+    found: set[str] = set()
+    for name, value in values.items():
+        inner = {f"{name}.{key}" for key in value} if isinstance(value, dict) and name in SECTIONS else set()
+        found |= inner or {name}
+    return found
