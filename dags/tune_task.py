@@ -1,11 +1,11 @@
 """### Tune a task
 
-Takes one labelled text task to a registered adapter: **version → validate → profile → recommend → sweep → train → evaluate →
-register → report**. Trigger it by hand: *Trigger DAG w/ config* shows the form.
+Takes one labelled text task to a registered adapter: **version → validate → profile → recommend → sweep → train →
+evaluate → register → report**. Trigger it by hand: *Trigger DAG w/ config* shows the form.
 
-Every stage runs in a fresh process and writes into the folder of this run, `METAPEFT_HOME/airflow/tune_task/RUN_ID`. A
-cleared task whose inputs have not changed ends at once with the same result. Wrong input fails at once; anything else is
-tried again. The outcome is in MLflow, the adapter in its registry.
+Every stage runs in a fresh process and writes into the folder of this run, `METAPEFT_HOME/airflow/tune_task/RUN_ID`.
+A cleared task whose inputs have not changed ends at once with the same result. Wrong input fails at once; anything else
+is tried again. The outcome is in MLflow, the adapter in its registry.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ with DAG(
     tags=["metapeft", "tuning"],
     max_active_runs=4,
     dagrun_timeout=timedelta(hours=24),
-    default_args={"owner": "metapeft", "retries": 2, "retry_delay": timedelta(seconds=30), "retry_exponential_backoff": True},
+    default_args={
+        "owner": "metapeft",
+        "retries": 2,
+        "retry_delay": timedelta(seconds=30),
+        "retry_exponential_backoff": True,
+    },
     params={
         "task": Param(
             defaults.task,
@@ -82,15 +87,30 @@ with DAG(
             description="Highest peak memory that may be recommended",
         ),
         "trials": Param(
-            defaults.sweep.trials, type="integer", minimum=1, maximum=1000, title="Trials", description="Trials of the sweep"
+            defaults.sweep.trials,
+            type="integer",
+            minimum=1,
+            maximum=1000,
+            title="Trials",
+            description="Trials of the sweep",
         ),
         "trial_steps": Param(
-            defaults.sweep.steps, type="integer", minimum=1, title="Steps per trial", description="Optimizer steps of one trial"
+            defaults.sweep.steps,
+            type="integer",
+            minimum=1,
+            title="Steps per trial",
+            description="Optimizer steps of one trial",
         ),
         "steps": Param(
-            defaults.train.steps, type="integer", minimum=1, title="Steps", description="Optimizer steps of the final training"
+            defaults.train.steps,
+            type="integer",
+            minimum=1,
+            title="Steps",
+            description="Optimizer steps of the final training",
         ),
-        "seed": Param(defaults.seed, type="integer", minimum=0, title="Seed", description="Of data order and initialisation"),
+        "seed": Param(
+            defaults.seed, type="integer", minimum=0, title="Seed", description="Of data order and initialisation"
+        ),
     },
 ) as dag:
     stages = [

@@ -1,4 +1,6 @@
-"""Write `.env` with fresh random secrets for docker-compose.yaml. An existing file is kept: databases hold its passwords."""
+"""Write `.env` with fresh random secrets for docker-compose.yaml. An existing file is kept: the databases
+hold its passwords.
+"""
 
 import base64
 import os

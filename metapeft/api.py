@@ -29,8 +29,8 @@ BEFORE_SWEEP = ("version", "validate", "profile", "recommend")
 def load(backbone: str, adapter: str | Path | None = None) -> tuple[Any, Any]:
     """A model and its tokenizer, as `mlx_lm.load` gives them.
 
-    adapter: a folder in metapeft's, Hugging Face PEFT's or mlx-lm's format. `model(ids)` returns logits for the real tokens,
-    (batch, tokens, vocabulary), whatever virtual tokens the adapter adds; `mlx_lm.generate` works with it.
+    adapter: a folder in metapeft's, Hugging Face PEFT's or mlx-lm's format. `model(ids)` returns logits for the real
+    tokens, (batch, tokens, vocabulary), whatever virtual tokens the adapter adds; `mlx_lm.generate` works with it.
     """
     from metapeft import backbones
     from metapeft.peft import adapters
@@ -101,8 +101,8 @@ def train(
 ) -> Trial:
     """Train one configuration with the full budget, score it and register it.
 
-    Without a method: the best of the task's sweep where there was one, else the first recommended. options: backbone, seed,
-    params.
+    Without a method: the best of the task's sweep where there was one, else the first recommended. options: backbone,
+    seed, params.
     """
     wanted = {"method": method, "configuration": configuration, "steps": steps}
     settings = settings_for(task, train=wanted, **options)
@@ -112,7 +112,7 @@ def train(
 
 
 def settings_for(task: str | Path, *, params: Path | None = None, **given: Any) -> Settings:
-    """Settings from a file (default: params.yaml where there is one) with what was given on top; None is "not given"."""
+    """Settings from a file (default: params.yaml where there is one) and what was given on top; None: not given."""
     default = Path("params.yaml")
     return load_settings(params or (default if default.exists() else None), task=str(task), **given)
 

@@ -1,7 +1,7 @@
 """The command line: thin, one function per command. Results on stdout, progress and mistakes on stderr.
 
-Exit codes: 0 success, 2 bad input (one line: what, where, how to fix), 1 any other failure. Heavy imports happen inside the
-commands, so that `metapeft --help` answers at once.
+Exit codes: 0 success, 2 bad input (one line: what, where, how to fix), 1 any other failure. Heavy imports happen inside
+the commands, so that `metapeft --help` answers at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -56,9 +57,9 @@ def tasks_list(as_json: Json = False) -> None:
     """All tasks of the catalog."""
     from metapeft.data import catalog
 
-    entries = [entry.to_json() for entry in catalog.entries()]
-    columns = ("name", "kind", "family", "rows", "labels", "licence", "source")
-    show(entries, as_json, [{key: entry.get(key) for key in columns} for entry in entries])
+    entries = [described(entry) for entry in catalog.entries()]
+    columns = ("name", "kind", "family", "rows", "labels", "megabytes", "licence")
+    show(entries, as_json, [{key: entry[key] for key in columns} for entry in entries])
 
 
 @tasks.command("show")
@@ -66,7 +67,7 @@ def tasks_show(name: Annotated[str, Argument(help="Catalog name.")], as_json: Js
     """Everything about one task of the catalog."""
     from metapeft.data import catalog
 
-    show(catalog.entry(name).to_json(), as_json)
+    show(described(catalog.get(name)), as_json)
 
 
 @tasks.command("fetch")
@@ -116,7 +117,9 @@ def recommend(
     from metapeft import api
 
     options: dict[str, Any] = {"backbone": backbone, "seed": seed, "params": params, "work": work}
-    found = api.recommend(task, prefer=prefer, max_seconds=max_seconds, max_memory_mb=max_memory_mb, **options).to_json()
+    found = api.recommend(
+        task, prefer=prefer, max_seconds=max_seconds, max_memory_mb=max_memory_mb, **options
+    ).to_json()
     show(found, as_json, recommended(found), title=f"Recommended for {found['task']} (basis: {found['basis']})")
 
 
@@ -124,7 +127,9 @@ def recommend(
 def train(
     task: Task,
     method: Annotated[str | None, Option(help="Default: the best of the sweep, else the first recommended.")] = None,
-    set_: Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="A hyperparameter, e.g. rank=8.")] = None,
+    set_: Annotated[
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="A hyperparameter, e.g. rank=8.")
+    ] = None,
     steps: Annotated[int | None, Option(help="Optimizer steps.")] = None,
     backbone: Backbone = None,
     seed: Seed = None,
@@ -153,7 +158,8 @@ def sweep(
     workers: Annotated[int | None, Option(help="Processes that train at the same time.")] = None,
     method: Annotated[list[str] | None, Option(help="Search only this method (may be repeated).")] = None,
     set_: Annotated[
-        list[str] | None, Option("--set", metavar="KEY=VALUE", help="Fix a hyperparameter, or give choices: rank=[4,8].")
+        list[str] | None,
+        Option("--set", metavar="KEY=VALUE", help="Fix a hyperparameter, or give choices: rank=[4,8]."),
     ] = None,
     backbone: Backbone = None,
     seed: Seed = None,
@@ -219,7 +225,9 @@ def experience_list(as_json: Json = False) -> None:
 
 
 @experience.command("export")
-def experience_export(file: Annotated[Path, Argument(help="A .parquet or .jsonl file.")], as_json: Json = False) -> None:
+def experience_export(
+    file: Annotated[Path, Argument(help="A .parquet or .jsonl file.")], as_json: Json = False
+) -> None:
     """Write your own trials to one file."""
     from metapeft.meta.experience import Experience
 
@@ -231,12 +239,14 @@ def experience_import(file: Annotated[Path, Argument(help="A file that export wr
     """Add the trials of a file."""
     from metapeft.meta.experience import Experience
 
-    show({"trials": Experience().import_file(file), "file": str(file)}, as_json)
+    show({"trials": Experience().merge(file), "file": str(file)}, as_json)
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[str] | None, Argument(help="Run ids, run names or experiments (default: the experiment).")] = None,
+    runs: Annotated[
+        list[str] | None, Argument(help="Run ids, run names or experiments (default: the experiment).")
+    ] = None,
     params: Params = None,
     as_json: Json = False,
 ) -> None:
@@ -244,8 +254,23 @@ def compare(
     from metapeft.tracking.compare import compare as rows_of
 
     rows = rows_of(settings(params), runs or ())
-    hidden = ("task_version", "trained_parameters", "run", "score_loss")
-    show(rows, as_json, [{k: v for k, v in row.items() if k not in hidden} for row in rows])
+    table = [
+        {
+            "run": row["name"],
+            "task": row["task"],
+            "backbone": Path(row["backbone"]).name,
+            "method": row["method"],
+            "metric": row["metric"],
+            "score": plus_minus(row["score"], row["score_standard_error"]),
+            "untuned": number(row["untuned_score"]),
+            "seconds": number(row["seconds"], 1),
+            "memory MB": number(row["peak_memory_mb"], 0),
+            "adapter": size(row["adapter_bytes"]),
+            "status": row["status"],
+        }
+        for row in rows
+    ]
+    show(rows, as_json, table)
 
 
 @models.command("list")
@@ -273,7 +298,9 @@ def models_promote(
 
 @models.command("rollback")
 def models_rollback(
-    name: Annotated[str, Argument(help="Registered name, or a task's name.")], params: Params = None, as_json: Json = False
+    name: Annotated[str, Argument(help="Registered name, or a task's name.")],
+    params: Params = None,
+    as_json: Json = False,
 ) -> None:
     """Give the champion's place back to the version before."""
     from metapeft.tracking.models import rollback
@@ -300,12 +327,14 @@ def adapters_convert(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Examine this machine and say what to fix."""
-    from metapeft.doctor import examine
+    from metapeft.doctor import examine, format
 
-    checks = [check.to_json() for check in examine()]
-    rows = [{**check, "ok": "yes" if check["ok"] else "NO"} for check in checks]
-    show(checks, as_json, rows)
-    if not all(check["ok"] for check in checks):
+    checks = examine()
+    if as_json:
+        show([asdict(check) for check in checks], True)
+    else:
+        print(format(checks))
+    if not all(check.ok for check in checks):
         raise typer.Exit(1)
 
 
@@ -323,6 +352,11 @@ def demo(task: Annotated[str, Argument(help="A catalog name or a file.")] = "sms
     print(f"adapter: {found['adapter']}\nmodel: {found['model']}\nreport: {found['report']}")
 
 
+def described(entry: Any) -> dict[str, Any]:
+    """A catalog entry for people: without how its rows are extracted."""
+    return {key: value for key, value in asdict(entry).items() if key not in ("extract", "archives")}
+
+
 def settings(params: Path | None) -> Any:
     """Settings of a command that is about no task."""
     from metapeft.settings import load_settings
@@ -337,7 +371,7 @@ def recommended(found: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "rank": entry["rank"],
             "method": entry["method"],
-            "score": f"{number(entry['score']['mean'])} [{number(entry['score']['low'])}, {number(entry['score']['high'])}]",
+            "score": interval(**entry["score"]),
             "P(best)": number(entry["p_best"]),
             "seconds": number(entry["seconds"], 0),
             "memory MB": number(entry["peak_memory_mb"], 0),
@@ -380,22 +414,28 @@ def score_text(score: Score | None) -> str:
     return plus_minus(score.value, score.standard_error) if score else ""
 
 
-def plus_minus(value: float, error: float) -> str:
-    return f"{number(value)} ± {number(error)}"
+def interval(mean: float, low: float, high: float, level: float) -> str:
+    return f"{number(mean)} [{number(low)}, {number(high)}]"
+
+
+def plus_minus(value: float | None, error: float | None) -> str:
+    return f"{number(value)} ± {number(error)}" if value is not None else ""
 
 
 def number(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def size(bytes: int | None) -> str:
+def size(bytes: float | None) -> str:
     return "" if not bytes else f"{bytes / 1e6:.2f} MB"
 
 
 def show(value: Any, as_json: bool, rows: list[dict[str, Any]] | None = None, title: str | None = None) -> None:
     """JSON for machines; for people a table of `rows`, or names and values."""
+    from metapeft.stages.stage import finite
+
     if as_json:
-        print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+        print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console

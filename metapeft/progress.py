@@ -19,7 +19,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def progress(label: str, total: float) -> Iterator[Advance]:
-    """Gives `advance(done, note="")`, with `done` out of `total`; `advance(done, note, line=True)` also leaves a line behind."""
+    """Gives `advance(done, note="", line=False)`, `done` out of `total`; `line` leaves the note behind as a line."""
     if sys.stderr.isatty():
         with _bar(label, total) as advance:
             yield advance
@@ -32,9 +32,16 @@ def _bar(label: str, total: float) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+    )
     console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, transient=True) as bar:
+    with Progress(
+        *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, transient=True
+    ) as bar:
         job = bar.add_task(label, total=total, note="")
 
         def advance(done: float, note: str = "", line: bool = False) -> None:

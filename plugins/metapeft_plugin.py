@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from airflow.sdk.bases.operatorlink import BaseOperatorLink
 from airflow.sdk.plugins_manager import AirflowPlugin
 
 from metapeft.airflow.links import MLflowRunLink
@@ -9,4 +12,4 @@ from metapeft.airflow.links import MLflowRunLink
 
 class MetapeftPlugin(AirflowPlugin):
     name = "metapeft"
-    operator_extra_links = [MLflowRunLink()]
+    operator_extra_links: ClassVar[list[BaseOperatorLink]] = [MLflowRunLink()]

@@ -1,7 +1,7 @@
 """The operator that runs one pipeline stage as a fresh process.
 
-MLX must never run in a forked process (it hangs), and Airflow's workers fork; so the work happens in a new interpreter, in a
-process group of its own that dies with the task.
+MLX must never run in a forked process (it hangs), and Airflow's workers fork; so the work happens in a new interpreter,
+in a process group of its own that dies with the task.
 """
 
 from __future__ import annotations
@@ -99,7 +99,14 @@ class StageOperator(BaseOperator):
         settings = self.settings | {setting: params.get(name) for name, setting in self.form.items()}
         given = [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
         return [
-            *(sys.executable, "-u", "-m", f"metapeft.stages.{self.stage}", "--work", str(work_folder(self.work, self.project))),
+            *(
+                sys.executable,
+                "-u",
+                "-m",
+                f"metapeft.stages.{self.stage}",
+                "--work",
+                str(work_folder(self.work, self.project)),
+            ),
             *(part for pair in given for part in ("--set", pair)),
             *self.arguments,
         ]
@@ -129,7 +136,7 @@ class StageOperator(BaseOperator):
 
 
 def ended(process: subprocess.Popen[str], seconds: float | None) -> bool:
-    """Wait by polling: Airflow calls `on_kill` from a signal handler, where the lock inside `Popen.wait` could be our own."""
+    """Wait by polling: Airflow calls `on_kill` from a signal handler, where `Popen.wait`'s lock may be ours."""
     deadline = None if seconds is None else time.monotonic() + seconds
     while process.poll() is None:
         if deadline is not None and time.monotonic() > deadline:

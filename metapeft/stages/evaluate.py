@@ -45,14 +45,25 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     write_json(out / "trial.json", trial.to_json())
     write_json(out / "metrics.json", metrics(trial, before, after))
     write_predictions(task, predictions, out)
-    return {"metric": after.metric, "score": after.value, "standard_error": after.standard_error, "untuned": before.value}
+    return {
+        "metric": after.metric,
+        "score": after.value,
+        "standard_error": after.standard_error,
+        "untuned": before.value,
+    }
 
 
 def metrics(trial: Trial, before: Score, after: Score) -> dict[str, Any]:
     """Nested numbers, as `dvc metrics show` prints them."""
     keep = ("value", "standard_error", "n", "loss")
-    numbers = {name: {k: v for k, v in asdict(s).items() if k in keep} for name, s in (("tuned", after), ("untuned", before))}
-    cost = {"train_seconds": trial.train_seconds, "peak_memory_mb": trial.peak_memory_mb, "adapter_bytes": trial.adapter_bytes}
+    numbers = {
+        name: {k: v for k, v in asdict(s).items() if k in keep} for name, s in (("tuned", after), ("untuned", before))
+    }
+    cost = {
+        "train_seconds": trial.train_seconds,
+        "peak_memory_mb": trial.peak_memory_mb,
+        "adapter_bytes": trial.adapter_bytes,
+    }
     return {**numbers, "gain": after.value - before.value, "cost": cost}
 
 
@@ -61,7 +72,12 @@ def write_predictions(task: Task, predictions: Predictions, out: Path) -> None:
     rows: list[dict[str, Any]] = []
     for index, example in enumerate(task.test):
         loss = float(predictions.loss_sum[index] / max(1.0, predictions.tokens[index]))
-        row = {"row": index, "expected": example.completion.strip(), "exact": bool(predictions.exact[index]), "loss": loss}
+        row = {
+            "row": index,
+            "expected": example.completion.strip(),
+            "exact": bool(predictions.exact[index]),
+            "loss": loss,
+        }
         if predictions.label_scores is not None:
             row["predicted"] = task.labels[int(predictions.label_scores[index].argmax())]
         rows.append(row)

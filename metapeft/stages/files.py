@@ -1,4 +1,4 @@
-"""What stages hand to each other: the task, written by `version` and read by all others, and the paths in the work folder."""
+"""What stages hand to each other: the task, written by `version` and read by all others, trials, and tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from metapeft.data.task import SPLITS, Example, Task
 from metapeft.errors import UserError
-from metapeft.stages.stage import read_json, write_json, write_text
+from metapeft.stages.stage import finite, read_json, write_json, write_text
 from metapeft.training.trial import Trial
 
 
@@ -43,8 +43,9 @@ def read_task(folder: Path) -> Task:
 
 
 def write_trials(trials: list[Trial], path: Path) -> None:
-    """One JSON record per line."""
-    write_text(path, "".join(json.dumps(trial.to_json(), ensure_ascii=False) + "\n" for trial in trials))
+    """One JSON record per line; what is not a number (the loss of a diverged trial) becomes null."""
+    records = [finite(trial.to_json()) for trial in trials]
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records))
 
 
 def read_trials(path: Path) -> list[Trial]:

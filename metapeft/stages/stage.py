@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -43,9 +44,10 @@ class Result:
 class Stage:
     """One step of the pipeline.
 
-    `body(settings, work, out)` reads `work/NEED` for each of `needs` (and of `uses`, where it is there), writes files into the
-    empty folder `out`, and returns a small JSON summary. `settings` are the dotted names it reads; `code` the files and folders (beside the package) whose
-    change makes the output stale; `outside(settings)` fingerprints what it reads from elsewhere, such as the user's file.
+    `body(settings, work, out)` reads `work/NEED` for each of `needs` (and of `uses`, where it is there), writes files
+    into the empty folder `out`, and returns a small JSON summary. `settings` are the dotted names it reads; `code` the
+    files and folders (beside the package) whose change makes the output stale; `outside(settings)` fingerprints what it
+    reads from elsewhere, such as the user's file.
     """
 
     name: str
@@ -82,11 +84,13 @@ class Stage:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
-        """The stage as a process: log on stderr, the summary as one JSON line on stdout; exit code 0, 2 (bad input) or 1."""
+        """The stage as a process: log on stderr, the summary as one JSON line on stdout; exit code 0, 1 or 2."""
         parser = argparse.ArgumentParser(prog=f"python -m metapeft.stages.{self.name}", description=self.body.__doc__)
         parser.add_argument("--params", type=Path, help="settings file (default: params.yaml where there is one)")
         parser.add_argument("--work", type=Path, default=Path("artifacts"), help="folder of all stages' outputs")
-        parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, e.g. sweep.trials=4")
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, e.g. sweep.trials=4"
+        )
         parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
         given = parser.parse_args(arguments)
         end_with_parent()
@@ -151,7 +155,7 @@ def locked(work: Path, name: str) -> Any:
 
 
 def content(path: Path) -> str:
-    """sha256 of a file, or of a folder's relative names and contents ("" where there is nothing). Hidden files do not count."""
+    """sha256 of a file, or of a folder's relative names and contents without hidden files ("": there is nothing)."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -207,9 +211,18 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON (stable key order, one trailing newline) so that a reader sees the old file or the new one, never a part."""
+    """Write JSON, keys sorted, so that a reader sees the old file or the new one, never a part."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     write_text(path, text)
+
+
+def finite(value: Any) -> Any:
+    """A JSON value without NaN and infinities, which JSON does not have: they become null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,8 +1,8 @@
 """One MLflow run for one pipeline, though its stages are separate processes and some of them may be skipped.
 
-The run's id lies in the work folder beside the stages' records: no stage's input, no DVC output, so it never makes anything
-stale. It counts for one set of settings and one version of the data; with other ones a new run begins, which then also gets
-what the skipped stages had left in the work folder.
+The run's id lies in the work folder beside the stages' records: no stage's input, no DVC output, so it never makes
+anything stale. It counts for one set of settings and one version of the data; with other ones a new run begins, which
+then also gets what the skipped stages had left in the work folder.
 """
 
 from __future__ import annotations

@@ -44,15 +44,21 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         trial = train(configuration, settings.seed, steps, identity)
     if trial.status not in ("ok", "stopped"):
         raise MetapeftError(
-            f"training {trial.method} ended as {trial.status} ({trial.error}); choose another configuration, for example"
-            f" a lower learning_rate than {configuration['learning_rate']:g}"
+            f"training {trial.method} ended as {trial.status} ({trial.error}); choose another configuration, for"
+            f" example a lower learning_rate than {configuration['learning_rate']:g}"
         )
     shutil.copytree(home() / "adapters" / identity, out / "adapter")
     trial.adapter = "adapter"
     write_json(out / "trial.json", trial.to_json())
     write_csv(out / "curve.csv", [{"trial": trial.id, "method": trial.method} | row for row in trial.curve], CURVE)
     validation = trial.validation.value if trial.validation else None
-    return {"trial": trial.id, "method": trial.method, "chosen": why, "validation": validation, "seconds": trial.seconds}
+    return {
+        "trial": trial.id,
+        "method": trial.method,
+        "chosen": why,
+        "validation": validation,
+        "seconds": trial.seconds,
+    }
 
 
 def choose(settings: Settings, work: Path, task: Task) -> tuple[dict[str, Any], str]:

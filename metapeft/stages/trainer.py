@@ -19,10 +19,10 @@ Event = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Trainer:
-    """Trains on one task and one backbone, which it loads at the first call, and adds finished trials to the experience.
+    """Trains on one task and one backbone, loaded at the first call, and adds finished trials to the experience.
 
-    Adapters go to METAPEFT_HOME/adapters/TRIAL_ID, where a training that was killed continues. A Trainer may be pickled:
-    the loaded model and `on_event` stay behind.
+    Adapters go to METAPEFT_HOME/adapters/TRIAL_ID, where a training that was killed continues. A Trainer may be
+    pickled: the loaded model and `on_event` stay behind.
     """
 
     backbone: str

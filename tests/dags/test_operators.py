@@ -65,7 +65,9 @@ def test_runs_in_a_fresh_process_of_its_own_group_and_returns_the_summary(projec
 
 
 def test_the_form_overrides_settings_and_empty_fields_do_not(project: Path) -> None:
-    task = operator(project, "good", settings={"seed": 1, "task": "a b"}, form={"seed": "seed", "most": "recommend.max_seconds"})
+    task = operator(
+        project, "good", settings={"seed": 1, "task": "a b"}, form={"seed": "seed", "most": "recommend.max_seconds"}
+    )
     arguments = task.execute({"params": {"seed": 7, "most": None}})["arguments"]
     assert arguments[2:] == ["--set", "seed=7", "--set", 'task="a b"']
 

@@ -16,7 +16,18 @@ from tests.dags.conftest import ROOT, airflow_environment
 from tests.stages.made import spam_file
 
 STAGES = ["version", "validate", "profile", "recommend", "sweep", "train", "evaluate", "register", "report"]
-HEAVY = {"mlx", "mlflow", "great_expectations", "optuna", "dvc", "transformers", "pandas", "numpy", "sklearn", "matplotlib"}
+HEAVY = {
+    "mlx",
+    "mlflow",
+    "great_expectations",
+    "optuna",
+    "dvc",
+    "transformers",
+    "pandas",
+    "numpy",
+    "sklearn",
+    "matplotlib",
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +61,15 @@ def test_stages_follow_one_another(dag: Any) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"trials": 0}, {"trials": "many"}, {"prefer": "beauty"}, {"max_seconds": -1}, {"task": ""}, {"seed": -1}, {"steps": None}],
+    [
+        {"trials": 0},
+        {"trials": "many"},
+        {"prefer": "beauty"},
+        {"max_seconds": -1},
+        {"task": ""},
+        {"seed": -1},
+        {"steps": None},
+    ],
 )
 def test_the_form_refuses_what_makes_no_sense(dag: Any, wrong: dict[str, Any]) -> None:
     from airflow.sdk.exceptions import ParamValidationError
@@ -87,7 +106,11 @@ print(time.perf_counter() - start)
 print(" ".join({{name.split(".")[0] for name in set(sys.modules) - before}}))
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ | airflow_environment(airflow_home)
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | airflow_environment(airflow_home),
     )
     seconds, loaded = done.stdout.strip().splitlines()[-2:]
     assert float(seconds) < 1.0

@@ -14,7 +14,9 @@ from metapeft.errors import UserError
 from metapeft.stages.files import read_task, read_trials, write_csv, write_task, write_trials
 from metapeft.training.trial import Score, Trial
 
-text = st.text(st.characters(codec="utf-8"), max_size=30)  # with U+2028 and friends: not every line separator ends a row
+text = st.text(
+    st.characters(codec="utf-8"), max_size=30
+)  # with U+2028 and friends: not every line separator ends a row
 prompt = text | st.lists(st.tuples(st.sampled_from(["system", "user"]), text), min_size=1, max_size=3).map(tuple)
 examples = st.lists(st.builds(Example, prompt, text), max_size=4).map(tuple)
 
@@ -22,7 +24,9 @@ examples = st.lists(st.builds(Example, prompt, text), max_size=4).map(tuple)
 @given(examples, examples, examples, st.lists(text, max_size=3).map(tuple), text)
 @settings(max_examples=100, deadline=None)
 def test_round_trip(train: tuple, validation: tuple, test: tuple, labels: tuple, note: str) -> None:
-    task = Task("t", "0" * 16, "classification", "accuracy", train, validation, test, labels, notes=(note,), dvc_id="ab")
+    task = Task(
+        "t", "0" * 16, "classification", "accuracy", train, validation, test, labels, notes=(note,), dvc_id="ab"
+    )
     with tempfile.TemporaryDirectory() as folder:
         write_task(task, Path(folder))
         assert read_task(Path(folder)) == task

@@ -28,7 +28,9 @@ def test_the_same_stages_in_the_same_order(pipeline: dict[str, Any]) -> None:
 def test_dvc_knows_what_a_stage_reads(pipeline: dict[str, Any], name: str) -> None:
     stage, declared = stages.get(name), pipeline[name]
     own = {"data"} if name == "version" else set()
-    assert set(declared["deps"]) == own | set(stage.code) | {f"artifacts/{need}" for need in (*stage.needs, *stage.uses)}
+    assert set(declared["deps"]) == own | set(stage.code) | {
+        f"artifacts/{need}" for need in (*stage.needs, *stage.uses)
+    }
     assert set(declared.get("params", ())) == set(stage.settings)
     assert declared["outs"] == [f"artifacts/{name}"]
     assert declared["cmd"] == f"${{python}}.{name}"

@@ -126,7 +126,8 @@ def test_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> None
         import os, subprocess, sys
         child = subprocess.Popen(
             [sys.executable, "slow.py", "--work", "out", "--set", 'task="60"'],
-            env={**os.environ, "METAPEFT_PARENT": str(os.getpid())}, start_new_session=True, stderr=subprocess.PIPE, text=True)
+            env={**os.environ, "METAPEFT_PARENT": str(os.getpid())}, start_new_session=True,
+            stderr=subprocess.PIPE, text=True)
         child.stderr.readline()
         print(child.pid, flush=True)
         child.wait()
