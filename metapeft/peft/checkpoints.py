@@ -22,7 +22,18 @@ FORMATS: tuple[Format, ...] = ("metapeft", "peft", "mlx-lm")
 
 def detect(folder: Path) -> Format:
     """Which format a folder has, by its files. Raises UserError when it holds no adapter or only a pickled one."""
-    place = folders.locate(folder)
+    return folders.stable(folder, _detect)
+
+
+def read(folder: Path) -> Saved:
+    """The adapter in a folder of ours (checked against its manifest), of Hugging Face PEFT's or of mlx-lm's.
+
+    Raises UserError with one sentence on anything that is missing, damaged, inconsistent or not supported.
+    """
+    return folders.stable(folder, _read)
+
+
+def _detect(place: Path) -> Format:
     if (place / OURS).exists() or (place / folders.MANIFEST).exists():
         return "metapeft"
     if (place / huggingface.WEIGHTS).exists():
@@ -34,18 +45,13 @@ def detect(folder: Path) -> Format:
             f"{place / huggingface.PICKLE} is a pickle, which can run code when it is opened; save the adapter again"
             " with PEFT's save_pretrained, which writes safetensors"
         )
-    raise UserError(f"{folder} holds no adapter ({huggingface.WEIGHTS} or {mlx_lm.WEIGHTS}); check the path")
+    raise UserError(f"{place} holds no adapter ({huggingface.WEIGHTS} or {mlx_lm.WEIGHTS}); check the path")
 
 
-def read(folder: Path) -> Saved:
-    """The adapter in a folder of ours (checked against its manifest), of Hugging Face PEFT's or of mlx-lm's.
-
-    Raises UserError with one sentence on anything that is missing, damaged, inconsistent or not supported.
-    """
-    found = detect(folder)
+def _read(place: Path) -> Saved:
+    found = _detect(place)
     if found == "metapeft":
-        return _decode(folders.sealed_files(folder), folder)
-    place = folders.locate(folder)
+        return _decode(folders.sealed_files(place), place)
     weights = huggingface.WEIGHTS if found == "peft" else mlx_lm.WEIGHTS
     files = {name: folders.read(place / name) for name in (huggingface.CONFIG, weights)}
     return huggingface.decode(files, place) if found == "peft" else mlx_lm.decode(files, place)

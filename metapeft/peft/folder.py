@@ -13,13 +13,16 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from metapeft.errors import UserError
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
 _STALE_SECONDS = 3600  # a half-built sibling this old has no living writer
 
@@ -27,11 +30,14 @@ _STALE_SECONDS = 3600  # a half-built sibling this old has no living writer
 def publish(folder: Path, files: Mapping[str, bytes], *, sealed: bool = True) -> None:
     """Writes `files` (name -> content) as the whole content of `folder`, with a manifest when `sealed`.
 
-    An existing folder is replaced with all that is in it.
+    An existing folder is replaced with all that is in it. Raises UserError when its name is taken by a file.
     """
     folder = Path(os.path.abspath(folder))
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; choose another name for the adapter folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    leftovers = _asides(folder) + [path for path in _siblings(folder, "new") if _age(path) > _STALE_SECONDS]
+    leftovers = _asides(folder) + _siblings(folder, "gone")
+    leftovers += [path for path in _siblings(folder, "new") if _age(path) > _STALE_SECONDS]
     building = _sibling(folder, "new")
     building.mkdir()
     for name, content in files.items():
@@ -40,9 +46,9 @@ def publish(folder: Path, files: Mapping[str, bytes], *, sealed: bool = True) ->
         _write(building / MANIFEST, _manifest(files))
     _sync(building)
     while True:
-        aside = _sibling(folder, "old")
+        leftovers.append(_sibling(folder, "old"))
         with contextlib.suppress(FileNotFoundError):
-            os.rename(folder, aside)
+            os.rename(folder, leftovers[-1])
         try:
             os.rename(building, folder)
             break
@@ -50,60 +56,59 @@ def publish(folder: Path, files: Mapping[str, bytes], *, sealed: bool = True) ->
             if not folder.exists():
                 raise
     _sync(folder.parent)
-    for path in [*leftovers, aside]:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in leftovers:
+        _remove(path, _sibling(folder, "gone"))
 
 
 def locate(folder: Path) -> Path:
     """Where `folder` is now: itself, or its aside name when its replacement was interrupted. Raises UserError."""
     folder = Path(os.path.abspath(folder))
-    for _ in range(100):
-        if folder.is_dir():
+    for _ in range(5):  # the folder may be in the middle of its replacement at each look
+        if (mode := _mode(folder)) is not None:
+            if not stat.S_ISDIR(mode):
+                raise UserError(f"{folder} is a file; give the folder that holds the adapter")
             return folder
-        if folder.exists():
-            raise UserError(f"{folder} is a file; give the folder that holds the adapter")
-        if not (asides := _asides(folder)):
-            time.sleep(0.001)  # a replacement may just have been finished
-            if folder.is_dir():
-                return folder
-            raise UserError(f"there is no adapter folder {folder}; check the path")
-        if asides[-1].is_dir():
+        if asides := _asides(folder):
             return asides[-1]
-    return folder
+        time.sleep(0.002)
+    raise UserError(f"there is no adapter folder {folder}; check the path")
 
 
-def sealed_files(folder: Path) -> dict[str, bytes]:
-    """Content of every file in the manifest, each checked against it. Raises UserError naming the first wrong file."""
-    for attempt in range(3):
+def stable(folder: Path, work: Callable[[Path], T]) -> T:
+    """`work` on the place of `folder`, done again when the folder was replaced meanwhile."""
+    for _ in range(100):
         place = locate(folder)
-        seal = read(place / MANIFEST)
+        before = _identity(place)
         try:
-            return _checked(place, seal)
+            result = work(place)
         except UserError:
-            # The folder may have been replaced while it was read: then its manifest has changed too.
-            if attempt == 2 or read(locate(folder) / MANIFEST) == seal:
+            if before == _identity(locate(folder)):
                 raise
-    raise AssertionError("unreachable")
+            continue
+        if before == _identity(locate(folder)):
+            return result
+    return work(locate(folder))
 
 
-def _checked(folder: Path, seal: bytes) -> dict[str, bytes]:
-    manifest = folder / MANIFEST
+def sealed_files(place: Path) -> dict[str, bytes]:
+    """Content of every file in the manifest, each checked against it. Raises UserError naming the first wrong file."""
+    manifest = place / MANIFEST
     try:
-        entries = json.loads(seal)["files"]
+        entries = json.loads(read(manifest))["files"]
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{manifest} is not a valid manifest; the adapter was damaged, save it again") from error
     content = {}
     for name, (size, digest) in expected.items():
-        if Path(name).name != name:
+        if Path(name).name != name or name == "..":
             raise UserError(f"{manifest} names a file outside its folder ({name!r}); do not use this adapter")
-        data = read(folder / name)
+        data = read(place / name)
         if len(data) != size:
             raise UserError(
-                f"{folder / name} has {len(data)} bytes and its manifest says {size}; save the adapter again"
+                f"{place / name} has {len(data)} bytes and its manifest says {size}; save the adapter again"
             )
         if hashlib.sha256(data).hexdigest() != digest:
-            raise UserError(f"{folder / name} differs from its manifest (sha256); the file was changed, save it again")
+            raise UserError(f"{place / name} differs from its manifest (sha256); the file was changed, save it again")
         content[name] = data
     return content
 
@@ -156,6 +161,29 @@ def _siblings(folder: Path, kind: str) -> list[Path]:
 
 def _asides(folder: Path) -> list[Path]:
     return _siblings(folder, "old")
+
+
+def _remove(path: Path, gone: Path) -> None:
+    """Deletes a folder under another name: what is called an aside is always whole."""
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _identity(place: Path) -> tuple[Path, int, int] | None:
+    """Tells one folder of a name from the next, and from itself after it stepped aside."""
+    try:
+        found = place.stat()
+    except FileNotFoundError:
+        return None
+    return place, found.st_ino, found.st_mtime_ns
 
 
 def _age(path: Path) -> float:

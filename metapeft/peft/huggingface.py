@@ -216,7 +216,7 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError naming the file."""
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); copy or save the adapter again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")

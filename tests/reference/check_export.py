@@ -2,8 +2,8 @@
 
     python check_export.py BASE_FOLDER TOKENS.json OUT.safetensors ADAPTER_FOLDER…
 
-TOKENS.json holds the token ids of a batch, {"tokens": [[…], …], "lengths": […]}; OUT gets one tensor per adapter folder,
-under its name: logits (batch, tokens, vocabulary). Runs in the environment of requirements.txt (see README.md).
+TOKENS.json holds the token ids of a batch, {"tokens": [[…], …], "lengths": […]}. OUT gets one tensor per adapter
+folder, under its name: logits (batch, tokens, vocabulary). Runs in the environment of requirements.txt (see README.md).
 """
 
 from __future__ import annotations
