@@ -35,6 +35,7 @@ from metapeft.errors import UserError
 FORWARDED = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 FORWARDER = Path(__file__).with_name("blas_forwarder.c")
 COMPILERS = ("cc", "gcc", "clang", "c++", "g++", "clang++")
+SYSTEM = "libopenblas.so.0"  # found by ld.so
 REMEDY = "install scipy-openblas32 and a C++ compiler (Debian: apt-get install g++), or Debian's libopenblas0-pthread"
 
 
@@ -134,7 +135,7 @@ def _open() -> Blas:
             ) from error
         return _describe("METAPEFT_BLAS", named, _library)
     problems = []
-    for name, candidate in (("scipy-openblas32", _wheel()), ("system OpenBLAS", Path("libopenblas.so.0"))):
+    for name, candidate in (("scipy-openblas32", _wheel()), ("system OpenBLAS", Path(SYSTEM))):
         if candidate is None:
             continue
         try:
@@ -198,15 +199,19 @@ def _forwarder() -> ctypes.CDLL:
 
     It is given addresses at run time, so one file serves every version of the library it forwards to.
     """
-    name = f"forwarder-{platform.machine()}-{hashlib.sha256(FORWARDER.read_bytes()).hexdigest()[:16]}.so"
+    prefix = f"forwarder-{platform.machine()}-{_digest(FORWARDER)}"
     folder = _cache_folder()
     if folder is None:  # nowhere to keep it: compile for this process alone
         with tempfile.TemporaryDirectory(prefix="metapeft-blas-") as private:
-            return _compile(Path(private, name))
-    try:
-        return ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL)
-    except OSError:  # not there yet, or damaged
-        return _compile(folder / name)
+            return _compile(Path(private), prefix)
+    for kept in folder.glob(f"{prefix}-*.so"):
+        if kept.stem.endswith(_digest(kept)):  # opening a library that was cut short kills the process
+            return ctypes.CDLL(str(kept), ctypes.RTLD_GLOBAL)
+    return _compile(folder, prefix)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _cache_folder() -> Path | None:
@@ -222,18 +227,19 @@ def _cache_folder() -> Path | None:
     return folder if private and os.access(folder, os.W_OK | os.X_OK) else None
 
 
-def _compile(target: Path) -> ctypes.CDLL:
-    """Compile the forwarder beside its final name and rename it: two processes at once end with the same file."""
+def _compile(folder: Path, prefix: str) -> ctypes.CDLL:
+    """Compile the forwarder, then rename it after its content: two processes at once end with the same file."""
     found = compiler()
     if found is None:
         raise OSError("no C compiler")
-    handle, temporary = tempfile.mkstemp(prefix=".forwarder-", suffix=".so", dir=target.parent)
+    handle, temporary = tempfile.mkstemp(prefix=".forwarder-", suffix=".so", dir=folder)
     os.close(handle)
     try:
         command = [found, "-O2", "-shared", "-fPIC", "-o", temporary, str(FORWARDER)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode:
             raise OSError(f"{found} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        target = folder / f"{prefix}-{_digest(Path(temporary))}.so"
         os.replace(temporary, target)
     finally:
         if os.path.exists(temporary):

@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +22,7 @@ BLAS = _blas.open_fast()  # before MLX: see metapeft.blas
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import mlx.optimizers as optim  # noqa: E402
+from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
 __all__ = [
     "BLAS",
@@ -33,10 +35,14 @@ __all__ = [
     "optim",
     "require_memory",
     "total_memory_mb",
+    "tree_flatten",
+    "tree_map",
+    "tree_unflatten",
     "versions",
 ]
 
 MB = 1024 * 1024
+CGROUP = Path("/sys/fs/cgroup")  # where a container's limits stand (cgroup v2)
 REPORTED = ("mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "optuna", "mlflow", "dvc", "apache-airflow")
 
 
@@ -152,8 +158,7 @@ def _proc(file: str, field: str) -> float:
 def _cgroup(name: str) -> float | None:
     """A cgroup v2 number in MiB, None where there is no limit or no such cgroup."""
     try:
-        with open(f"/sys/fs/cgroup/{name}", encoding="ascii") as file:
-            text = file.read().strip()
+        text = (CGROUP / name).read_text(encoding="ascii").strip()
     except OSError:
         return None
     return float(text) / MB if text.isdigit() else None
@@ -162,8 +167,8 @@ def _cgroup(name: str) -> float | None:
 def _cgroup_reclaimable_mb() -> float:
     """File pages that the kernel gives back before it kills anything."""
     try:
-        with open("/sys/fs/cgroup/memory.stat", encoding="ascii") as lines:
-            return sum(float(line.split()[1]) for line in lines if line.startswith("inactive_file ")) / MB
+        lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        return sum(float(line.split()[1]) for line in lines if line.startswith("inactive_file ")) / MB
     except OSError:
         return 0.0
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from metapeft.backbones import packaged, store
 from metapeft.errors import UserError
-from metapeft.runtime import device, free_memory_mb, mx, nn
+from metapeft.runtime import device, free_memory_mb, mx, nn, tree_flatten
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 CONTEXT_UNKNOWN = 2048
@@ -164,8 +164,6 @@ def _prepare(model: nn.Module, folder: Path, dequantize: bool) -> None:
 
 
 def _leaves(model: nn.Module) -> list[mx.array]:
-    from mlx.utils import tree_flatten
-
     return list(dict(tree_flatten(model.parameters())).values())
 
 

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from metapeft import runtime
+from metapeft.runtime import Measured, mx
+
+ROOT = Path(__file__).resolve().parent.parent
+MB = 2**20
+
+
+def test_measured_counts_wall_time_and_mlx_memory() -> None:
+    held = mx.zeros((4 * MB // 4,))
+    mx.eval(held)
+    with Measured() as measured:
+        time.sleep(0.05)
+        mx.eval(mx.random.normal((32 * MB // 4,)) + 1)
+    assert 0.05 <= measured.seconds < 5
+    assert 36 <= measured.peak_memory_mb < 36 + 3 * 32 + 50, "what was held before and what the block took"
+
+
+def test_measured_starts_from_what_is_held_not_from_an_earlier_peak() -> None:
+    mx.eval(mx.random.normal((64 * MB // 4,)))
+    with Measured() as measured:
+        pass
+    assert measured.peak_memory_mb * MB == pytest.approx(mx.get_active_memory(), abs=MB)
+    assert measured.seconds < 1
+
+
+def test_measured_reports_a_block_that_fails() -> None:
+    measured = Measured()
+    with pytest.raises(KeyError), measured:
+        mx.eval(mx.zeros((MB,)))
+        raise KeyError
+    assert measured.seconds > 0 and measured.peak_memory_mb >= 4
+
+
+def test_memory_is_that_of_the_machine() -> None:
+    total, free = runtime.total_memory_mb(), runtime.free_memory_mb()
+    assert 0 < free <= total
+    pages = runtime.os.sysconf("SC_PAGE_SIZE") * runtime.os.sysconf("SC_PHYS_PAGES") / MB
+    assert total <= pages * 1.01
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_free_memory_falls_by_what_is_taken() -> None:
+    """In another process, whose end gives it all back; 400 MB stand out from what the neighbours do."""
+    code = """
+    from metapeft.runtime import free_memory_mb, mx
+    falls = []
+    for _ in range(5):
+        before = free_memory_mb()
+        taken = mx.random.normal((100 * 2**20,))
+        mx.eval(taken)
+        falls.append(before - free_memory_mb())
+        del taken
+    print(sorted(falls)[2])
+    """
+    import textwrap
+
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert 200 < float(out.stdout) < 900
+
+
+def test_require_memory() -> None:
+    runtime.require_memory(1)
+    with pytest.raises(MemoryError, match="out of memory"):
+        runtime.require_memory(runtime.total_memory_mb())
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of a cgroup v2 with 1 GiB, of which 700 MiB are used, 300 MiB of these by files it can drop."""
+    (tmp_path / "memory.max").write_text(f"{1024 * MB}\n")
+    (tmp_path / "memory.current").write_text(f"{700 * MB}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {400 * MB}\ninactive_file {300 * MB}\n")
+    monkeypatch.setattr(runtime, "CGROUP", tmp_path)
+    assert runtime.total_memory_mb() == 1024
+    assert runtime.free_memory_mb() == pytest.approx(624)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert runtime.total_memory_mb() > 1024
+
+
+def test_describe_is_json_and_names_the_blas() -> None:
+    found = json.loads(json.dumps(runtime.describe()))
+    assert found["device"] == runtime.device() in ("cpu", "metal", "cuda")
+    if found["device"] == "cpu" and sys.platform == "linux":
+        assert found["fast_blas"] and "OpenBLAS" in found["blas"] and found["threads"] >= 1
+
+
+def test_versions_are_the_installed_ones() -> None:
+    found = runtime.versions()
+    assert found["mlx"] == importlib.metadata.version("mlx")
+    assert found["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
