@@ -120,8 +120,8 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         if value is None:
             continue
-        if isinstance(value, dict) and isinstance(result.get(key), dict):
-            result[key] = merge(result[key], value)
+        if isinstance(value, dict):
+            result[key] = merge(result[key] if isinstance(result.get(key), dict) else {}, value)
         else:
             result[key] = value
     return result
