@@ -342,14 +342,30 @@ def doctor(as_json: Json = False) -> None:
 def demo(task: Annotated[str, Argument(help="A catalog name or a file.")] = "sms_spam", as_json: Json = False) -> None:
     """The whole job on a real task, with a report."""
     from metapeft import demo as whole_job
+    from metapeft.training.trial import Trial
 
     found = whole_job.run(task)
     if as_json:
         return show(found, True)
-    show(found["recommendation"], False, recommended(found["recommendation"]), title="Recommended")
-    show(found["methods"], False, found["methods"], title=f"Best of each method on {found['task']}, by validation")
-    show(found["result"], False, [found["result"]], title="Test score")
-    print(f"adapter: {found['adapter']}\nmodel: {found['model']}\nreport: {found['report']}")
+    trial = Trial.from_json(found["trial"])
+    show(None, False, recommended(found["recommendation"]), title="Recommended before any training")
+    tried = [Trial.from_json(record) for record in found["methods"]]
+    rows = [
+        {
+            "rank": rank,
+            "method": best.method,
+            "validation": score_text(best.validation),
+            "test": score_text(best.score),
+            "seconds": f"{best.train_seconds:.1f}",
+            "memory MB": f"{best.peak_memory_mb:.0f}",
+            "adapter": size(best.adapter_bytes),
+            "learning rate": f"{best.configuration['learning_rate']:.2g}",
+        }
+        for rank, best in enumerate(tried, start=1)
+    ]
+    show(None, False, rows, title=f"Methods on {trial.task}, ranked by the sweep")
+    show(None, False, outcome(trial), title=f"Trained and registered: {trial.method}")
+    print(f"adapter: {trial.adapter}\nmodel:   {found['model']}\nreport:  {found['report']}")
 
 
 def described(entry: Any) -> dict[str, Any]:

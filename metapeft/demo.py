@@ -1,0 +1,52 @@
+"""`metapeft demo`: the whole job on a real task, small enough for a few minutes on two cores."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from metapeft import api, stages
+from metapeft.progress import say
+from metapeft.settings import load_settings
+from metapeft.stages.stage import read_json
+
+SIZES: dict[str, Any] = {
+    "data": {"max_train": 400, "max_validation": 100, "max_test": 300},
+    "sweep": {"trials": 6, "steps": 25},
+    "train": {"steps": 80},
+}
+
+
+def run(task: str) -> dict[str, Any]:
+    """Everything from the data to a registered adapter and a report; a second run finds every stage done."""
+    begin = time.perf_counter()
+    settings = load_settings(None, task=task, **SIZES)
+    work = api.work_folder(settings)
+    results = stages.run(stages.NAMES, settings, work)
+    if all(result.cached for result in results.values()):
+        say("nothing has changed since the last run: every result below was reused")
+    trial, swept = api.read_trial(work), api.read_sweep(work)
+    assert trial.score is not None and trial.untuned_score is not None
+    model = results["register"].summary
+    return {
+        "task": trial.task,
+        "recommendation": read_json(work / "recommend" / "recommendation.json"),
+        "methods": best_per_method(swept.trials),
+        "trial": trial.to_json(),
+        "model": f"{model['model']} version {model['version']} ({model['alias']})",
+        "report": str(work / "report" / "report.html"),
+        "reused": [name for name, result in results.items() if result.cached],
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def best_per_method(trials: list[Any]) -> list[dict[str, Any]]:
+    """The best trial of each method, best validation score first, as JSON records."""
+    from metapeft.search.pareto import judged
+
+    ended = [trial for trial in trials if trial.status == "ok" and judged(trial) is not None]
+    ended.sort(key=lambda t: (-judged(t).value, judged(t).loss))  # type: ignore[union-attr]
+    best: dict[str, Any] = {}
+    for trial in ended:
+        best.setdefault(trial.method, trial)
+    return [trial.to_json() for trial in best.values()]

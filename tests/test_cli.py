@@ -1,0 +1,209 @@
+"""The command line as people meet it: real processes, exit codes, one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from metapeft import cli
+from tests.backbones.tiny import tiny_folder
+from tests.stages.made import spam_file, spam_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def metapeft(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """One command in a process of its own, in a folder without a params.yaml."""
+    return subprocess.run(
+        [sys.executable, "-m", "metapeft.cli", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd or os.environ["METAPEFT_HOME"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=250,
+        check=False,
+    )
+
+
+def mistake(*words: object) -> str:
+    """The one line that a mistake gives."""
+    done = metapeft(*words)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_help_answers_in_under_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = metapeft("--help")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0 and "recommend" in done.stdout
+    assert min(seconds) < 1.0
+
+
+def test_every_command_has_help() -> None:
+    for words in COMMANDS:
+        done = metapeft(*words, "--help")
+        assert done.returncode == 0 and "--json" in done.stdout, words
+
+
+COMMANDS = [
+    ["tasks", "list"],
+    ["tasks", "show"],
+    ["tasks", "fetch"],
+    ["profile"],
+    ["recommend"],
+    ["train"],
+    ["sweep"],
+    ["experience", "list"],
+    ["experience", "export"],
+    ["experience", "import"],
+    ["compare"],
+    ["models", "list"],
+    ["models", "promote"],
+    ["models", "rollback"],
+    ["adapters", "convert"],
+    ["doctor"],
+    ["demo"],
+]
+
+
+def test_the_list_above_is_all_there_is() -> None:
+    found = [[c.name or c.callback.__name__] for c in cli.app.registered_commands]  # type: ignore[union-attr]
+    for part in cli.app.registered_groups:
+        found += [[part.name, c.name] for c in part.typer_instance.registered_commands]  # type: ignore[union-attr]
+    assert sorted(found) == sorted(COMMANDS)
+
+
+def row_file(folder: Path, content: bytes) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_bytes(content)
+    return path
+
+
+def lines(rows: list[dict[str, str]]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+GOOD = lines(spam_rows(20))
+LONG = {"text": "x" * 1_000_001, "label": "spam"}
+BAD_FILES = {
+    "empty file": (b"", ["is empty"]),
+    "broken JSON": (GOOD + b'{"text": "a", "label": \n', ["line 21", "not valid JSON"]),
+    "missing column": (GOOD + b'{"text": "no label here"}\n', ["line 21", "label"]),
+    "one label only": (lines([row | {"label": "spam"} for row in spam_rows(20)]), ["every row has the label 'spam'"]),
+    "not UTF-8": (GOOD + b'{"text": "caf\xe9", "label": "ham"}\n', ["line 21", "not UTF-8"]),
+    "a million characters": (GOOD + lines([LONG]), ["line 21", "characters"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_data_is_one_line_that_says_what_and_where(case: str, tmp_path: Path) -> None:
+    content, words = BAD_FILES[case]
+    path = row_file(tmp_path, content)
+    message = mistake("recommend", path)
+    assert str(path) in message and all(word in message for word in words), message
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    assert "no such file" in mistake("sweep", tmp_path / "missing.jsonl")
+
+
+def test_an_unknown_task_gets_close_names() -> None:
+    assert "sms_spam" in mistake("recommend", "sms_span")
+
+
+def test_a_row_longer_than_the_context(tmp_path: Path) -> None:
+    """The tiny backbone reads 512 tokens, one per byte."""
+    path = row_file(tmp_path, lines([*spam_rows(40), {"text": "long " * 150, "label": "ham"}]))
+    message = mistake("train", path, "--backbone", tiny_folder("llama"), "--method", "lora", "--steps", 2)
+    assert "512 tokens" in message and "longer" in message
+
+
+@pytest.mark.parametrize("command", ["recommend", "train", "sweep"])
+def test_a_wrong_backbone(command: str, tmp_path: Path) -> None:
+    assert "no-such-backbone" in mistake(command, spam_file(tmp_path), "--backbone", "no-such-backbone")
+
+
+def test_an_unwritable_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    assert "cannot write" in mistake("train", spam_file(tmp_path), "--work", blocked / "work")
+    monkeypatch.setenv("METAPEFT_HOME", str(blocked / "home"))
+    done = metapeft("recommend", spam_file(tmp_path), cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(blocked) in done.stderr
+
+
+def test_a_corrupt_adapter(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"')
+    (adapter / "adapter_model.safetensors").write_bytes(b"not tensors")
+    message = mistake("adapters", "convert", adapter, tmp_path / "out", "--to", "mlx-lm")
+    assert str(adapter) in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["recomend", "x"], "Did you mean 'recommend'?"),
+        (["recommend"], "Missing argument"),
+        (["train", "x", "--steps", "many"], "--steps"),
+        (["recommend", "sms_spam", "--prefer", "beauty"], "beauty"),
+        (["train", "sms_spam", "--set", "rank"], "KEY=VALUE"),
+        (["sweep", "sms_spam", "--trials", "0"], "trials"),
+        (["recommend", "sms_spam", "--params", "missing.yaml"], "missing.yaml"),
+        (["models", "promote", "nothing", "1"], "nothing"),
+        (["models", "rollback", "nothing"], "nothing"),
+        (["experience", "import", "missing.jsonl"], "missing.jsonl"),
+        (["experience", "export", "out.txt"], ".parquet"),
+        (["tasks", "show", "sms_span"], "sms_spam"),
+        (["compare", "no-such-run"], "no-such-run"),
+    ],
+)
+def test_mistakes_in_words_and_options(words: list[str], expected: str) -> None:
+    assert expected in mistake(*words)
+
+
+def test_an_unknown_hyperparameter_gets_close_names(tmp_path: Path) -> None:
+    words = ["train", spam_file(tmp_path), "--backbone", tiny_folder("llama"), "--method", "lora"]
+    assert "'rank'" in mistake(*words, "--set", "rnak=4")
+
+
+def test_a_defect_is_one_line_and_a_traceback_only_on_demand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(params: object) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(cli, "settings", broken)
+    assert cli.main(["models", "list"]) == 1
+    assert capsys.readouterr().err == "error: ZeroDivisionError: by zero; run with --debug for the traceback\n"
+    assert cli.main(["models", "list", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_output_may_be_cut_off() -> None:
+    """`metapeft tasks list | head -1` is no failure."""
+    command = f"{sys.executable} -m metapeft.cli tasks list --json | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_the_catalog() -> None:
+    found = json.loads(metapeft("tasks", "list", "--json").stdout)
+    names = [task["name"] for task in found]
+    assert "sms_spam" in names and len(names) > 20
+    shown = json.loads(metapeft("tasks", "show", "sms_spam", "--json").stdout)
+    assert shown["licence"] and shown["source"] and shown["rows"] > 1000 and len(shown["sha256"]) == 64
+    assert "sms_spam" in metapeft("tasks", "list").stdout
