@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 from metapeft import api, stages
-from metapeft.progress import say
 from metapeft.settings import load_settings
 from metapeft.stages.stage import read_json
 
@@ -23,8 +22,6 @@ def run(task: str) -> dict[str, Any]:
     settings = load_settings(None, task=task, **SIZES)
     work = api.work_folder(settings)
     results = stages.run(stages.NAMES, settings, work)
-    if all(result.cached for result in results.values()):
-        say("nothing has changed since the last run: every result below was reused")
     trial, swept = api.read_trial(work), api.read_sweep(work)
     assert trial.score is not None and trial.untuned_score is not None
     model = results["register"].summary

@@ -21,12 +21,16 @@ def get(name: str) -> Stage:
 
 
 def run(names: Sequence[str], settings: Settings, work: Path) -> dict[str, Result]:
-    """Run stages one after another in this process, each only where its output is not current; says so on stderr."""
+    """Run stages one after another in this process, each only where its output is not current.
+
+    What there is to say is said at the end: before that, stderr belongs to the one line of a mistake.
+    """
     from metapeft.progress import say
 
-    results = {}
-    for name in names:
-        results[name] = get(name).run(settings, work)
-        if results[name].cached:
-            say(f"{name}: unchanged, reused")
+    results = {name: get(name).run(settings, work) for name in names}
+    for name, result in results.items():
+        for warning in result.warnings:
+            say(f"{name}: {warning}")
+    if reused := [name for name, result in results.items() if result.cached]:
+        say(f"unchanged since an earlier run, reused: {', '.join(reused)}")
     return results

@@ -39,6 +39,11 @@ class Result:
     cached: bool
     seconds: float
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should know, though it stops nothing (`warnings` in the summary)."""
+        return list(self.summary.get("warnings", ()))
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -102,6 +107,8 @@ class Stage:
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr)
             return 130
+        for warning in result.warnings:
+            print(f"{self.name}: {warning}", file=sys.stderr)
         print(f"{self.name}: {'unchanged' if result.cached else f'done in {result.seconds:.1f} s'}", file=sys.stderr)
         print(json.dumps(result.summary), flush=True)
         return 0

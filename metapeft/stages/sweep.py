@@ -92,6 +92,7 @@ def _space(settings: Settings, train: Any) -> Any:
     from metapeft.peft.matrices import linear_layers
     from metapeft.search import spaces
 
+    spaces.space(settings.sweep.methods, settings.sweep.space)  # a mistake in it is cheaper to find without the model
     session = train.session()
     modules = {path.rsplit(".", 1)[-1] for path in linear_layers(session.model)}
     return spaces.space(settings.sweep.methods, settings.sweep.space, depth=session.depth, modules=modules)

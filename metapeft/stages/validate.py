@@ -1,6 +1,6 @@
 """validate: checks the task before any computing is spent on it.
 
-Writes report.json and report.md. Bad data ends here with one line; what is merely doubtful is reported and goes on.
+Writes report.json and report.html. Bad data ends here with one line; what is merely doubtful is said, and goes on.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     from metapeft.data.validation import validate
 
     report = validate(read_task(work / "version"))
-    write_json(out / "report.json", report.to_json())
-    write_text(out / "report.md", report.to_markdown())
     report.raise_on_error()
+    write_json(out / "report.json", report.to_json())
+    write_text(out / "report.html", report.to_html())
     return report.summary()
 
 
