@@ -27,10 +27,10 @@ def shared_backbones() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty METAPEFT_HOME of this test's own, with the packaged backbone in it if that was ever converted."""
-    folder = tmp_path / "home"
-    (folder / "backbones").mkdir(parents=True)
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "backbones").mkdir()
     monkeypatch.setenv("METAPEFT_HOME", str(folder))
     if (shared_backbones() / SMOLLM / "manifest.json").exists():
         (folder / "backbones" / SMOLLM).symlink_to(shared_backbones() / SMOLLM)

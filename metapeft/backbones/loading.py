@@ -88,7 +88,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} has no config.json; give the folder of an MLX or Hugging Face model") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read ({error}); download the model again") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(
             f"{folder / 'config.json'} names no model_type; give the folder of an MLX or Hugging Face model"
         )
@@ -122,8 +122,8 @@ def _mlx(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, Any]:
 
 
 def _first(error: Exception) -> str:
-    """The first line of what a library says, cut to what fits into a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The beginning of what a library says, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _supported(config: dict[str, Any]) -> bool:

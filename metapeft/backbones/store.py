@@ -85,8 +85,10 @@ def _writable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        blocked = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file is in the way" if blocked else error.strerror or error
         raise UserError(
-            f"cannot write {folder} ({error.strerror or error}); set METAPEFT_HOME to a writable folder with 1 GB free"
+            f"cannot write {folder} ({reason}); set METAPEFT_HOME to a writable folder with 1 GB free"
         ) from error
 
 

@@ -81,8 +81,8 @@ def write(folder: Path, model_type: str, seed: int = 0, quantized: bool = False)
 
     config = {"model_type": model_type, **COMMON, **CONFIGS[model_type]}
     model_class, arguments = _get_classes(config)
-    model = model_class(arguments.from_dict(config))
     mx.random.seed(seed)
+    model = model_class(arguments.from_dict(config))
 
     def randomize(name: str, value: mx.array) -> mx.array:
         if value.ndim == 1:  # norms near one (or zero where the architecture adds one), biases near zero
