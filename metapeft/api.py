@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from metapeft.profiling import Profile
     from metapeft.search import Sweep
 
-BEFORE_SWEEP = ("version", "validate", "profile", "recommend")
+PROFILED = ("version", "validate", "profile")
+BEFORE_SWEEP = (*PROFILED, "recommend")
 
 
 def load(backbone: str, adapter: str | Path | None = None) -> tuple[Any, Any]:
@@ -47,7 +48,7 @@ def profile(task: str | Path, *, work: Path | None = None, **options: Any) -> Pr
 
     settings = settings_for(task, **options)
     work = work or work_folder(settings)
-    stages.run(("version", "validate", "profile"), settings, work)
+    stages.run(PROFILED, settings, work)
     return Profile.from_json(read_json(work / "profile" / "profile.json"))
 
 
@@ -60,14 +61,19 @@ def recommend(
     work: Path | None = None,
     **options: Any,
 ) -> Recommendation:
-    """Ranked configurations for a task. options: backbone, seed, params."""
-    from metapeft.meta import Recommendation
+    """Ranked configurations for a task, from all that is known now, trials of this very task included.
+
+    (The pipeline's own recommendation, made before its sweep, does not change because of the sweep's trials.) options:
+    backbone, seed, params.
+    """
+    from metapeft.meta.experience import Experience
+    from metapeft.stages.recommend import ranked
 
     wanted = {"prefer": prefer, "max_seconds": max_seconds, "max_memory_mb": max_memory_mb}
     settings = settings_for(task, recommend=wanted, **options)
     work = work or work_folder(settings)
-    stages.run(BEFORE_SWEEP, settings, work)
-    return Recommendation.from_json(read_json(work / "recommend" / "recommendation.json"))
+    stages.run(PROFILED, settings, work)
+    return ranked(settings, work, Experience())
 
 
 def sweep(
@@ -86,8 +92,10 @@ def sweep(
     wanted = {"trials": trials, "steps": steps, "max_seconds": max_seconds, "workers": workers}
     settings = settings_for(task, sweep=wanted | {"methods": methods, "space": space}, **options)
     work = work or work_folder(settings)
-    stages.run((*BEFORE_SWEEP, "sweep"), settings, work)
-    return read_sweep(work)
+    result = stages.run((*BEFORE_SWEEP, "sweep"), settings, work)["sweep"]
+    found = read_sweep(work)
+    found.reused = len(found.trials) if result.cached else result.summary["reused"]
+    return found
 
 
 def train(
@@ -152,6 +160,5 @@ def read_sweep(work: Path) -> Sweep:
         front=[trials[id] for id in record["front"]],
         points={name: trials[id] for name, id in record["points"].items()},
         infeasible=record["infeasible"],
-        reused=record["reused"],
         complete=record["complete"],
     )

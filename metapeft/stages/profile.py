@@ -13,9 +13,11 @@ from metapeft.stages.stage import Stage, write_json
 def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     """Measure size, complexity and domain."""
     from metapeft import backbones
-    from metapeft.profiling import profile
+    from metapeft.profiling import profile, speed
 
-    found = profile(read_task(work / "version"), backbones.load(settings.backbone))
+    backbone = backbones.load(settings.backbone)
+    found = profile(read_task(work / "version"), backbone)
+    speed.of(backbone)  # of this machine, so kept in METAPEFT_HOME: no part of the output
     write_json(out / "profile.json", found.to_json())
     return {"version": found.version, "features": len(found.features)}
 

@@ -60,7 +60,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     return summary
 
 
-def store(settings: Settings) -> str:
+def store(settings: Settings, work: Path) -> str:
     """The registry that the record is about: with another one, or a new one, the stage runs again."""
     from metapeft.tracking.client import uri
 

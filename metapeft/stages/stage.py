@@ -49,10 +49,10 @@ class Result:
 class Stage:
     """One step of the pipeline.
 
-    `body(settings, work, out)` reads `work/NEED` for each of `needs` (and of `uses`, where it is there), writes files
-    into the empty folder `out`, and returns a small JSON summary. `settings` are the dotted names it reads; `code` the
-    files and folders (beside the package) whose change makes the output stale; `outside(settings)` fingerprints what it
-    reads from elsewhere, such as the user's file.
+    `body(settings, work, out)` reads `work/NEED` for each of `needs` (and of `uses`, where it is there): folders of
+    earlier stages, or files in them. It writes files into the empty folder `out` and returns a small JSON summary.
+    `settings` are the dotted names it reads; `code` the files and folders (beside the package) whose change makes the
+    output stale; `outside(settings, work)` fingerprints what it reads from elsewhere, such as the user's file.
     """
 
     name: str
@@ -61,14 +61,15 @@ class Stage:
     needs: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
-    outside: Callable[[Settings], str] | None = None
+    outside: Callable[[Settings, Path], str] | None = None
 
     def run(self, settings: Settings, work: Path) -> Result:
         """Run the stage unless its output is there and current. Raises UserError (bad input) or MetapeftError."""
         started = time.perf_counter()
         for need in self.needs:
-            if not (work / need).is_dir():
-                raise UserError(f"{self.name} needs the output of {need}, which is not in {work}; run that stage first")
+            if not (work / need).exists():
+                stage = need.partition("/")[0]
+                raise UserError(f"{self.name} needs {need}, which is not in {work}; run the stage {stage} first")
         with locked(work, self.name):
             inputs = self.fingerprint(settings, work)
             done = self._finished(work, inputs)
@@ -84,7 +85,7 @@ class Stage:
             "settings": {name: dotted(values, name) for name in self.settings},
             "needs": {need: content(work / need) for need in (*self.needs, *self.uses)},
             "code": {path: content(ROOT / path) for path in self.code},
-            "outside": self.outside(settings) if self.outside else "",
+            "outside": self.outside(settings, work) if self.outside else "",
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -27,7 +27,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     from metapeft.stages.trainer import Trainer
 
     task = read_task(work / "version")
-    recommended = read_json(work / "recommend" / "recommendation.json")["recommendations"]
+    recommended = read_json(work / "recommend" / "configurations.json")
     profile = read_json(work / "profile" / "profile.json")
     train = Trainer(settings.backbone, task, profile["version"])
     limits = search.Limits(settings.recommend.max_seconds, settings.recommend.max_memory_mb)
@@ -53,7 +53,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
             train,
             task,
             settings,
-            warm_start=[entry["configuration"] for entry in recommended],
+            warm_start=best_of_each_first(recommended),
             space=space,
             limits=limits,
             study=study,
@@ -62,7 +62,8 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     for trial in result.trials:  # in DVC's cache a path of this machine would be a lie
         trial.adapter = ""
     record = result.to_json() | {"task": task.name, "backbone": settings.backbone, "engine": engine_version()}
-    del record["trials"], record["storage"]
+    for volatile in ("trials", "storage", "reused"):  # the same trials must make the same files
+        del record[volatile]
     write_trials(result.trials, out / "trials.jsonl")
     write_json(out / "sweep.json", record)
     front = {trial.id for trial in result.front}
@@ -78,6 +79,12 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         "best": best.method if best else None,
         "front": len(front),
     }
+
+
+def best_of_each_first(ranked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first configuration of every method, then the others, each in the order given: a short sweep sees all methods."""
+    first = list({c["method"]: c for c in reversed(ranked)}.values())
+    return [c for c in ranked if c in first] + [c for c in ranked if c not in first]
 
 
 def engine_version() -> str:
@@ -112,7 +119,7 @@ STAGE = Stage(
     "sweep",
     body,
     settings=("backbone", "seed", "sweep", "recommend"),
-    needs=("version", "profile", "recommend"),
+    needs=("version", "profile", "recommend/configurations.json"),
     code=("metapeft/search", *ENGINE, "metapeft/stages/sweep.py", "metapeft/stages/trainer.py"),
 )
 run, main = STAGE.run, STAGE.main

@@ -88,9 +88,9 @@ def _swept(settings: Settings, work: Path, task: Task, method: str | None) -> tu
 
 
 def _recommended(work: Path, method: str | None) -> tuple[dict[str, Any], str] | None:
-    for entry in read_json(work / "recommend" / "recommendation.json")["recommendations"]:
-        if method in (None, entry["method"]):
-            return {"method": entry["method"]} | entry["configuration"], f"recommended, rank {entry['rank']}"
+    for rank, configuration in enumerate(read_json(work / "recommend" / "configurations.json"), start=1):
+        if method in (None, configuration["method"]):
+            return configuration, f"recommended, rank {rank}"
     return None
 
 
@@ -98,7 +98,7 @@ STAGE = Stage(
     "train",
     body,
     settings=("backbone", "seed", "train", "recommend.prefer"),
-    needs=("version", "profile", "recommend"),
+    needs=("version", "profile", "recommend/configurations.json"),
     uses=("sweep",),
     code=("metapeft/search/pareto.py", *ENGINE, "metapeft/stages/train.py", "metapeft/stages/trainer.py"),
 )

@@ -23,7 +23,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     return {"task": task.name, "version": task.version, "dvc_id": task.dvc_id, "kind": task.kind, **sizes}
 
 
-def source(settings: Settings) -> str:
+def source(settings: Settings, work: Path) -> str:
     """What a local file or folder holds; a catalog task is pinned by its hash, so its name says enough."""
     path = Path(settings.task).expanduser()
     return content(path) if path.exists() else ""

@@ -52,7 +52,7 @@ def test_a_changed_upstream_output_or_a_touched_output_makes_it_run_again(tmp_pa
 
 
 def test_needs_its_upstream(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"second needs the output of first.*run that stage first"):
+    with pytest.raises(UserError, match=r"second needs first.*run the stage first first"):
         counted([], "second", needs=("first",)).run(Settings(), tmp_path)
 
 
