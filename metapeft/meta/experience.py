@@ -1,9 +1,9 @@
 """The experience: every trial ever run here, on top of the experience that ships with the package.
 
-Each process appends to a segment file of its own, one JSON line per trial, in one `write` followed by `fsync`. kill -9 can
-tear only the line being written, and a line that does not parse is not a trial. `compact` moves finished segments into
-one Parquet table. A trial that was recorded twice (same id) counts once: the user's own before the shipped one, then the
-one that started later.
+Each process appends to a segment file of its own, one JSON line per trial, in one `write` followed by `fsync`. kill -9
+can tear only the line being written, and a line that does not parse is not a trial. `compact` moves finished segments
+into one Parquet table. A trial that was recorded twice (same id) counts once: the user's own before the shipped one,
+then the one that started later.
 
     experience/segments/HOST-PID-….jsonl    being appended to, or not yet compacted
     experience/experience.parquet           compacted
@@ -120,7 +120,7 @@ class Experience:
         return len(records)
 
     def merge(self, path: Path) -> int:
-        """Take over the trials of a .parquet or .jsonl file, or of another experience's folder; returns how many were new.
+        """Take over the trials of a .parquet or .jsonl file, or of an experience's folder; returns how many were new.
 
         Trials that are here already (same id, started at the same time or later) are left alone.
         """
@@ -248,7 +248,7 @@ def _line(record: Record) -> bytes:
 
 
 def _rank(record: Record) -> tuple[str, str]:
-    """Which of two records of one trial counts: the higher. A total order, so that merging in any order ends the same."""
+    """Which of two records of one trial counts: the higher. A total order: merging in any order ends the same."""
     return record["started"], json.dumps(record, sort_keys=True)
 
 

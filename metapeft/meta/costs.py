@@ -1,0 +1,187 @@
+"""What training a configuration costs before it is trained: seconds, peak memory, bytes on disk.
+
+Seconds come from counting passes over tokens (trunk once per example, layers above it forward and backward, output head
+at completion positions, evaluations) and this machine's measured speed; memory from the tensors that are alive at the
+peak; bytes are exact for a fixed rank (AdaLoRA's ranks end up different per layer: its average is used).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from metapeft.peft.adalora import AdaLoRAConfig
+from metapeft.peft.lora import LoRAConfig, pattern
+from metapeft.peft.p_tuning import PTuningConfig
+from metapeft.peft.prefix import PrefixConfig
+from metapeft.profiling import Profile
+from metapeft.profiling.shapes import Shapes
+from metapeft.profiling.speed import Speed
+from metapeft.training.configuration import TrainConfig, split
+
+MB = 2**20
+PADDING = 1.1  # tokens computed per token, with batches and evaluations grouped by length
+CHUNK_TOKENS = 1024  # tokens evaluated at once, per stream
+TRUNK_BYTES = 2 * 2**30  # of hidden states kept in memory, per split
+# A forward and backward pass with low-rank matrices on every layer against one without; AdaLoRA adds its orthogonality
+# loss and rank allocation, whose cost per step depends on the matrices, not on the tokens.
+LOW_RANK = 1.15
+TRIPLETS = 2.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one training with its evaluations, as a trial reports it."""
+
+    seconds: float
+    peak_memory_mb: float
+    adapter_bytes: int
+    trained_parameters: int
+
+
+def cost(configuration: dict[str, Any], profile: Profile, speed: Speed, steps: int) -> Cost:
+    """Raises UserError when the configuration is wrong or does not fit the backbone."""
+    method, train = split(configuration)
+    matrices = adapted(method, profile.shapes)
+    parameters = _parameters(method, profile.shapes, matrices)
+    return Cost(
+        seconds=_seconds(method, train, profile, speed, steps, matrices),
+        peak_memory_mb=_memory(method, train, profile, speed, steps, parameters, bool(matrices)) / MB,
+        adapter_bytes=adapter_bytes(method, profile.shapes, matrices),
+        trained_parameters=parameters,
+    )
+
+
+def adapted(method: Any, shapes: Shapes) -> dict[str, tuple[int, int]]:
+    """Path -> (outputs, inputs) of the linear layers that a matrix method changes; empty for the others."""
+    if not isinstance(method, LoRAConfig | AdaLoRAConfig):
+        return {}
+    lowest = _lowest(method, shapes)
+    found = {}
+    for index, layer in list(enumerate(shapes.each()))[lowest:]:
+        for name, size in layer.linear.items():
+            if not method.targets or any(name == t or name.endswith(f".{t}") for t in method.targets):
+                found[f"{shapes.root}.{index}.{name}"] = size
+    return found
+
+
+def adapter_bytes(method: Any, shapes: Shapes, matrices: dict[str, tuple[int, int]]) -> int:
+    """Size of adapter_model.safetensors (format: 8 bytes, a JSON header padded to 8, the tensors in float32)."""
+    tensors: dict[str, tuple[int, ...]] = {}
+    for path, (outputs, inputs) in matrices.items():
+        name = f"base_model.model.{path}.lora_"
+        if isinstance(method, LoRAConfig):
+            rank = pattern(method.rank_pattern, path, method.rank)
+            tensors |= {f"{name}A.weight": (rank, inputs), f"{name}B.weight": (outputs, rank)}
+        else:
+            rank = method.target_rank
+            tensors |= {f"{name}A": (rank, inputs), f"{name}B": (outputs, rank), f"{name}E": (rank, 1)}
+    if not matrices:
+        width = 2 * shapes.depth * shapes.kv_heads * shapes.head_width
+        tensors["prompt_embeddings"] = (method.tokens, width if isinstance(method, PrefixConfig) else shapes.width)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors):
+        size = 4
+        for side in tensors[name]:
+            size *= side
+        header[name] = {"dtype": "F32", "shape": list(tensors[name]), "data_offsets": [end, end + size]}
+        end += size
+    text = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-text // 8) * 8 + end
+
+
+def _lowest(method: Any, shapes: Shapes) -> int:
+    """The lowest layer that training changes: what lies below is computed once per example."""
+    layers = getattr(method, "layers", 0)
+    return shapes.depth - layers if 0 < layers < shapes.depth else 0
+
+
+def _parameters(method: Any, shapes: Shapes, matrices: dict[str, tuple[int, int]]) -> int:
+    if isinstance(method, LoRAConfig):
+        return sum(pattern(method.rank_pattern, path, method.rank) * sum(size) for path, size in matrices.items())
+    if isinstance(method, AdaLoRAConfig):
+        return sum(method.initial_rank * (sum(size) + 1) for size in matrices.values())
+    width, keys_values = shapes.width, 2 * shapes.depth * shapes.kv_heads * shapes.head_width
+    if isinstance(method, PrefixConfig):
+        if not method.projection:
+            return method.tokens * keys_values
+        return method.tokens * width + method.projection * (width + 1) + keys_values * (method.projection + 1)
+    if isinstance(method, PTuningConfig):
+        h = method.width
+        if method.encoder == "mlp":
+            return method.tokens * width + h * (width + 1) + h * (h + 1) + width * (h + 1)
+        lstm = 4 * h * (width + h + 1) + 4 * h * (2 * h + h + 1)
+        return method.tokens * width + 2 * lstm + 2 * h * (2 * h + 1) + width * (2 * h + 1)
+    return int(method.tokens * width)
+
+
+def _seconds(
+    method: Any,
+    train: TrainConfig,
+    profile: Profile,
+    speed: Speed,
+    steps: int,
+    matrices: dict[str, tuple[int, int]],
+) -> float:
+    features, shapes = profile.features, profile.shapes
+    completion = features["completion_tokens_mean"]
+    length = PADDING * (features["prompt_tokens_mean"] + completion - 1)
+    batch = min(train.batch_size, features["train_examples"])
+    validation, test = features["validation_examples"], features["test_examples"]
+    lowest = _lowest(method, shapes)
+    weights = [layer.parameters for layer in shapes.each()]
+    above = sum(weights[lowest:]) / sum(weights)
+    streams = int(speed.measured.get("streams", 1))
+
+    step = batch * (length * above * speed.gradient + completion * speed.head_gradient)
+    if matrices:
+        step *= LOW_RANK
+    elif not isinstance(method, PrefixConfig):  # the virtual tokens go through the layers once per stream
+        step += method.tokens * streams * speed.gradient
+    step = max(step, speed.step)
+    if isinstance(method, AdaLoRAConfig):
+        # Gram matrices of both factors, forward and backward, and a dozen passes over the parameters for importance.
+        flops = sum(6 * method.initial_rank**2 * sum(size) for size in matrices.values())
+        step += TRIPLETS * flops * speed.gradient / (4 * sum(weights)) + len(matrices) * TRIPLETS * 1e-4
+    evaluated = train.evaluations * validation + test
+    scoring = evaluated * (length * above * speed.forward + completion * speed.head_forward)
+    trunk = (min(features["train_examples"], steps * batch) + validation + test) * length * (1 - above) * speed.forward
+    return float(steps * step + scoring + trunk)
+
+
+def _memory(
+    method: Any, train: TrainConfig, profile: Profile, speed: Speed, steps: int, parameters: int, matrices: bool
+) -> float:
+    """Bytes alive at the peak: weights, adapter with its optimizer, and the larger of a step and an evaluation."""
+    features, shapes = profile.features, profile.shapes
+    completion = features["completion_tokens_p90"]
+    length = features["prompt_tokens_p90"] + completion - 1
+    batch = min(train.batch_size, features["train_examples"]) / train.accumulate
+    streams = int(speed.measured.get("streams", 1))
+    elements = sum(layer.parameters for layer in shapes.each()) + shapes.vocabulary * shapes.width
+    element = 4 if shapes.weight_bytes / elements > 3 else 2
+    lowest = _lowest(method, shapes)
+
+    attended = length + getattr(method, "tokens", 0)
+    kept = [_kept(layer.linear, shapes, attended, matrices) for layer in shapes.each()]
+    layers = max(kept) + shapes.depth * shapes.width if train.checkpoint else sum(kept[lowest:])
+    logits = batch * completion * shapes.vocabulary * (element + 3 * 4)
+    step = batch * length * layers * element + logits
+    at_once = min(CHUNK_TOKENS, length * (features["validation_examples"] + features["test_examples"]))
+    rows = streams * at_once / max(1.0, length) * completion
+    scoring = streams * at_once * max(kept) * element + rows * shapes.vocabulary * (element + 2 * 4)
+    seen = min(features["train_examples"], steps * train.batch_size)
+    cached = (seen, features["validation_examples"], features["test_examples"]) if lowest else ()
+    trunk = sum(min(TRUNK_BYTES, examples * length * shapes.width * element) for examples in cached)
+    return shapes.weight_bytes + 5 * 4 * parameters + trunk + max(step, scoring)
+
+
+def _kept(linear: dict[str, tuple[int, int]], shapes: Shapes, attended: float, matrices: bool) -> float:
+    """Elements per token that a layer's backward pass needs: what its linear layers put out, an activation as wide as
+    the widest, the attention's scores and probabilities; with trained matrices also what the linear layers take in."""
+    widest = max(max(size) for size in linear.values())
+    outputs = sum(outputs for outputs, _ in linear.values())
+    attention = 2 * attended * shapes.width / shapes.head_width
+    return outputs + widest + attention + (4 * shapes.width + 2 * widest if matrices else 0)

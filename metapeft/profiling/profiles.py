@@ -1,0 +1,164 @@
+"""A task's profile: what it measures like, as named features and as one vector, for one backbone.
+
+Three groups: size (rows, tokens), complexity (labels, what the untuned backbone and a linear probe make of it,
+duplicates, noise) and domain (frozen features, characters, language hints). Deterministic, linear in the rows, with
+samples of fixed size; kept in METAPEFT_HOME/profiles by the content of the data and of the backbone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metapeft.data.task import Task
+from metapeft.errors import UserError
+from metapeft.profiling import speed, text
+from metapeft.profiling.shapes import Shapes, shapes
+from metapeft.settings import home
+
+if TYPE_CHECKING:
+    from metapeft.backbones import Backbone
+
+VERSION = "1"  # a change of what is measured, or how, needs a new one
+
+
+@dataclass(frozen=True)
+class Profile:
+    """`embedding` holds the features called `names`, in that order, each put on a scale of about one."""
+
+    version: str
+    task: str
+    task_version: str
+    backbone: str
+    backbone_content: str
+    features: dict[str, float]
+    names: tuple[str, ...]
+    embedding: tuple[float, ...]
+    shapes: Shapes
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Profile:
+        values = {**record, "shapes": Shapes.from_json(record["shapes"])}
+        return cls(**{**values, "names": tuple(record["names"]), "embedding": tuple(record["embedding"])})
+
+
+def profile(task: Task, backbone: Backbone) -> Profile:
+    """Measured, or read from the cache; sees to it that this machine's speed is known too.
+
+    Raises UserError when the task has no training rows, or when one does not fit into the backbone's context.
+    """
+    if not task.train:
+        raise UserError(f"task {task.name} has no training rows; give some before asking for its profile")
+    path = home() / "profiles" / f"{task.version}-{task.metric}-{backbone.content_id}-{VERSION}.json"
+    known = _read(path)
+    if known is None:
+        known = measure(task, backbone)
+        _write(path, known)
+    speed.of(backbone)
+    return replace(known, task=task.name, backbone=backbone.id)
+
+
+def measure(task: Task, backbone: Backbone) -> Profile:
+    """The same, always computed."""
+    from metapeft.profiling.probe import features, probe
+    from metapeft.training.encode import encode
+
+    rows = [task.train[i] for i in text.sample(task.train, text.SAMPLE)]
+    encoded = [encode(row, backbone.tokenizer) for row in rows]
+    bodies = text.bodies(rows)
+    tokens = sum(e.start for e in encoded) * sum(map(len, bodies)) / max(1, sum(len(text.text(row)) for row in rows))
+    measured = text.size(task, encoded) | text.complexity(task) | text.domain(bodies, round(tokens))
+    measured |= features(probe(task, backbone))
+    return Profile(
+        version=VERSION,
+        task=task.name,
+        task_version=task.version,
+        backbone=backbone.id,
+        backbone_content=backbone.content_id,
+        features={name: float(value) for name, value in measured.items()},
+        names=tuple(SCALES),
+        embedding=embed(measured),
+        shapes=shapes(backbone.model),
+    )
+
+
+def known_profiles(backbone_content: str) -> list[Profile]:
+    """All profiles in METAPEFT_HOME of this version and backbone."""
+    found = (_read(path) for path in sorted((home() / "profiles").glob(f"*-{backbone_content}-{VERSION}.json")))
+    return [p for p in found if p is not None]
+
+
+def embed(features: dict[str, float]) -> tuple[float, ...]:
+    """Fixed scales, not statistics of known tasks, so that a vector never changes when another task becomes known."""
+    return tuple((change(features[name]) - centre) / scale for name, (change, centre, scale) in SCALES.items())
+
+
+def _same(value: float) -> float:
+    return value
+
+
+def _log(value: float) -> float:
+    return math.log10(1 + value)
+
+
+# Feature -> how it is changed, its usual middle and its usual spread.
+SCALES: dict[str, tuple[Callable[[float], float], float, float]] = {
+    "train_examples": (_log, 3.0, 1.0),
+    "prompt_tokens_mean": (_log, 1.8, 0.5),
+    "prompt_tokens_p90": (_log, 2.0, 0.5),
+    "completion_tokens_mean": (_log, 0.6, 0.4),
+    "completion_tokens_p90": (_log, 0.7, 0.4),
+    "type_token_ratio": (_same, 0.2, 0.1),
+    "classification": (_same, 0.5, 0.5),
+    "labels": (_log, 0.6, 0.4),
+    "label_entropy": (_same, 0.7, 0.3),
+    "majority_share": (_same, 0.4, 0.3),
+    "distinct_completions": (_same, 0.3, 0.4),
+    "near_duplicates": (_same, 0.1, 0.1),
+    "disagreeing_duplicates": (_same, 0.0, 0.05),
+    "zero_shot_loss": (_log, 0.4, 0.2),
+    "zero_shot_score": (_same, 0.4, 0.3),
+    "zero_shot_exact": (_same, 0.1, 0.2),
+    "probe_accuracy": (_same, 0.5, 0.3),
+    "neighbour_disagreement": (_same, 0.3, 0.3),
+    "upper": (_same, 0.05, 0.05),
+    "digits": (_same, 0.03, 0.05),
+    "punctuation": (_same, 0.05, 0.05),
+    "non_ascii": (_same, 0.0, 0.2),
+    "script_latin": (_same, 0.9, 0.3),
+    "words_english": (_same, 0.15, 0.08),
+    "words_european": (_same, 0.02, 0.05),
+    "word_length": (_same, 4.5, 1.0),
+    "tokens_per_character": (_same, 0.25, 0.1),
+    **{f"domain_{i:02d}": (_same, 0.0, 0.25) for i in range(16)},
+}
+
+
+def _read(path: Path) -> Profile | None:
+    try:
+        return Profile.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not there, or damaged: measured again
+
+
+def _write(path: Path, profile: Profile) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(profile.to_json(), ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror}); set METAPEFT_HOME to a folder you may write in"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
