@@ -51,6 +51,15 @@ def front(trials: Iterable[Trial]) -> list[Trial]:
     return [trial for _, trial in best]
 
 
+def staircase(points: Iterable[Point]) -> list[Point]:
+    """What is best in score and seconds alone, from the fastest to the most accurate: the line in a picture."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p[1], -p[0])):
+        if not best or point[0] > best[-1][0]:
+            best.append(point)
+    return best
+
+
 def named(trials: Iterable[Trial]) -> dict[str, Trial]:
     """Name -> trial of the front (see NAMES); one trial may have several names.
 
@@ -81,6 +90,14 @@ def named(trials: Iterable[Trial]) -> dict[str, Trial]:
         "smallest": min(candidates, key=lambda t: (points[t.id][2], t.adapter_bytes, -points[t.id][0], _loss(t))),
         "balanced": min(candidates, key=lambda t: (distance(t), -points[t.id][0], _loss(t))),
     }
+
+
+def titles(trials: Iterable[Trial]) -> dict[str, str]:
+    """Trial id -> its names on the front, joined: {"ab12…": "fastest, smallest"}."""
+    found: dict[str, list[str]] = {}
+    for name, trial in named(trials).items():
+        found.setdefault(trial.id, []).append(name)
+    return {identity: ", ".join(names) for identity, names in found.items()}
 
 
 def hypervolume(points: Iterable[Sequence[float]], reference: Sequence[float]) -> float:
@@ -181,6 +198,11 @@ def explain(trials: Iterable[Trial], task: str | None = None) -> list[Row]:
     return rows
 
 
+def searched(method: str) -> list[str]:
+    """The hyperparameters that matter most: those that the method's declared space searches, in its order."""
+    return list(spaces.space([method]).methods[method])
+
+
 def command(trial: Trial, task: str | None = None) -> str:
     """The shell command that trains this trial again: same configuration, steps and seed.
 
@@ -188,12 +210,11 @@ def command(trial: Trial, task: str | None = None) -> str:
     else is not the default.
     """
     usual = spaces.defaults(trial.method)
-    searched = spaces.space([trial.method]).methods[trial.method]
     words = ["metapeft", "train", task or trial.task, "--method", trial.method, "--steps", str(trial.budget)]
     words += ["--backbone", trial.backbone] if trial.backbone != DEFAULT_BACKBONE else []
     words += ["--seed", str(trial.seed)] if trial.seed else []
     for name, value in trial.configuration.items():
-        if name != "method" and (name in searched or usual.get(name) != value):
+        if name != "method" and (name in searched(trial.method) or usual.get(name) != value):
             words += [
                 "--set",
                 f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}",

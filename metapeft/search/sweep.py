@@ -287,7 +287,9 @@ class _Book:
                 f"there is no sweep {self.name} in {shown(self.url)}; run `metapeft sweep` first"
             ) from error
         except ImportError as error:
-            raise UserError(f"sweeps on PostgreSQL need its driver: pip install 'metapeft[postgres]' ({error})") from error
+            raise UserError(
+                f"sweeps on PostgreSQL need its driver: pip install 'metapeft[postgres]' ({error})"
+            ) from error
         except (sqlalchemy.exc.SQLAlchemyError, OSError, optuna.exceptions.StorageInternalError) as error:
             first = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
             raise UserError(f"cannot open the sweep storage {shown(self.url)} ({first}); check the URL") from error

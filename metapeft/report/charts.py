@@ -1,0 +1,337 @@
+"""Pictures of trials as inline SVG. Text and colours come from the page's style sheet, so they follow light and dark.
+
+Every chart takes its width in pixels and is drawn for it: a page shows the narrow one on a phone instead of shrinking
+the wide one until nobody can read it. Marks carry `data-tip`, lines of text for the page's hover.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from metapeft.report import wording
+from metapeft.search import pareto
+from metapeft.training.trial import Trial
+
+CHARACTER = 6.7  # mean width of a letter at 12 px
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Data -> pixels, with tick marks. `start` and `end` are pixels; `log` for quantities that differ by factors."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        a, b, x = (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        return self.start + (self.end - self.start) * (x - a) / (b - a)
+
+    def ticks(self, wanted: int) -> list[float]:
+        if self.log:
+            decades = range(math.floor(math.log10(self.low)) - 1, math.ceil(math.log10(self.high)) + 1)
+            for steps in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+                found = [s * 10.0**d for d in decades for s in steps if self.low <= s * 10.0**d <= self.high]
+                if len(found) <= wanted + 1:
+                    break
+            if len(found) >= 2:
+                return found
+        raw = (self.high - self.low) / max(wanted, 1)
+        unit = 10.0 ** math.floor(math.log10(raw))
+        step = next(s * unit for s in (1, 2, 2.5, 5, 10) if s * unit >= raw * 0.7)
+        first = math.ceil(self.low / step - 1e-9)
+        return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def axis(values: Iterable[float], start: float, end: float, *, log: bool = False, margin: float = 0.06) -> Axis:
+    """An axis that holds all values, with some room around them."""
+    known = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [1.0]
+    low, high = min(known), max(known)
+    if log:
+        room = max((high / low) ** margin, 1.05)
+        return Axis(low / room, high * room, start, end, log=True)
+    room = max((high - low) * margin, 1e-3 * max(abs(high), 1e-3))
+    return Axis(low - room, high + room, start, end)
+
+
+def trade_offs(trials: Sequence[Trial], width: int, untuned: float | None = None) -> str:
+    """Score against training seconds; size is memory, colour the method; the front is filled and joined.
+
+    Trials without a result are left out. The line joins what is best in score and seconds alone; a filled point beside
+    it is on the front for its memory.
+    """
+    points = {t.id: p for t in trials if (p := pareto.objectives(t)) is not None}
+    shown = [t for t in trials if t.id in points]
+    if not shown:
+        return ""
+    height = 380 if width > 500 else 330
+    left, right, top, bottom = 52.0, width - 16.0, 14.0, height - 46.0
+    errors = {t.id: _error(t) for t in shown}
+    spans = [v for t in shown for v in (points[t.id][0] - errors[t.id], points[t.id][0] + errors[t.id])]
+    x = axis((points[t.id][1] for t in shown), left + 14, right - 14, log=True)
+    y = _score_axis([*spans, *([untuned] if untuned is not None else [])], bottom, top)
+    memories = [points[t.id][2] for t in shown]
+    best = pareto.front(shown)
+    on_front = {t.id for t in best}
+    titles = pareto.titles(best)
+
+    body = _frame(x, y, left, right, top, bottom, "training time", wording.duration, wording.score)
+    body += _untuned(y, untuned, left, right)
+    body.append(_staircase([points[t.id] for t in best], x, y))
+    obstacles: list[Box] = []
+    for trial in sorted(shown, key=lambda t: (t.id in on_front, -points[t.id][2])):
+        score, seconds, memory = points[trial.id]
+        cx, cy, r = x(seconds), y(score), radius(memory, memories)
+        obstacles.append(Box(cx - r, cy - r, cx + r, cy + r))
+        kind = f"{'front' if trial.id in on_front else 'beaten'} m-{escape(trial.method)}"
+        error = errors[trial.id]
+        body.append(
+            f'<g class="mark {kind}" tabindex="0" {_tip(trial, titles.get(trial.id, ""))}>'
+            + _path("whisker", f"M{cx:.1f} {y(score - error):.1f}V{y(score + error):.1f}")
+            + f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{r:.1f}"/></g>'
+        )
+    for identity, text in titles.items():
+        score, seconds, memory = points[identity]
+        placed = _place(text, x(seconds), y(score), radius(memory, memories), Box(left, top, right, bottom), obstacles)
+        obstacles.append(placed.box)
+        body.append(_text("label", placed.x, placed.y, text))
+    return _svg(width, height, "Score against training time of every trial", body)
+
+
+def curves(trials: Sequence[Trial], width: int, quantity: str, untuned: float | None = None, best: str = "") -> str:
+    """Validation score or loss over optimizer steps, one line per trial; `best` is the id of the one to emphasise.
+
+    quantity: "validation_score" or "validation_loss".
+    """
+    lines = learned(trials, quantity)
+    if not lines:
+        return ""
+    height = 280
+    left, right, top, bottom = 52.0, width - 16.0, 12.0, height - 46.0
+    values = [v for _, known in lines for _, v in known]
+    x = Axis(0, max(s for _, known in lines for s, _ in known) * 1.02, left, right)
+    said: Callable[[float], str]
+    if quantity == "validation_score":
+        y = _score_axis([*values, *([untuned] if untuned is not None else [])], bottom, top)
+        said, label = wording.score, "validation score"
+    else:
+        y = Axis(*loss_range(lines), bottom, top)
+        said, label = wording.number, "validation loss"
+    body = _frame(x, y, left, right, top, bottom, "optimizer steps", wording.number, said)
+    if quantity == "validation_score":
+        body += _untuned(y, untuned, left, right)
+    frame = f'x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"'
+    body.append(f'<clipPath id="{quantity}-{width}"><rect {frame}/></clipPath><g clip-path="url(#{quantity}-{width})">')
+    for trial, known in sorted(lines, key=lambda line: line[0].id == best):
+        path = "M" + "L".join(f"{x(s):.1f} {y(v):.1f}" for s, v in known)
+        kind = "best" if trial.id == best else ("usual" if trial.status == "ok" else "broken")
+        r = 3.4 if trial.id == best else 2.6
+        body.append(
+            f'<g class="mark line {kind} m-{escape(trial.method)}" tabindex="0" {_tip(trial, "")}>'
+            f'<path class="reach" d="{path}"/><path d="{path}"/>'
+            + "".join(f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="{r}"/>' for s, v in known)
+            + "</g>"
+        )
+    body.append("</g>")
+    return _svg(width, height, f"{label} over optimizer steps, one line per trial", body)
+
+
+Line = tuple[Trial, list[tuple[int, float]]]
+
+
+def learned(trials: Sequence[Trial], quantity: str) -> list[Line]:
+    """(trial, [(step, value), …]) of what makes a curve: at least two measurements, or a trial that ended well."""
+    lines = []
+    for trial in trials:
+        known = [(row["step"], row[quantity]) for row in trial.curve if row.get(quantity) is not None]
+        known = [(step, value) for step, value in known if math.isfinite(value)]
+        if len(known) > 1 or (known and trial.status == "ok"):
+            lines.append((trial, known))
+    return lines
+
+
+def loss_range(lines: Sequence[Line]) -> tuple[float, float]:
+    """All losses, up to three times the better trials' last one: one that diverged must not flatten the others."""
+    ends = sorted(known[-1][1] for _, known in lines)
+    ceiling = max(3 * ends[len(ends) // 4], 1.5 * ends[0])
+    shown = [value for _, known in lines for _, value in known if value <= ceiling]
+    low, high = min(shown), max(shown)
+    room = max(0.06 * (high - low), 0.01 * high, 1e-3)
+    return max(0.0, low - room), high + room
+
+
+def interval(mean: float, low: float, high: float, scale: tuple[float, float], width: int = 150) -> str:
+    """A score with its interval on a scale that all rows share."""
+    x = Axis(scale[0], scale[1], 6, width - 6)
+    a, b, c = (min(max(x(v), 0), width) for v in (low, high, mean))
+    body = [
+        _path("track", f"M6 9H{width - 6}"),
+        _path("bar", f"M{a:.1f} 9H{b:.1f}"),
+        f'<circle class="mean" cx="{c:.1f}" cy="9" r="4.5"/>',
+    ]
+    text = f"{wording.score(mean)}, between {wording.score(low)} and {wording.score(high)}"
+    return _svg(width, 18, text, body, fluid=False)
+
+
+def comparison(rows: Sequence[tuple[str, float, float, str]], width: int) -> str:
+    """Horizontal bars from 0 to 100 %: (name, score, standard error, class), with the error as a whisker."""
+    height = 54 * len(rows) + 22
+    left, right = 6.0, width - 8.0
+    x = Axis(0, 1, left, right)
+    body: list[str] = []
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        body.append(_path("grid", f"M{x(tick):.1f} 2V{height - 20}"))
+        anchor = "start" if tick == 0 else "end" if tick == 1 else "middle"
+        body.append(_text("tick", x(tick), height - 5, wording.score(tick, 0), anchor))
+    for index, (name, value, error, kind) in enumerate(rows):
+        y = 54.0 * index
+        value = min(max(value, 0.0), 1.0)
+        body.append(_text("name", left, y + 16, name))
+        body.append(_text("value", right, y + 16, wording.plus_minus(value, error), "end"))
+        place = f'x="{left}" y="{y + 24:.0f}" width="{max(x(value) - left, 1):.1f}" height="18"'
+        body.append(f'<rect class="bar {kind}" {place} rx="3"/>')
+        a, b = x(max(value - error, 0)), x(min(value + error, 1))
+        body.append(_path("error", f"M{a:.1f} {y + 33:.0f}H{b:.1f}M{a:.1f} {y + 28:.0f}v10M{b:.1f} {y + 28:.0f}v10"))
+    return _svg(width, height, "Scores: " + ", ".join(f"{n} {wording.score(v)}" for n, v, _, _ in rows), body)
+
+
+@dataclass(frozen=True)
+class Box:
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def meets(self, other: Box) -> bool:
+        return (
+            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
+        )
+
+
+@dataclass(frozen=True)
+class Placed:
+    x: float
+    y: float
+    box: Box
+
+
+def _place(text: str, cx: float, cy: float, radius: float, frame: Box, obstacles: Sequence[Box]) -> Placed:
+    """Where a label beside a point overlaps least: tried right, left, above and below, near and then farther."""
+    wide, tall = CHARACTER * len(text), 14.0
+    tried: list[tuple[int, int, Placed]] = []
+    for gap in (5.0, 16.0, 30.0):
+        reach = radius + gap
+        beside, centred = ((reach, 4.0), (-reach - wide, 4.0)), ((-wide / 2, -reach), (-wide / 2, reach + 9))
+        corners = [(dx, dy) for dx in (reach, -reach - wide) for dy in (-reach, reach)]
+        for dx, dy in (*beside, *centred, *corners):
+            x = min(max(cx + dx, frame.left + 3), frame.right - wide - 3)
+            y = min(max(cy + dy, frame.top + tall), frame.bottom - 4)
+            box = Box(x, y - 11, x + wide, y + 3)
+            tried.append((sum(box.meets(other) for other in obstacles), len(tried), Placed(x, y, box)))
+    return min(tried, key=lambda item: item[:2])[2]
+
+
+def radius(memory: float, memories: Sequence[float]) -> float:
+    """Of a dot in pixels: its area grows with memory."""
+    low, high = min(memories), max(memories)
+    share = (memory - low) / (high - low) if high > low else 0.3
+    return math.sqrt(25 + 120 * share)
+
+
+def _error(trial: Trial) -> float:
+    judged = pareto.judged(trial)
+    return judged.standard_error if judged and math.isfinite(judged.standard_error) else 0.0
+
+
+def _staircase(points: Sequence[pareto.Point], x: Axis, y: Axis) -> str:
+    best = pareto.staircase(points)
+    if len(best) < 2:
+        return ""
+    path = f"M{x(best[0][1]):.1f} {y(best[0][0]):.1f}"
+    path += "".join(f"H{x(p[1]):.1f}V{y(p[0]):.1f}" for p in best[1:])
+    return _path("stairs", f"{path}")
+
+
+def _score_axis(values: Sequence[float], start: float, end: float) -> Axis:
+    """Never beyond what a score can be, and never so narrow that noise looks like a difference."""
+    low, high = min(values), max(values)
+    if high - low < 0.1:
+        low, high = (low + high) / 2 - 0.05, (low + high) / 2 + 0.05
+    room = 0.06 * (high - low)
+    return Axis(max(low - room, -0.02), min(high + room, 1.02), start, end)
+
+
+def _untuned(y: Axis, untuned: float | None, left: float, right: float) -> list[str]:
+    if untuned is None or not math.isfinite(untuned):
+        return []
+    place = y(untuned)
+    return [
+        _path("untuned", f"M{left} {place:.1f}H{right}"),
+        f'<text class="note" x="{right - 4}" y="{place - 5:.1f}" text-anchor="end">untuned backbone</text>',
+    ]
+
+
+def _frame(
+    x: Axis,
+    y: Axis,
+    left: float,
+    right: float,
+    top: float,
+    bottom: float,
+    x_label: str,
+    say_x: Callable[[float], str],
+    say_y: Callable[[float], str],
+) -> list[str]:
+    """Grid, ticks and the name of the horizontal axis (the vertical one is said above the chart)."""
+    body = []
+    for tick in y.ticks(5):
+        said = say_y(tick).replace(f".0{wording.SPACE}", wording.SPACE)
+        body.append(_path("grid", f"M{left} {y(tick):.1f}H{right}"))
+        body.append(_text("tick", left - 7, y(tick) + 4, said, "end"))
+    edge = -math.inf
+    for tick in x.ticks(max(2, int((right - left) // 90))):
+        said = say_x(int(tick) if float(tick).is_integer() and say_x is wording.number else tick)
+        half = CHARACTER * len(said) / 2
+        if x(tick) - half < edge + 6 or x(tick) + half > right + 14:
+            continue
+        edge = x(tick) + half
+        body.append(_path("grid", f"M{x(tick):.1f} {top}V{bottom}"))
+        body.append(_text("tick", x(tick), bottom + 18, said, "middle"))
+    body.append(_text("axis", (left + right) / 2, bottom + 38, x_label, "middle"))
+    return body
+
+
+def _text(kind: str, x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _path(kind: str, moves: str) -> str:
+    return f'<path class="{kind}" d="{moves}"/>'
+
+
+def _tip(trial: Trial, title: str) -> str:
+    """The lines of the hover, joined by newlines."""
+    judged = pareto.judged(trial)
+    found = wording.plus_minus(judged.value, judged.standard_error) if judged else trial.status
+    searched = [n for n in pareto.searched(trial.method) if n in trial.configuration]
+    lines = [
+        wording.method(trial.method) + (f": {title}" if title else ""),
+        f"{wording.metric(judged.metric)} {found}" if judged else found,
+        f"{wording.duration(trial.train_seconds or trial.seconds)}, {wording.memory(trial.peak_memory_mb)}",
+        *(f"{wording.spoken(n)}: {wording.hyperparameter(n, trial.configuration[n])}" for n in searched),
+    ]
+    return f'data-trial="{escape(trial.id)}" data-tip="{escape(chr(10).join(lines))}"'
+
+
+def _svg(width: int, height: int, title: str, body: Sequence[str], fluid: bool = True) -> str:
+    size = 'style="width:100%;height:auto"' if fluid else f'width="{width}" height="{height}"'
+    return (
+        f'<svg viewBox="0 0 {width} {height}" {size} role="img" aria-label="{escape(title)}">'
+        + "".join(body)
+        + "</svg>"
+    )

@@ -1,0 +1,142 @@
+"""PNG pictures for slides, MLflow and `dvc plots`: the trade-offs and the learning curves."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metapeft.report import charts, wording
+from metapeft.search import pareto
+from metapeft.training.trial import Trial
+
+DPI = 160
+
+
+def trade_offs(path: Path, trials: Sequence[Trial], title: str, untuned: float | None = None) -> None:
+    """Score against training time; colour is the method, size the memory, the front is filled and joined."""
+    from matplotlib.patheffects import withStroke
+
+    figure, (axes,) = _figure(1, title)
+    points = {t.id: p for t in trials if (p := pareto.objectives(t)) is not None}
+    shown = [t for t in trials if t.id in points]
+    best = pareto.front(shown)
+    memories = [points[t.id][2] for t in shown]
+    steps = pareto.staircase([points[t.id] for t in best])
+    if len(steps) > 1:
+        axes.step([p[1] for p in steps], [p[0] for p in steps], where="post", color="#777777", lw=1.2, zorder=1)
+    for trial in shown:
+        score, seconds, memory = points[trial.id]
+        colour = wording.COLOURS.get(trial.method, "#444444")
+        error = pareto.judged(trial).standard_error  # type: ignore[union-attr]
+        front = any(trial is other for other in best)
+        fill = {"color": colour} if front else {"facecolor": "white", "edgecolor": colour, "alpha": 0.7}
+        axes.errorbar(
+            seconds, score, yerr=error if math.isfinite(error) else 0, color=colour, alpha=0.35, lw=1.2, zorder=1
+        )
+        size = 2.4 * charts.radius(memory, memories) ** 2
+        axes.scatter(seconds, score, s=size, zorder=3 if front else 2, **fill)
+    for identity, text in pareto.titles(best).items():
+        score, seconds, _ = points[identity]
+        outline = [withStroke(linewidth=3, foreground="white")]
+        place = {"xytext": (8, 7), "textcoords": "offset points"}
+        axes.annotate(text, (seconds, score), **place, fontsize=9, weight="bold", path_effects=outline, zorder=4)
+    _untuned(axes, untuned)
+    axes.set_xscale("log")
+    axes.set_xlabel("training time")
+    axes.set_ylabel(_metric(shown))
+    axes.xaxis.set_major_formatter(lambda value, _: wording.duration(value))
+    axes.xaxis.set_minor_formatter(lambda value, _: wording.duration(value) if _leads(value, points) else "")
+    axes.yaxis.set_major_formatter(lambda value, _: wording.score(value, 0))
+    axes.margins(x=0.12)
+    _legend(figure, shown)
+    _save(figure, path)
+
+
+def curves(path: Path, trials: Sequence[Trial], title: str, untuned: float | None = None, best: str = "") -> None:
+    """Validation score and loss over optimizer steps, one line per trial; `best` is the id of the thick one."""
+    figure, panels = _figure(2, title)
+    for axes, quantity in zip(panels, ("validation_score", "validation_loss"), strict=True):
+        lines = charts.learned(trials, quantity)
+        for trial, known in sorted(lines, key=lambda line: line[0].id == best):
+            chosen = trial.id == best
+            axes.plot(
+                [s for s, _ in known],
+                [v for _, v in known],
+                color=wording.COLOURS.get(trial.method, "#444444"),
+                lw=2.6 if chosen else 1.1,
+                alpha=1 if chosen else 0.5,
+                marker="o",
+                ms=4 if chosen else 2.5,
+                ls="-" if trial.status == "ok" else ":",
+            )
+        axes.set_xlabel("optimizer steps")
+        axes.set_xlim(left=0)
+        if quantity == "validation_score":
+            axes.set_ylabel(_metric(trials))
+            axes.yaxis.set_major_formatter(lambda value, _: wording.score(value, 0))
+            _untuned(axes, untuned)
+        else:
+            axes.set_ylabel("validation loss (nats per token)")
+            if lines:
+                axes.set_ylim(*charts.loss_range(lines))
+    _legend(figure, trials)
+    _save(figure, path)
+
+
+def _legend(figure: Any, trials: Sequence[Trial]) -> None:
+    """The methods' colours, above the pictures."""
+    from matplotlib.lines import Line2D
+
+    used = [name for name in wording.METHODS if any(trial.method == name for trial in trials)]
+    marks = [
+        Line2D([], [], color=wording.COLOURS[name], marker="o", ls="", label=wording.method(name)) for name in used
+    ]
+    if marks:
+        figure.legend(
+            handles=marks, loc="outside upper right", ncols=len(marks), frameon=False, fontsize=8.5, handletextpad=0.1
+        )
+
+
+def _figure(panels: int, title: str) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.4) if panels == 1 else (9.6, 3.9), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for one in axes:
+        one.grid(color="#e4e7ea", lw=0.8)
+        one.set_axisbelow(True)
+        one.spines[["top", "right"]].set_visible(False)
+        one.tick_params(labelsize=9)
+    return figure, axes
+
+
+def _untuned(axes: Any, untuned: float | None) -> None:
+    if untuned is not None and math.isfinite(untuned):
+        axes.axhline(untuned, color="#777777", lw=1, ls=(0, (2, 3)), zorder=0)
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate("untuned backbone", (0.01, untuned), (0, 3), **place, fontsize=8, color="#666666")
+
+
+def _metric(trials: Sequence[Trial]) -> str:
+    judged = [score for trial in trials if (score := pareto.judged(trial)) is not None]
+    return f"{wording.metric(judged[0].metric)} on validation" if judged else "score on validation"
+
+
+def _leads(value: float, points: dict[str, pareto.Point]) -> bool:
+    """Whether a minor tick of a logarithmic axis gets a label: fewer the longer the axis is."""
+    digit = round(value / 10 ** math.floor(math.log10(value) + 1e-9))
+    seconds = [p[1] for p in points.values()] or [1.0]
+    span = max(seconds) / min(seconds)
+    return digit in ((2, 3, 4, 5, 6, 8) if span < 4 else (2, 3, 5) if span < 30 else (3,))
+
+
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)

@@ -1,0 +1,40 @@
+"""The files of a report."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from metapeft.errors import UserError
+from metapeft.report.page import Content, render
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What `write_report` wrote."""
+
+    html: Path
+    trade_offs: Path
+    curves: Path
+
+
+def write_report(folder: Path, content: Content) -> Paths:
+    """Writes report.html, trade_offs.png and curves.png, each replaced whole. Raises UserError if it cannot."""
+    from metapeft.report import pictures
+
+    paths = Paths(folder / "report.html", folder / "trade_offs.png", folder / "curves.png")
+    page = render(content)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        title = f"{content.task.name}: {len(content.trials)} trials"
+        pictures.trade_offs(paths.trade_offs, content.feasible(), title, content.untuned())
+        pictures.curves(paths.curves, content.trials, title, content.untuned(), content.best())
+        temporary = paths.html.with_name(".report.html.partial")
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, paths.html)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the report to {folder}: {error.strerror}; choose a folder you may write to"
+        ) from error
+    return paths
