@@ -9,6 +9,7 @@ import codecs
 import csv
 import io
 import json
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,16 +24,20 @@ SUFFIXES = (".jsonl", ".csv", ".parquet")
 def read_file(path: Path) -> Table:
     """The rows of one file. Raises UserError for anything that is not a readable file of rows."""
     suffix = path.suffix.lower()
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give a file ({', '.join(SUFFIXES)}) or a folder with a train file in it")
-    if not path.exists():
-        raise UserError(f"no such file: {path}; check the name and the folder")
-    if suffix not in SUFFIXES:
-        raise UserError(f"cannot read {path}: unknown type {suffix or '(no extension)'!r}; give {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise UserError(f"{path} is not a regular file; give a file ({', '.join(SUFFIXES)})")
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise UserError(
+                f"{path} is a folder; give a file ({', '.join(SUFFIXES)}) or a folder with a train file in it"
+            )
+        if suffix not in SUFFIXES:
+            kind = repr(suffix) if suffix else "(no extension)"
+            raise UserError(f"cannot read {path}: unknown type {kind}; give {', '.join(SUFFIXES)}")
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{path} is not a regular file; give a file ({', '.join(SUFFIXES)})")
         data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"no such file: {path}; check the name and the folder") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from error
     if not data.strip():

@@ -24,15 +24,15 @@ def read_hub(task: str) -> tuple[Shape, dict[str, list[Row]], str]:
     import datasets
 
     name, _, configuration = task.partition(":")
-    offline = not reachable(name)
+    answered, licence = ask(name)
     before = datasets.config.HF_HUB_OFFLINE
     try:
         # Without this, an unreachable hub is asked six times, for 25 seconds, before the cache is looked at.
-        datasets.config.HF_HUB_OFFLINE = before or offline
+        datasets.config.HF_HUB_OFFLINE = before or not answered
         loaded = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # the library raises its own, the hub's, requests', and ValueError for a configuration
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        if offline:
+        if not answered:
             reason = "the hub cannot be reached and the dataset is not in the cache"
         raise UserError(
             f"cannot load the dataset {task!r} ({reason}); check its id (owner/name or owner/name:configuration), the "
@@ -41,8 +41,7 @@ def read_hub(task: str) -> tuple[Shape, dict[str, list[Row]], str]:
     finally:
         datasets.config.HF_HUB_OFFLINE = before
     shape, splits = split_tables(dict(loaded), task)
-    first = next(iter(loaded.values()))
-    return shape, splits, str(first.info.license or "see the dataset's page on the hub")
+    return shape, splits, licence
 
 
 def read_saved(folder: Path) -> tuple[Shape, dict[str, list[Row]]]:
@@ -100,17 +99,15 @@ def records(data: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, record
 
 
-def reachable(name: str) -> bool:
-    """Whether the hub answers within seconds, with whatever answer."""
+def ask(name: str) -> tuple[bool, str]:
+    """Whether the hub answers within seconds, with whatever answer, and the licence that it states ("" for none)."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        HfApi().dataset_info(name, timeout=8)
-    except HfHubHTTPError:
-        return True  # it said no: let the library say why
-    except (OSError, OfflineModeIsEnabled):
-        return False
-    except Exception:
-        return True
-    return True
+        card = HfApi().dataset_info(name, timeout=8).card_data
+    except (HfHubHTTPError, ValueError):  # it said no, or the id is not valid: the library will say why
+        return True, ""
+    except Exception:  # whatever its HTTP library raises without an answer
+        return False, ""
+    return True, str(getattr(card, "license", None) or "")

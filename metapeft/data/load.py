@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -26,6 +27,8 @@ def load_task(task: str | Path, settings: DataSettings | None = None) -> Task:
     name of the catalog (fetched on first use), or a Hugging Face dataset id.
     Raises UserError for anything that cannot be used, with the place and the remedy.
     """
+    if not str(task).strip():
+        raise UserError("no task is given; name a file, a task of the catalog or a Hugging Face dataset")
     settings = settings or DataSettings()
     path = Path(task).expanduser()
     name, entry = str(task), catalog.find(str(task))
@@ -44,10 +47,10 @@ def load_task(task: str | Path, settings: DataSettings | None = None) -> Task:
             settings.template or entry.template or None,
             entry.metric,
         )
-    if path.exists() or path.suffix.lower() in (*formats.SUFFIXES, ".json", ".txt", ".tsv", ".xlsx", ".xls"):
+    if os.path.exists(path) or path.suffix.lower() in (*formats.SUFFIXES, ".json", ".txt", ".tsv", ".xlsx", ".xls"):
         shape, given = read_path(path)
         whole = path.resolve()
-        name = whole.name if path.is_dir() else whole.stem
+        name = whole.name if os.path.isdir(path) else whole.stem
         return build(name, shape, given, settings, source=str(path), dvc_id=versions.content_id(path))
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
         shape, given, licence = hub.read_hub(name)
@@ -57,7 +60,7 @@ def load_task(task: str | Path, settings: DataSettings | None = None) -> Task:
 
 def read_path(path: Path) -> tuple[Shape, dict[str, list[Row]]]:
     """Row shape and rows per split of a file (one split, "train") or a folder."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, False where the parent may not be read
         table = formats.read_file(path)
         return table.shape, {"train": list(table.rows)}
     if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():

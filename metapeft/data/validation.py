@@ -279,7 +279,7 @@ class Expectations:
         bad: str = "",
         numbered: bool = True,
     ) -> Check:
-        """One check. `good` is its detail when met; else `bad`, if `numbered` after the number of rows it is said of."""
+        """One check. `good` is its detail when met; else `bad`, if `numbered` after the number of rows it is about."""
         outcome = self.batch.validate(expectation, result_format="COMPLETE")  # with the indices of bad rows
         if outcome.exception_info.get("raised_exception"):
             raise RuntimeError(f"{name}: {outcome.exception_info['exception_message']}")

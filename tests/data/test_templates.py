@@ -1,0 +1,46 @@
+"""Prompts and completions."""
+
+import pytest
+
+from metapeft.data.rows import Row
+from metapeft.data.task import Example
+from metapeft.data.templates import check_template, default_template, enumerate_labels, render
+from metapeft.errors import UserError
+
+LABELS = ("ham", "spam")
+
+
+def test_few_labels_are_listed_many_are_not() -> None:
+    assert render(Row("hi", "ham"), default_template("classification", LABELS), LABELS) == Example(
+        "hi\nLabel (ham or spam):", " ham"
+    )
+    assert default_template("classification", [str(i) for i in range(10)]).endswith("({labels}):")
+    assert default_template("classification", [str(i) for i in range(11)]) == "{text}\nLabel:"
+
+
+def test_labels_read_as_a_list() -> None:
+    assert enumerate_labels(["a"]) == "a"
+    assert enumerate_labels(["a", "b"]) == "a or b"
+    assert enumerate_labels(["a", "b", "c"]) == "a, b or c"
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("2+2 =", " 4"), ("2+2 = ", "4"), ("2+2\n", "4")])
+def test_one_space_between_prompt_and_completion(prompt: str, completion: str) -> None:
+    assert render(Row(prompt, "4"), "{text}", ()) == Example(prompt, completion)
+
+
+def test_conversations_are_left_to_the_chat_template() -> None:
+    row = Row((("user", "hi"),), "hello")
+    assert render(row, "{text}\nLabel:", ()) == Example((("user", "hi"),), "hello")
+
+
+def test_braces_in_texts_and_templates_stay() -> None:
+    row = Row("{labels} {text} {x}", "y")
+    assert render(row, 'JSON {"a": 1}: {text} ->', LABELS).prompt == 'JSON {"a": 1}: {labels} {text} {x} ->'
+
+
+@pytest.mark.parametrize(("template", "part"), [("no field", "no {text}"), ("{text} {label}", "unknown field {label}")])
+def test_wrong_templates_are_refused(template: str, part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_template(template)
+    assert part in str(caught.value)
