@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from metapeft.peft.base import MethodConfig
 from metapeft.peft.lora import MatrixAdapter
-from metapeft.peft.matrices import linear_layers, shape
+from metapeft.peft.matrices import adaptable, shape
 from metapeft.runtime import mx, nn
 
 
@@ -161,7 +161,7 @@ def create(config: AdaLoRAConfig, model: nn.Module, seed: int) -> AdaLoRA:
     keys = iter(mx.random.split(mx.random.key(seed), 4096))
     deltas: dict[str, nn.Module] = {}
     rank = config.initial_rank
-    for path, linear in linear_layers(model, config.targets, config.layers).items():
+    for path, linear in adaptable(model, config.targets, config.layers).items():
         outputs, inputs = shape(linear)
         a = 0.02 * mx.random.normal((rank, inputs), key=next(keys))
         b = 0.02 * mx.random.normal((outputs, rank), key=next(keys))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from metapeft.peft.base import Adapter, MethodConfig
-from metapeft.peft.matrices import Adapted, layer_index, linear_layers, merge_into, replace, shape
+from metapeft.peft.matrices import Adapted, adaptable, layer_index, linear_layers, merge_into, replace, shape
 from metapeft.runtime import mx, nn
 
 
@@ -87,7 +87,7 @@ def create(config: LoRAConfig, model: nn.Module, seed: int) -> MatrixAdapter:
     """A fresh LoRA: A uniform in +-1/sqrt(inputs) (Kaiming with a = sqrt 5), B zero, so the model's output is unchanged."""
     keys = iter(mx.random.split(mx.random.key(seed), 4096))
     deltas: dict[str, nn.Module] = {}
-    for path, linear in linear_layers(model, config.targets, config.layers).items():
+    for path, linear in adaptable(model, config.targets, config.layers).items():
         outputs, inputs = shape(linear)
         rank = pattern(config.rank_pattern, path, config.rank)
         bound = 1 / math.sqrt(inputs)

@@ -9,6 +9,8 @@ from metapeft.backbones.forward import anatomy
 from metapeft.errors import UserError
 from metapeft.runtime import mx, nn
 
+ROUTERS = ("gate", "router")
+
 
 class Adapted(nn.Module):
     """A linear layer (or an already adapted one) plus the change that `delta` computes from the same input."""
@@ -68,6 +70,13 @@ def linear_layers(model: nn.Module, targets: Sequence[str] = (), layers: int = 0
     return found
 
 
+def adaptable(model: nn.Module, targets: Sequence[str] = (), layers: int = 0) -> dict[str, nn.Module]:
+    """`linear_layers`, but "every linear layer" leaves the routers of mixtures of experts alone: a changed choice of
+    experts does more harm than good, and Hugging Face PEFT cannot load an adapted router."""
+    found = linear_layers(model, targets, layers)
+    return found if targets else {path: m for path, m in found.items() if path.rsplit(".", 1)[-1] not in ROUTERS}
+
+
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     """Puts `module` at a dotted path of `model`."""
     *parents, last = path.split(".")
@@ -89,7 +98,12 @@ def merge_into(linear: nn.Module, delta: mx.array) -> nn.Module:
     """A linear layer with `delta` (outputs, inputs) added to its weight; a quantized one is quantized again."""
     if isinstance(linear, nn.QuantizedLinear):
         weight = mx.dequantize(
-            linear.weight, linear.scales, linear.biases, group_size=linear.group_size, bits=linear.bits, mode=linear.mode
+            linear.weight,
+            linear.scales,
+            linear.biases,
+            group_size=linear.group_size,
+            bits=linear.bits,
+            mode=linear.mode,
         )
         dense = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in linear)
         dense.weight = weight + delta.astype(weight.dtype)

@@ -23,6 +23,7 @@ from metapeft.peft.base import Adapter
 from metapeft.peft.matrices import linear_layers
 from metapeft.peft.saved import Saved
 from metapeft.runtime import mx, nn
+from tests.backbones import tiny
 from tests.peft import reference
 
 ORIGINAL = os.environ.get("METAPEFT_REFERENCE_PYTHON", "")
@@ -200,11 +201,25 @@ def test_a_mask_newer_than_the_weights_does_not_prune_them(tmp_path: Path) -> No
     np.testing.assert_allclose(np.array(got), np.array(expected), rtol=0, atol=1e-5)
 
 
-@pytest.mark.skipif(
+needs_the_original = pytest.mark.skipif(
     not ORIGINAL, reason="METAPEFT_REFERENCE_PYTHON does not name an interpreter with Hugging Face PEFT"
 )
+
+
+def logits_of_the_original(base: Path, batch: dict[str, Any], folders: list[Path], room: Path) -> dict[str, np.ndarray]:
+    """Folder name -> what Hugging Face PEFT computes with that adapter."""
+    (room / "tokens.json").write_text(json.dumps(batch))
+    command = [ORIGINAL, str(reference.DATA.parent / "check_export.py"), str(base), str(room / "tokens.json")]
+    command += [str(room / "logits.safetensors"), *map(str, folders)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return load_file(room / "logits.safetensors")
+
+
+@needs_the_original
 def test_the_original_loads_our_folders_and_computes_the_same(tmp_path: Path) -> None:
-    folders, expected = [], {}
+    batch = reference.facts("batches.json")[0]
+    expected = {}
     for name in [*OURS, "pruned", *(f"reference_{name}" for name in reference.FOLDERS)]:
         model = reference.model()
         if name.startswith("reference_"):
@@ -212,19 +227,43 @@ def test_the_original_loads_our_folders_and_computes_the_same(tmp_path: Path) ->
         else:
             adapter = pruned(model) if name == "pruned" else fresh(*OURS[name], model)
         adapters.save(adapter, tmp_path / name, {})
-        folders.append(str(tmp_path / name))
         expected[name] = np.array(adapters.with_adapter(model, adapter)(reference.tokens()))
-    script = reference.DATA.parent / "check_export.py"
-    out = tmp_path / "logits.safetensors"
-    (tmp_path / "tokens.json").write_text(json.dumps(reference.facts("batches.json")[0]))
-    command = [ORIGINAL, str(script), str(reference.BASE), str(tmp_path / "tokens.json"), str(out), *folders]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    real = np.arange(14)[None] < np.array(reference.facts("batches.json")[0]["lengths"])[:, None]
-    found = load_file(out)
+    found = logits_of_the_original(reference.BASE, batch, [tmp_path / name for name in expected], tmp_path)
     assert found.keys() == expected.keys()
+    real = np.arange(14)[None] < np.array(batch["lengths"])[:, None]
     for name, logits in expected.items():
         np.testing.assert_allclose(found[name][real], logits[real], rtol=0, atol=1e-4, err_msg=name)
+
+
+def in_the_originals_layout(base: Path, folder: Path) -> Path:
+    """The model folder as Hugging Face has it: mlx-lm stacks the experts of a layer in one tensor."""
+    shutil.copytree(base, folder)
+    weights = mx.load(str(base / "model.safetensors"))
+    for name in [name for name in weights if ".switch_mlp." in name]:
+        for index, expert in enumerate(weights.pop(name)):
+            weights[name.replace(".switch_mlp.", f".experts.{index}.")] = expert
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.slow
+@needs_the_original
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_the_original_agrees_on_every_architecture(architecture: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    batch = {"tokens": rng.integers(0, 256, (3, 24)).tolist(), "lengths": [24, 18, 9]}
+    base = in_the_originals_layout(tiny.tiny_folder(architecture), tmp_path / "base")
+    expected = {}
+    for name in ("all_linear", "adalora", "prompt", "prefix", "p_tuning"):
+        model = tiny.tiny(architecture).model
+        adapter = fresh(*OURS[name], model)
+        adapters.save(adapter, tmp_path / name, {})
+        expected[name] = np.array(adapters.with_adapter(model, adapter)(mx.array(batch["tokens"])))
+    found = logits_of_the_original(base, batch, [tmp_path / name for name in expected], tmp_path)
+    real = np.arange(24)[None] < np.array(batch["lengths"])[:, None]
+    for name, logits in expected.items():
+        tolerance = 1e-4 * max(1.0, float(np.abs(logits).max()))
+        np.testing.assert_allclose(found[name][real], logits[real], rtol=0, atol=tolerance, err_msg=name)
 
 
 @st.composite
@@ -379,9 +418,7 @@ def test_random_bytes_are_refused_with_a_sentence(content: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["lora", "adalora", "prompt", "prefix", "p_tuning_mlp"])
 def test_another_backbone_is_refused(name: str) -> None:
-    from tests.backbones.tiny import tiny
-
-    model = tiny("llama").model
+    model = tiny.tiny("llama").model
     with pytest.raises(UserError, match="made for another backbone"):
         adapters.load(folder_of(name), model)
 
