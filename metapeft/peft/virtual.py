@@ -66,8 +66,8 @@ def scale(model: nn.Module) -> float:
         return 1.0
     before = _looked_up(model, [0])
     after = run(model, mx.array([[0]]), stop=0, logits=False)[0].astype(mx.float32)
-    largest = int(mx.argmax(mx.abs(before)).item())
-    return float((after.flatten()[largest] / before.flatten()[largest]).item())
+    largest = int(mx.argmax(mx.abs(before)))
+    return float(after.flatten()[largest] / before.flatten()[largest])
 
 
 def _looked_up(model: nn.Module, ids: Sequence[int]) -> mx.array:

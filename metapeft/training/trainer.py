@@ -323,5 +323,5 @@ def _save(adapter: Adapter, folder: Path, trial: Trial) -> None:
     from metapeft.peft import adapters
 
     trial.adapter = str(folder)
-    adapters.save(adapter, folder, {"trial": trial.to_json()})
+    adapters.save(adapter, folder, {"trial": trial.to_json(), "backbone": trial.backbone, "steps": trial.budget})
     trial.adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
