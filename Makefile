@@ -22,11 +22,12 @@ $(READY): requirements.txt
 	  echo "missing: the venv module of $(PYTHON); Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@test "$$(uname)" = Darwin || command -v g++ >/dev/null || { \
 	  echo "missing: a C++ compiler; Debian or Ubuntu: apt-get install g++" >&2; exit 1; }
-	test -x $(BIN)/python && $(BIN)/python -c '$(SUITABLE)' || "$(PYTHON)" -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --require-hashes -r requirements.txt || \
+	@$(BIN)/python -c 'import pip; $(SUITABLE)' 2>/dev/null || "$(PYTHON)" -m venv --clear .venv
+	@echo "installing the pinned packages into .venv (a minute or two) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@UV_SYSTEM_CERTS=1 VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --require-hashes -r requirements.txt || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 demo: $(READY)
@@ -49,5 +50,5 @@ format: $(READY)
 
 # The pins: names, versions and hashes, no addresses; made for the oldest Python, valid for all.
 lock: $(READY)
-	VIRTUAL_ENV=.venv $(BIN)/uv pip compile --universal --generate-hashes --no-header --no-annotate --extra dev \
+	UV_SYSTEM_CERTS=1 VIRTUAL_ENV=.venv $(BIN)/uv pip compile --universal --generate-hashes --no-header --no-annotate --extra dev \
 	  --python-version 3.11 pyproject.toml -o requirements.txt

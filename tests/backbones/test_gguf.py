@@ -92,6 +92,16 @@ def test_the_model_computes_the_same(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.array(got), np.array(expected), atol=0.02)
 
 
+def test_the_config_is_read_from_the_file(tmp_path: Path) -> None:
+    changes = {"llama__rope__freq_base": 50000.0, "llama__context_length": 2048}
+    gguf_file.write(tmp_path / "m.gguf", metadata(**changes), tensors({"else": F32})[0])
+    gguf.convert(tmp_path / "m.gguf", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["rope_theta"], config["max_position_embeddings"], config["rms_norm_eps"]) == (50000, 2048, 1e-5)
+    assert (config["hidden_size"], config["head_dim"], config["num_key_value_heads"]) == (64, 16, 2)
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 0)
+
+
 def test_tied_embeddings(tmp_path: Path) -> None:
     written, _ = tensors({"else": F32})
     del written["output.weight"]

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NAME = "smollm2-135m-instruct"
 PARAGRAPH = (
     "The industrial revolution began in Britain in the late eighteenth century. New machines, powered first by water "
-    "and then by steam, changed the way that cloth was made, and people moved from villages into the growing towns to find "
-    "work in the factories. Wages were low and the days were long, but the towns kept growing."
+    "and then by steam, changed the way that cloth was made, and people moved from villages into the growing towns to "
+    "find work in the factories. Wages were low and the days were long, but the towns kept growing."
 )
 
 
@@ -58,19 +58,13 @@ def test_english_is_likely(smollm: Backbone) -> None:
 
 def test_its_shape(smollm: Backbone) -> None:
     assert sum(value.size for _, value in tree_flatten(smollm.model.parameters())) == 134_515_008
+    args = smollm.model.args
+    assert (args.num_hidden_layers, args.hidden_size, args.intermediate_size, args.vocab_size) == (30, 576, 1536, 49152)
+    assert (args.num_attention_heads, args.num_key_value_heads, args.head_dim) == (9, 3, 64)
+    assert (args.rope_theta, args.rms_norm_eps, args.tie_word_embeddings) == (100_000, 1e-5, True)
     assert smollm.context_length == 8192
     assert smollm.content_id == packaged.content_id(NAME) and len(smollm.content_id) == 16
     assert smollm.tokenizer.eos_token_ids == {smollm.tokenizer.convert_tokens_to_ids("<|im_end|>")} == {2}
-
-
-def test_positions_beyond_the_rotary_base_of_others(smollm: Backbone) -> None:
-    """A wrong rope base goes unseen on short texts: a name from 300 tokens back must still be found."""
-    text = (
-        "The password is Zanzibar. " + "The weather was fine and they walked along the river. " * 30 + "The password is"
-    )
-    ids = smollm.tokenizer.encode(text)
-    assert len(ids) > 300
-    assert smollm.tokenizer.decode(greedy(smollm.model, ids, 3)[len(ids) :]).strip().startswith("Zan")
 
 
 def test_mlx_lm_loads_the_folder_as_it_is(smollm: Backbone) -> None:
