@@ -40,7 +40,7 @@ class Axis:
                 if len(found) <= wanted + 1:
                     break
             if len(found) >= 2:
-                return found
+                return found[:: math.ceil(len(found) / (wanted + 1))]
         raw = (self.high - self.low) / max(wanted, 1)
         unit = 10.0 ** math.floor(math.log10(raw))
         step = next(s * unit for s in (1, 2, 2.5, 5, 10) if s * unit >= raw * 0.7)
@@ -195,6 +195,7 @@ def comparison(rows: Sequence[tuple[str, float, float, str]], width: int) -> str
         body.append(_text("value", right, y + 16, wording.plus_minus(value, error), "end"))
         place = f'x="{left}" y="{y + 24:.0f}" width="{max(x(value) - left, 1):.1f}" height="18"'
         body.append(f'<rect class="bar {kind}" {place} rx="3"/>')
+        error = error if math.isfinite(error) else 0.0
         a, b = x(max(value - error, 0)), x(min(value + error, 1))
         body.append(_path("error", f"M{a:.1f} {y + 33:.0f}H{b:.1f}M{a:.1f} {y + 28:.0f}v10M{b:.1f} {y + 28:.0f}v10"))
     return _svg(width, height, "Scores: " + ", ".join(f"{n} {wording.score(v)}" for n, v, _, _ in rows), body)

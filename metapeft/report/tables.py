@@ -71,7 +71,7 @@ def trials(found: Sequence[Trial], title: str = "") -> Table:
             *((trial.task,) if several else ()),
             wording.method(trial.method),
             _score(trial.validation),
-            _score(trial.score),
+            wording.score(trial.score.value if trial.score else None),
             wording.duration(trial.train_seconds or trial.seconds),
             wording.memory(trial.peak_memory_mb),
             "ok" if trial.status == "ok" else f"[red]{wording.ending(trial.status)}[/]",

@@ -58,12 +58,10 @@ def duration(seconds: float | None) -> str:
         return "–"
     if seconds < 9.95:
         return f"{seconds:.1f}{SPACE}s"
-    if seconds < 99.5:
+    if seconds < 599.5:
         return f"{seconds:.0f}{SPACE}s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}{SPACE}min {rest}{SPACE}s" if rest and minutes < 10 else f"{round(seconds / 60)}{SPACE}min"
-    return f"{minutes // 60}{SPACE}h {minutes % 60}{SPACE}min"
+    minutes = round(seconds / 60)
+    return f"{minutes}{SPACE}min" if minutes < 60 else f"{minutes // 60}{SPACE}h {minutes % 60}{SPACE}min"
 
 
 def memory(mb: float | None) -> str:
