@@ -14,10 +14,13 @@ FIELDS = ("text", "labels")
 
 
 def default_template(kind: Kind, labels: Sequence[str]) -> str:
-    """Classification names its labels in the prompt where they are few; generation takes the prompt as it is."""
+    """Classification names its labels in the prompt where they are few; generation takes the prompt as it is.
+
+    The labels come first: what all prompts begin with is computed once per step (see `training.session`).
+    """
     if kind == "generation":
         return "{text}"
-    return "{text}\nLabel ({labels}):" if len(labels) <= MAX_LISTED_LABELS else "{text}\nLabel:"
+    return "Label: {labels}\n{text}\nLabel:" if len(labels) <= MAX_LISTED_LABELS else "{text}\nLabel:"
 
 
 def check_template(template: str) -> str:

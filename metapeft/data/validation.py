@@ -233,8 +233,8 @@ def check_labels(task: Task) -> list[Check]:
     expect = Expectations(labels, "label", "label")
     enough = gxe.ExpectColumnValuesToBeBetween(column="train", min_value=RARE_LABEL)
     fewest = f"at least {int(labels['train'].min()):,} training rows each"
-    label, count = total.most_common(1)[0]
-    share = f"{label!r} is the answer of {count / total.total():.0%} of the rows"
+    label, count = (total.most_common(1) or [("", 0)])[0]
+    share = f"{label!r} is the answer of {count / max(1, total.total()):.0%} of the rows"
     balanced = gxe.ExpectColumnMaxToBeBetween(column="share", max_value=MAJORITY)
     spelled = gxe.ExpectColumnValuesToBeBetween(column="alike", max_value=1)
     return [

@@ -33,7 +33,7 @@ def test_classification() -> None:
     assert task.labels == ("account", "billing", "delivery")
     assert task.label_completions == (" account", " billing", " delivery")
     assert [len(task.split(name)) for name in SPLITS] == [50, 13, 27]
-    assert all(e.prompt.endswith("\nLabel (account, billing or delivery):") for e in task.train)  # type: ignore[union-attr]
+    assert all(e.prompt.startswith("Label: account, billing or delivery\n") for e in task.train)  # type: ignore[union-attr]
     assert {e.completion for e in task.test} == set(task.label_completions)
     assert task.dvc_id == versions.content_id(SAMPLES / "tickets.jsonl")
     assert str(SAMPLES / "tickets.jsonl") == task.source
