@@ -52,6 +52,9 @@ def width(model: nn.Module) -> int:
     return int(getattr(parts.body, parts.embed)(mx.array([[0]])).shape[-1])
 
 
+Prefix = list[tuple[mx.array, mx.array]]  # per layer keys and values, each (1, kv_heads, tokens, head width)
+
+
 class PrefixCache:
     """Keys and values that every token of the batch attends to before its own. Gradients flow into them."""
 
@@ -206,7 +209,16 @@ def run(
         setattr(body, parts.norm, norm)
 
 
-def keys_values(model: nn.Module, ids: mx.array, embeddings: mx.array | None = None) -> list[tuple[mx.array, mx.array]]:
+def extended(model: nn.Module, prefix: Prefix | None, ids: Sequence[int], start: int, hidden: mx.array | None) -> Prefix:
+    """`prefix` followed by the keys and values of `ids`, from layer `start` on (`hidden`: that layer's input, if not 0)."""
+    depth = anatomy(model).depth
+    caches = [RecordingCache() for _ in range(depth)] if prefix is None else [PrefixCache(k, v) for k, v in prefix]
+    run(model, mx.array([list(ids)]), cache=caches, start=start, hidden=hidden, logits=False)
+    # Layers that were not run hold nothing; masks still read the length from them.
+    return [(c.keys, c.values) for c in (caches[max(i, start)] for i in range(depth))]  # type: ignore[misc]
+
+
+def keys_values(model: nn.Module, ids: mx.array, embeddings: mx.array | None = None) -> Prefix:
     """Per layer the (keys, values) of a sequence, each (batch, kv_heads, tokens, head width), position-encoded from 0."""
     caches = [RecordingCache() for _ in range(anatomy(model).depth)]
     run(model, ids, embeddings=embeddings, cache=caches, logits=False)

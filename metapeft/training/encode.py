@@ -22,6 +22,10 @@ class Encoded:
         """Tokens that go into the model: all but the last, which is only predicted."""
         return len(self.ids) - 1
 
+    def without(self, shared: int) -> Encoded:
+        """The same example after its first `shared` prompt tokens."""
+        return Encoded(self.ids[shared:], self.start - shared)
+
 
 def prompt_ids(prompt: str | tuple[tuple[str, str], ...], tokenizer: Any) -> list[int]:
     """A plain prompt as it is; chat messages through the backbone's chat template."""
@@ -63,11 +67,20 @@ def preview(example: Example, characters: int = 40) -> str:
     return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
-def text_ids(encoded: Sequence[Encoded], tokens: int) -> list[int]:
-    """The first training examples one after another: the text that text initialisations start from."""
-    result: list[int] = []
+def text_ids(shared: Sequence[int], encoded: Sequence[Encoded], tokens: int) -> list[int]:
+    """The shared beginning and the first training examples: the text that text initialisations start from."""
+    result = list(shared)
     for item in encoded:
         if len(result) >= tokens:
             break
         result += item.ids
     return result[:tokens]
+
+
+def shared_beginning(encoded: Sequence[Encoded]) -> tuple[int, ...]:
+    """The tokens that all prompts begin with; each keeps at least one token of its own."""
+    first = encoded[0].ids
+    length = min(e.start for e in encoded) - 1
+    for example in encoded:
+        length = next((i for i in range(length) if example.ids[i] != first[i]), length)
+    return first[:length]

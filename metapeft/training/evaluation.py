@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metapeft.backbones.forward import PrefixCache, RecordingCache, run
+from metapeft.backbones.forward import Prefix, PrefixCache, RecordingCache, run
 from metapeft.peft.base import Adapter
 from metapeft.runtime import mx
 from metapeft.training.encode import encode
@@ -56,6 +56,8 @@ def predict(session: Session, adapter: Adapter | None, split: str) -> Prediction
         np.zeros(len(examples), dtype=bool),
         np.zeros((len(examples), len(session.task.labels))) if labels else None,
     )
+    prefix = session.prefix(adapter, start)
+    mx.eval(prefix)
     chunks = chunked([e.length for e in examples])
     for first in range(0, len(chunks), len(session.streams)):
         group = chunks[first : first + len(session.streams)]
@@ -63,7 +65,7 @@ def predict(session: Session, adapter: Adapter | None, split: str) -> Prediction
         for chunk, stream in zip(group, session.streams, strict=False):
             shard = session.shard(split, chunk, start, stream)
             with mx.stream(stream):
-                logits = completion_logits(session.model, adapter, shard, start).astype(mx.float32)
+                logits = completion_logits(session.model, prefix, shard, start).astype(mx.float32)
                 total = mx.logsumexp(logits, axis=-1)
                 gold = mx.take_along_axis(logits, shard.targets[:, None], axis=-1)[:, 0]
                 hit = mx.argmax(logits, axis=-1) == shard.targets
@@ -165,6 +167,8 @@ class Labels:
         by_length: dict[int, list[int]] = {}
         for index, example in enumerate(session.encoded[split]):
             by_length.setdefault(example.start, []).append(index)
+        prefix = session.prefix(adapter)
+        mx.eval(prefix)
         longest = max(len(p) for p in self.paths)
         paths = mx.array([pad(p, longest) for p in self.paths])
         per_batch = max(1, CHUNK_TOKENS // (len(self.paths) * longest))
@@ -177,19 +181,21 @@ class Labels:
             for (length, indices), stream in zip(jobs[first : first + len(session.streams)], session.streams, strict=False):
                 ids = mx.array([session.encoded[split][i].ids[:length] for i in indices])
                 with mx.stream(stream):
-                    pending.append((indices, self._path_scores(session, adapter, ids, paths)))
+                    pending.append((indices, self._path_scores(session, prefix, ids, paths)))
             mx.eval([p[1] for p in pending])
             for indices, values in pending:
                 deeper = np.array(values, dtype=np.float64)  # (examples, labels)
                 for row, index in enumerate(indices):
                     scores[index] += deeper[row]
 
-    def _path_scores(self, session: Session, adapter: Adapter | None, ids: mx.array, paths: mx.array) -> mx.array:
+    def _path_scores(self, session: Session, prefix: Prefix | None, ids: mx.array, paths: mx.array) -> mx.array:
         """Log-likelihood of each label's tokens after the first, up to the deciding one: (examples, labels)."""
         batch, count = ids.shape[0], paths.shape[0]
-        prefix = adapter.prefix(session.model) if adapter is not None else None
-        empty = [(None, None)] * session.depth if prefix is None else prefix
-        caches = [RecordingCache() if k is None else PrefixCache(k, v) for k, v in empty]
+        caches = (
+            [RecordingCache() for _ in range(session.depth)]
+            if prefix is None
+            else [PrefixCache(keys, values) for keys, values in prefix]
+        )
         run(session.model, ids, cache=caches, logits=False)
         repeated = [
             PrefixCache(mx.repeat(c.keys, count, axis=0), mx.repeat(c.values, count, axis=0)) for c in caches

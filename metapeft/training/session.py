@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from metapeft import blas
-from metapeft.backbones.forward import PrefixCache, anatomy, run
+from metapeft.backbones.forward import Prefix, PrefixCache, anatomy, extended, run
 from metapeft.data.task import Task
 from metapeft.peft.base import Adapter
 from metapeft.runtime import device, mx, nn
-from metapeft.training.encode import Encoded, encode_task
+from metapeft.training.encode import Encoded, encode_task, shared_beginning
 from metapeft.training.trial import Score
 from metapeft.training.trunk import Trunk, pad
 
@@ -42,7 +42,11 @@ class Session:
     def __init__(self, backbone: Backbone, task: Task):
         self.backbone, self.task = backbone, task
         self.model: nn.Module = backbone.model
-        self.encoded = encode_task(task, backbone.tokenizer, backbone.context_length)
+        encoded = encode_task(task, backbone.tokenizer, backbone.context_length)
+        # Every prompt of a task begins with the same instruction: attention is causal, so its hidden states are the same
+        # for all examples, are computed once per step, and the examples keep only their own tokens.
+        self.shared = shared_beginning([e for examples in encoded.values() for e in examples])
+        self.encoded = {name: [e.without(len(self.shared)) for e in examples] for name, examples in encoded.items()}
         self.depth = anatomy(self.model).depth
         self.streams = streams()
         self.untuned: dict[str, Score] = {}
@@ -51,8 +55,19 @@ class Session:
     def trunk(self, split: str, depth: int) -> Trunk:
         key = (split, depth)
         if key not in self._trunks:
-            self._trunks[key] = Trunk(self.model, depth, self.encoded[split])
+            self._trunks[key] = Trunk(self.model, depth, self.encoded[split], self.shared)
         return self._trunks[key]
+
+    def prefix(self, adapter: Adapter | None, start: int = 0) -> Prefix | None:
+        """Keys and values that every example attends to: the adapter's virtual tokens, then the shared beginning.
+
+        Layers below `start` are not run; theirs are placeholders of the right length.
+        """
+        virtual = adapter.prefix(self.model) if adapter is not None else None
+        if not self.shared:
+            return virtual
+        hidden = None if start == 0 else self.trunk("train", start).beginning()
+        return extended(self.model, virtual, self.shared, start, hidden)
 
     def shard(self, split: str, indices: Sequence[int], start: int, stream: mx.Stream) -> Shard:
         """Pads and places examples. With start > 0 the trunk below layer `start` must be prepared for them."""
@@ -81,10 +96,9 @@ def rows_targets(examples: Sequence[Encoded], longest: int) -> tuple[list[int], 
 
 
 def completion_logits(
-    model: nn.Module, adapter: Adapter | None, shard: Shard, start: int, *, checkpoint: bool = False
+    model: nn.Module, prefix: Prefix | None, shard: Shard, start: int, *, checkpoint: bool = False
 ) -> mx.array:
-    """Logits at the completion positions of a shard, (positions, vocabulary)."""
-    prefix = adapter.prefix(model) if adapter is not None else None
+    """Logits at the completion positions of a shard, (positions, vocabulary). `prefix` comes first in every sequence."""
     cache = None if prefix is None else [PrefixCache(k, v) for k, v in prefix]
     out = run(
         model, shard.ids, cache=cache, rows=shard.rows, start=start, hidden=shard.hidden, checkpoint=checkpoint

@@ -80,7 +80,7 @@ def run_trial(
         trial.untuned_score = untuned(session, "test") if test else None
         begin = time.perf_counter()  # the untuned score belongs to the task, not to this trial
         text = getattr(method, "text", "")
-        ids = list(backbone.tokenizer.encode(text)) if text else text_ids(session.encoded["train"], 256)
+        ids = list(backbone.tokenizer.encode(text)) if text else text_ids(session.shared, session.encoded["train"], 256)
         adapter = create(method, session.model, seed=seed, text_ids=ids)
         trial.trained_parameters = sum(v.size for _, v in tree_flatten(adapter.module.parameters()))
         adapter.attach(session.model)
@@ -211,9 +211,8 @@ class _Run:
 
         def loss(parameters: Any) -> mx.array:
             self.adapter.module.update(parameters)
-            logits = completion_logits(
-                self.session.model, self.adapter, shard, self.start, checkpoint=self.config.checkpoint
-            )
+            prefix = self.session.prefix(self.adapter, self.start)
+            logits = completion_logits(self.session.model, prefix, shard, self.start, checkpoint=self.config.checkpoint)
             return nn.losses.cross_entropy(logits.astype(mx.float32), shard.targets, reduction="sum") / total
 
         with mx.stream(shard.stream):

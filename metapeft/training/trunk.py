@@ -12,7 +12,7 @@ from typing import IO
 
 import numpy as np
 
-from metapeft.backbones.forward import run
+from metapeft.backbones.forward import Prefix, PrefixCache, anatomy, extended, run
 from metapeft.runtime import mx, nn
 from metapeft.training.encode import Encoded
 
@@ -23,8 +23,17 @@ CHUNK_TOKENS = 1024
 class Trunk:
     """The input of layer `depth` for every example of one split."""
 
-    def __init__(self, model: nn.Module, depth: int, examples: Sequence[Encoded], memory_bytes: int = MEMORY_BYTES):
-        self.model, self.depth, self.examples = model, depth, examples
+    def __init__(
+        self,
+        model: nn.Module,
+        depth: int,
+        examples: Sequence[Encoded],
+        shared: Sequence[int] = (),
+        memory_bytes: int = MEMORY_BYTES,
+    ):
+        """shared: tokens that come before every example (see Session)."""
+        self.model, self.depth, self.examples, self.shared = model, depth, examples, shared
+        self._beginning: tuple[Prefix, mx.array] | None = None
         self.room = memory_bytes
         self.memory: dict[int, mx.array] = {}
         self.disk: dict[int, tuple[int, int]] = {}  # index -> (offset, tokens)
@@ -41,6 +50,23 @@ class Trunk:
         self.file.seek(offset)
         raw = np.frombuffer(self.file.read(tokens * self.width * self.dtype.size), dtype=np.uint8)
         return mx.array(raw).view(self.dtype).reshape(tokens, self.width)
+
+    def beginning(self) -> mx.array:
+        """The input of layer `depth` at the shared tokens, (1, tokens, width)."""
+        if self._beginning is None:
+            ids = mx.array([list(self.shared)])
+            hidden = run(self.model, ids, stop=self.depth, logits=False)
+            self._beginning = (extended(self.model, None, self.shared, 0, None)[: self.depth], hidden)
+            mx.eval(self._beginning)
+        return self._beginning[1]
+
+    def _caches(self) -> list[PrefixCache] | None:
+        if not self.shared:
+            return None
+        self.beginning()
+        assert self._beginning is not None
+        below = [PrefixCache(keys, values) for keys, values in self._beginning[0]]
+        return below + [PrefixCache(*below[0].prefix)] * (anatomy(self.model).depth - self.depth)
 
     def prepare(self, indices: Sequence[int], streams: Sequence[mx.Stream]) -> None:
         """Computes what is missing among `indices`, in chunks of similar length, spread over the streams."""
@@ -59,7 +85,7 @@ class Trunk:
                 longest = max(self.examples[i].length for i in chunk)
                 ids = mx.array([pad(self.examples[i].ids[:-1], longest) for i in chunk])
                 with mx.stream(stream):
-                    hidden = run(self.model, ids, stop=self.depth, logits=False)
+                    hidden = run(self.model, ids, cache=self._caches(), stop=self.depth, logits=False)
                     results.append([mx.contiguous(hidden[row, : self.examples[i].length]) for row, i in enumerate(chunk)])
             mx.eval(results)
             for chunk, rows in zip(chunks[start : start + len(streams)], results, strict=False):

@@ -132,7 +132,7 @@ def loss_and_gradients(
 
     def loss(parameters: Any) -> tuple[mx.array, mx.array]:
         adapter.module.update(parameters)
-        logits = completion_logits(model, adapter, part, start, checkpoint=checkpoint)
+        logits = completion_logits(model, adapter.prefix(model), part, start, checkpoint=checkpoint)
         task = nn.losses.cross_entropy(logits, part.targets, reduction="mean")
         extra = adapter.extra_loss()
         return (task if extra is None else task + extra), task
