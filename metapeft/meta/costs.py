@@ -127,7 +127,8 @@ def _seconds(
 ) -> float:
     features, shapes = profile.features, profile.shapes
     completion = features["completion_tokens_mean"]
-    length = PADDING * (features["prompt_tokens_mean"] + completion - 1)
+    shared = features["shared_tokens"]
+    length = PADDING * (features["prompt_tokens_mean"] - shared + completion - 1)
     batch = min(train.batch_size, features["train_examples"])
     validation, test = features["validation_examples"], features["test_examples"]
     lowest = _lowest(method, shapes)
@@ -135,10 +136,11 @@ def _seconds(
     above = sum(weights[lowest:]) / sum(weights)
     streams = int(speed.measured.get("streams", 1))
 
-    step = batch * (length * above * speed.gradient + completion * speed.head_gradient)
+    # What every prompt begins with goes through the layers once per step and stream.
+    step = (batch * length + streams * shared) * above * speed.gradient + batch * completion * speed.head_gradient
     if matrices:
         step *= LOW_RANK
-    elif not isinstance(method, PrefixConfig):  # the virtual tokens go through the layers once per stream
+    elif not isinstance(method, PrefixConfig):  # and so do virtual tokens
         step += method.tokens * streams * speed.gradient
     step = max(step, speed.step)
     if isinstance(method, AdaLoRAConfig):
@@ -157,18 +159,19 @@ def _memory(
     """Bytes alive at the peak: weights, adapter with its optimizer, and the larger of a step and an evaluation."""
     features, shapes = profile.features, profile.shapes
     completion = features["completion_tokens_p90"]
-    length = features["prompt_tokens_p90"] + completion - 1
+    shared = features["shared_tokens"]
+    length = features["prompt_tokens_p90"] - shared + completion - 1
     batch = min(train.batch_size, features["train_examples"]) / train.accumulate
     streams = int(speed.measured.get("streams", 1))
     elements = sum(layer.parameters for layer in shapes.each()) + shapes.vocabulary * shapes.width
     element = 4 if shapes.weight_bytes / elements > 3 else 2
     lowest = _lowest(method, shapes)
 
-    attended = length + getattr(method, "tokens", 0)
+    attended = shared + length + getattr(method, "tokens", 0)
     kept = [_kept(layer.linear, shapes, attended, matrices) for layer in shapes.each()]
     layers = max(kept) + shapes.depth * shapes.width if train.checkpoint else sum(kept[lowest:])
     logits = batch * completion * shapes.vocabulary * (element + 3 * 4)
-    step = batch * length * layers * element + logits
+    step = (batch * length + streams * shared) * layers * element + logits
     at_once = min(CHUNK_TOKENS, length * (features["validation_examples"] + features["test_examples"]))
     rows = streams * at_once / max(1.0, length) * completion
     scoring = streams * at_once * max(kept) * element + rows * shapes.vocabulary * (element + 2 * 4)

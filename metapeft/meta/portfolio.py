@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Default:
-    """A configuration and the gain expected of it. `top_third`: only a third of the layers, the upper ones, is adapted."""
+    """A configuration and the gain expected of it. `top_third`: only the upper third of the layers is adapted."""
 
     configuration: dict[str, Any]
     gain: float

@@ -127,7 +127,7 @@ def neighbour_disagreement(states: np.ndarray, labels: np.ndarray) -> float:
 
 def _forward(session: Session, split: str) -> tuple[Predictions, np.ndarray]:
     """(Predictions, states) of a split, with nothing attached."""
-    from metapeft.backbones.forward import run
+    from metapeft.backbones.forward import PrefixCache, run
     from metapeft.runtime import mx
     from metapeft.training.evaluation import Labels, Predictions, chunked
 
@@ -138,13 +138,16 @@ def _forward(session: Session, split: str) -> tuple[Predictions, np.ndarray]:
     result = Predictions(np.zeros(n), np.zeros(n), np.zeros(n, dtype=bool), scores)
     states: list[np.ndarray | None] = [None] * n
     first, last = _varying(encoded)
+    prefix = session.prefix(None)
+    mx.eval(prefix)
     chunks = chunked([e.length for e in encoded])
     for position in range(0, len(chunks), len(session.streams)):
         pending = []
         for chunk, stream in zip(chunks[position : position + len(session.streams)], session.streams, strict=False):
             shard = session.shard(split, chunk, 0, stream)
             with mx.stream(stream):
-                hidden = run(session.model, shard.ids, logits=False)
+                cache = None if prefix is None else [PrefixCache(keys, values) for keys, values in prefix]
+                hidden = run(session.model, shard.ids, cache=cache, logits=False)
                 pooled = _pool(session, hidden, [(first, max(first + 1, encoded[i].start - last)) for i in chunk])
                 logits = run(session.model, shard.ids, start=session.depth, hidden=hidden, rows=shard.rows)[0]
                 logits = logits.astype(mx.float32)

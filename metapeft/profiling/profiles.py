@@ -7,10 +7,7 @@ samples of fixed size; kept in METAPEFT_HOME/profiles by the content of the data
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from metapeft.data.task import Task
 from metapeft.errors import UserError
-from metapeft.profiling import speed, text
+from metapeft.profiling import cache, speed, text
 from metapeft.profiling.shapes import Shapes, shapes
 from metapeft.settings import home
 
@@ -62,7 +59,7 @@ def profile(task: Task, backbone: Backbone) -> Profile:
     known = _read(path)
     if known is None:
         known = measure(task, backbone)
-        _write(path, known)
+        cache.write(path, known.to_json())
     speed.of(backbone)
     return replace(known, task=task.name, backbone=backbone.id)
 
@@ -144,21 +141,8 @@ SCALES: dict[str, tuple[Callable[[float], float], float, float]] = {
 
 
 def _read(path: Path) -> Profile | None:
+    record = cache.read(path)
     try:
-        return Profile.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not there, or damaged: measured again
-
-
-def _write(path: Path, profile: Profile) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(profile.to_json(), ensure_ascii=False, allow_nan=False), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror}); set METAPEFT_HOME to a folder you may write in"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        return None if record is None else Profile.from_json(record)
+    except (KeyError, TypeError):
+        return None

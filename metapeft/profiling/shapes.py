@@ -65,9 +65,10 @@ def shapes(model: nn.Module) -> Shapes:
     groups: list[Layers] = []
     for layer, linear_shapes in zip(getattr(parts.body, parts.layers), found, strict=True):
         known = {path: outputs * inputs for path, (outputs, inputs) in linear_shapes.items()}
-        # Quantized weights are packed: count those of linear layers by their shapes, and the rest as they are.
+        # Quantized weights are packed: the weights of linear layers are counted by their shapes, the rest as it is.
         every: list[tuple[str, Any]] = tree_flatten(layer.parameters())  # type: ignore[assignment]
-        others = [v.size for name, v in every if not name.startswith(tuple(known))]
+        packed = {f"{path}.{part}" for path in known for part in ("weight", "scales", "biases")}
+        others = [v.size for name, v in every if name not in packed]
         parameters = int(sum(known.values()) + sum(others))
         if groups and (groups[-1].linear, groups[-1].parameters) == (linear_shapes, parameters):
             groups[-1] = Layers(groups[-1].count + 1, linear_shapes, parameters)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metapeft.profiling import cache
 from metapeft.settings import home
 
 if TYPE_CHECKING:
@@ -50,15 +49,16 @@ def of(backbone: Backbone) -> Speed:
     known = read(backbone.content_id)
     if known is None:
         known = measure(backbone)
-        _write(_path(backbone.content_id), known)
+        cache.write(_path(backbone.content_id), known.to_json())
     return known
 
 
 def read(backbone_content: str) -> Speed | None:
     """What was measured before on this machine for this backbone."""
+    record = cache.read(_path(backbone_content))
     try:
-        return Speed(**json.loads(_path(backbone_content).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return None if record is None else Speed(**record)
+    except TypeError:
         return None
 
 
@@ -124,10 +124,3 @@ def _machine() -> dict[str, Any]:
 def _path(backbone_content: str) -> Path:
     key = hashlib.sha256(json.dumps(_machine(), sort_keys=True).encode()).hexdigest()[:12]
     return home() / "speed" / f"{backbone_content}-{key}.json"
-
-
-def _write(path: Path, speed: Speed) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    temporary.write_text(json.dumps(speed.to_json()), encoding="utf-8")
-    os.replace(temporary, path)

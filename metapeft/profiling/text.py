@@ -65,7 +65,9 @@ def _shared(texts: Sequence[str]) -> int:
 
 
 def size(task: Task, encoded: Sequence[Encoded]) -> dict[str, float]:
-    """encoded: the sampled training rows."""
+    """encoded: the sampled training rows. `shared_tokens` begin every prompt; training runs them once per step."""
+    from metapeft.training.encode import shared_beginning
+
     prompts = np.array([e.start for e in encoded])
     completions = np.array([len(e.ids) - e.start for e in encoded])
     features = {f"{split}_examples": float(len(task.split(split))) for split in ("train", "validation", "test")}
@@ -75,6 +77,7 @@ def size(task: Task, encoded: Sequence[Encoded]) -> dict[str, float]:
             features[f"{name}_tokens_p{quantile}"] = float(np.percentile(lengths, quantile))
         features[f"{name}_tokens_max"] = float(lengths.max())
     features["train_tokens"] = float((prompts + completions).mean() * len(task.train))
+    features["shared_tokens"] = float(len(shared_beginning(encoded)))
     seen = [token for e in encoded for token in e.ids][:TOKENS]
     features["vocabulary"] = float(len(set(seen)))
     features["type_token_ratio"] = len(set(seen)) / len(seen)

@@ -1,0 +1,33 @@
+"""The benchmark of a machine: plausible, kept, and repeated only where it must be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from metapeft.profiling import speed
+from tests.backbones.tiny import tiny
+
+
+def test_speed_is_measured_once_per_machine_and_backbone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny("llama")
+    assert speed.read(backbone.content_id) is None
+    found = speed.of(backbone)
+    for seconds in (found.forward, found.gradient, found.head_forward, found.head_gradient, found.step):
+        assert 0 < seconds < 1
+    assert found.measured["device"] in ("cpu", "metal", "cuda") and found.measured["streams"] >= 1
+    with monkeypatch.context() as patch:
+        patch.setattr(speed, "measure", pytest.fail)
+        assert speed.of(backbone) == speed.read(backbone.content_id) == found
+    with monkeypatch.context() as patch:
+        patch.setattr(speed, "_machine", lambda: {"device": "another"})
+        assert speed.read(backbone.content_id) is None
+    (path,) = (home / "speed").iterdir()
+    path.write_text("{")
+    assert speed.read(backbone.content_id) is None
+
+
+def test_gradients_take_longer_than_going_forward() -> None:
+    found = speed.measure(tiny("llama"))
+    assert found.gradient > found.forward
