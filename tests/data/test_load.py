@@ -91,9 +91,7 @@ def test_a_folder_of_splits(tmp_path: Path) -> None:
     save(tmp_path / "test.jsonl", records[70:])
     task = load_task(tmp_path)
     assert [len(task.split(name)) for name in SPLITS] == [50, 20, 20]
-    assert {normalised(e.prompt.split("\n")[1]) for e in task.test} == {
-        normalised(r["text"]) for r in records[70:]
-    }
+    assert {normalised(e.prompt.split("\n")[1]) for e in task.test} == {normalised(r["text"]) for r in records[70:]}
     assert "train: 10 prompts left out that other splits hold too" in task.notes
     assert task.dvc_id.endswith(".dir")
 
