@@ -54,7 +54,8 @@ class Space:
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _TARGETS = Choices(((), ATTENTION, ("q_proj", "v_proj")))  # (): every linear layer
-_LAYERS = Choices((4, 10, 20, 0), ordered=True)  # the top ones; 0: all of them
+_LAYERS = Choices((5, 10, 20, 0), ordered=True)  # the top ones of 30; 0: all of them
+_TOKENS = Range(4, 40, log=True, integer=True)
 _TRAINING: dict[str, Domain] = {"batch_size": Choices((4, 8, 16), ordered=True), "warmup": Range(0.0, 0.2)}
 _SPACES: dict[str, dict[str, Domain]] = {
     "lora": {
@@ -78,18 +79,18 @@ _SPACES: dict[str, dict[str, Domain]] = {
     },
     "prompt": {
         "learning_rate": Range(1e-3, 1e-1, log=True),
-        "tokens": Choices((5, 10, 20, 40), ordered=True),
+        "tokens": _TOKENS,
         "initialisation": Choices(("text", "vocabulary", "random")),
     },
     "prefix": {
         "learning_rate": Range(1e-3, 1e-1, log=True),
-        "tokens": Choices((4, 8, 16, 32), ordered=True),
+        "tokens": _TOKENS,
         "projection": Choices((0, 256), ordered=True),
         "initialisation": Choices(("text", "random")),
     },
     "p_tuning": {
         "learning_rate": Range(2e-4, 2e-2, log=True),
-        "tokens": Choices((5, 10, 20, 40), ordered=True),
+        "tokens": _TOKENS,
         "encoder": Choices(("mlp", "lstm")),
         "width": Choices((64, 128, 256), ordered=True),
     },
@@ -112,8 +113,9 @@ def space(
 
     narrow: name -> a value (fixed), a list of choices, or {"low", "high", optionally "log"}. A plain name applies to
     every method that has it, `lora.rank` to one method, and `method` chooses among the methods. A hyperparameter that
-    is not searched by default may be named too. depth, modules: number of layers of the backbone and names of its
-    linear layers; default choices that do not exist there are left out. Raises UserError naming what is wrong.
+    is not searched by default may be named too.
+    depth, modules: number of layers of the backbone and names of its linear layers, which the default choices follow.
+    Raises UserError naming what is wrong.
     """
     given = dict(narrow or {})
     chosen = list(dict.fromkeys(methods or METHODS))
@@ -240,9 +242,10 @@ def _number(value: Any) -> bool:
 
 
 def _fit(domains: dict[str, Domain], depth: int | None, modules: Collection[str] | None) -> dict[str, Domain]:
-    """Without the layer counts and linear layers that the backbone does not have."""
+    """For a backbone: the top sixth, third and two thirds of its layers, and only linear layers that it has."""
     if depth is not None and "layers" in domains:
-        domains["layers"] = Choices(tuple(n for n in _LAYERS.values if n < depth), ordered=True)
+        counts = {max(1, round(depth * share)) for share in (1 / 6, 1 / 3, 2 / 3)} - {depth}
+        domains["layers"] = Choices((*sorted(counts), 0), ordered=True)
     if modules is not None and "targets" in domains:
         domains["targets"] = Choices(tuple(names for names in _TARGETS.values if set(names) <= set(modules)))
     return domains

@@ -125,7 +125,7 @@ def test_narrowing() -> None:
     assert lora["rank"] == Choices((4, 16), ordered=True) and "rank" not in prompt
     assert lora["targets"] == Choices((("q_proj", "v_proj"),))
     assert lora["layers"] == Choices((4, 0), ordered=True), "0 means all, so it comes last"
-    assert prompt["tokens"] == Range(3, 6, integer=True)
+    assert prompt["tokens"] == Range(3, 6, log=True, integer=True)
     assert lora["schedule"] == prompt["schedule"] == Choices(("cosine", "linear"))
     assert lora["steps"] == Choices((20, 40), ordered=True)
     assert lora["dropout"] == Range(0.05, 0.1)
@@ -147,9 +147,20 @@ def test_method_is_searched_among_those_named() -> None:
 
 
 def test_a_backbone_leaves_out_what_it_does_not_have() -> None:
-    lora = spaces.space(["lora"], depth=6, modules={"qkv_proj", "o_proj"}).methods["lora"]
-    assert lora["layers"] == Choices((4, 0), ordered=True)
+    lora = spaces.space(["lora"], depth=12, modules={"qkv_proj", "o_proj"}).methods["lora"]
+    assert lora["layers"] == Choices((2, 4, 8, 0), ordered=True)
     assert lora["targets"] == Choices(((),))
+    assert spaces.space(["lora"], depth=1).methods["lora"]["layers"] == Choices((0,), ordered=True)
+
+
+def test_the_portfolio_lies_inside_the_space_that_it_warms() -> None:
+    from metapeft.meta.portfolio import portfolio
+
+    for depth in (24, 30):
+        space = spaces.space(depth=depth)
+        for configuration in portfolio(depth):
+            inside = spaces.project(configuration, space)
+            assert inside is not None and inside | configuration == inside
 
 
 @pytest.mark.parametrize(
