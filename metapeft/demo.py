@@ -10,9 +10,9 @@ from metapeft.settings import load_settings
 from metapeft.stages.stage import read_json
 
 SIZES: dict[str, Any] = {
-    "data": {"max_train": 400, "max_validation": 100, "max_test": 300},
-    "sweep": {"trials": 6, "steps": 25},
-    "train": {"steps": 80},
+    "data": {"max_train": 400, "max_validation": 80, "max_test": 300},
+    "sweep": {"trials": 5, "steps": 16, "space": {"evaluations": 2}},  # one trial per method
+    "train": {"steps": 60},
 }
 
 

@@ -82,7 +82,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
 
 
 def best_of_each_first(ranked: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first configuration of every method, then the others, each in the order given: a short sweep sees all methods."""
+    """The first configuration of every method, then the others, in the order given: a short sweep sees all methods."""
     first = list({c["method"]: c for c in reversed(ranked)}.values())
     return [c for c in ranked if c in first] + [c for c in ranked if c not in first]
 
