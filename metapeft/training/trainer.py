@@ -128,7 +128,9 @@ class _Run:
         self.examples = session.encoded["train"]
         self.lengths = [e.length for e in self.examples]
         self.start = adapter.lowest_layer()
-        self.optimizer = optim.AdamW(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+        self.optimizer = optim.AdamW(
+            learning_rate=config.learning_rate, weight_decay=config.weight_decay, bias_correction=True
+        )
         self.step = 0
         self.losses: list[float] = []
         self.best: Score | None = None
