@@ -10,14 +10,18 @@ once little moves, with many tasks the order becomes that of the task-centred av
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from metapeft.meta.portfolio import PORTFOLIO
+from metapeft.peft import METHODS
+from metapeft.training.configuration import full
 
 # Standard deviations of the terms, in gain. Beliefs, chosen wide: tasks differ much more than methods do.
 OVERALL, TASK, METHOD, CONFIGURATION, TASK_METHOD, TASK_CONFIGURATION = 0.2, 0.3, 0.1, 0.15, 0.15, 0.15
@@ -27,6 +31,22 @@ RATE_STEP = math.log(3.0)  # learning rates a factor of 3 apart share 60 % of th
 DIFFERENT = 0.6  # what configurations that differ in one more hyperparameter still share
 UNIMPORTANT = frozenset({"method", "learning_rate", "evaluations", "patience", "checkpoint", "accumulate", "clip"})
 FLOOR = 0.05  # of a range: keeps gains finite where the backbone is nearly perfect already (or nearly always wrong)
+
+
+@lru_cache(maxsize=1)
+def _defaults() -> dict[str, dict[str, Any]]:
+    return {method: full({"method": method}) for method in METHODS}
+
+
+def complete(configuration: dict[str, Any]) -> dict[str, Any]:
+    """With every default written out; unlike `full` it trusts the values, which is hundreds of times faster."""
+    given = {name: list(v) if isinstance(v, tuple) else v for name, v in configuration.items()}
+    return _defaults()[configuration["method"]] | given
+
+
+def key(configuration: dict[str, Any]) -> str:
+    """Equal for configurations that train alike."""
+    return json.dumps(complete(configuration), sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -83,9 +103,10 @@ def _covariance(left: list[tuple[str, dict[str, Any]]], right: list[tuple[str, d
     methods = _same([c["method"] for c in ours], [c["method"] for c in theirs])
     rates = [np.log([c["learning_rate"] for c in side]) for side in (ours, theirs)]
     alike = methods * np.exp(-0.5 * (np.subtract.outer(*rates) / RATE_STEP) ** 2)
-    for key in sorted({key for c in (*ours, *theirs) for key in c} - UNIMPORTANT):
-        same = _same([repr(c.get(key)) for c in ours], [repr(c.get(key)) for c in theirs])
-        alike *= np.where(same, 1.0, DIFFERENT)
+    for name in sorted({name for c in (*ours, *theirs) for name in c} - UNIMPORTANT):
+        values = [[repr(c.get(name)) for c in side] for side in (ours, theirs)]
+        if len(set(values[0] + values[1])) > 1:
+            alike *= np.where(_same(*values), 1.0, DIFFERENT)
     return (
         OVERALL**2
         + tasks * TASK**2

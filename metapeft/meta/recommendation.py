@@ -26,11 +26,11 @@ from metapeft.meta import beliefs
 from metapeft.meta.costs import Cost, cost
 from metapeft.meta.experience import Experience
 from metapeft.meta.portfolio import portfolio
+from metapeft.peft import METHODS
 from metapeft.profiling import Profile, known_profiles
 from metapeft.profiling import speed as speeds
 from metapeft.profiling.speed import Speed
 from metapeft.settings import Prefer, Settings
-from metapeft.training.configuration import full
 from metapeft.training.trial import Trial
 
 Basis = Literal["experience", "portfolio"]
@@ -113,7 +113,9 @@ def recommend(
     the profile. Raises UserError when the budgets exclude every configuration.
     """
     speed = speed or speeds.read(profile.backbone_content) or nominal_speed(profile)
-    trials = [t for t in (experience or Experience()).trials() if t.backbone == profile.backbone]
+    trials = [
+        t for t in (experience or Experience()).trials() if t.backbone == profile.backbone and t.method in METHODS
+    ]
     own = [t for t in trials if t.task_version == task.version]
     others = [t for t in trials if t.task_version != task.version]
     if len({t.task_version for t in others}) < LEAST_TASKS:
@@ -128,7 +130,7 @@ def recommend(
     feasible = _feasible(candidates, costs, settings)
     candidates, costs = [candidates[i] for i in feasible], [costs[i] for i in feasible]
 
-    mean, covariance = beliefs.posterior(task.version, [full(c) for c in candidates], observations)
+    mean, covariance = beliefs.posterior(task.version, [beliefs.complete(c) for c in candidates], observations)
     predictions, best, within = _predict(mean, covariance, untuned, profile, len(task.test))
     worth = _utility(predictions, costs, settings.recommend.prefer)
     order = sorted(range(len(candidates)), key=lambda i: (-worth[i], costs[i].seconds))
@@ -169,16 +171,14 @@ def observe(trials: Sequence[Trial], steps: int, untuned: dict[str, float]) -> l
             or (found is None and trial.status != "diverged")
         ):
             continue
-        configuration = full(trial.configuration)
+        configuration = beliefs.complete(trial.configuration)
         measured, error = 0.0, 0.0
         if trial.status != "diverged" and found is not None:
             measured = beliefs.gain(found.value, base)
             error = found.standard_error / max(beliefs.FLOOR, 1 - base)
         budget = beliefs.DOUBLING * math.log2(max(1, trial.budget) / steps)
         noise = math.sqrt(error**2 + beliefs.SEED**2 + budget**2)
-        groups.setdefault((trial.task_version, repr(sorted(configuration.items()))), []).append(
-            (configuration, measured, noise)
-        )
+        groups.setdefault((trial.task_version, beliefs.key(configuration)), []).append((configuration, measured, noise))
     result = []
     for (version, _), measurements in groups.items():
         weights = np.array([1 / noise**2 for _, _, noise in measurements])
@@ -212,12 +212,12 @@ def _candidates(depth: int, own: list[Trial], others: list[Trial]) -> list[dict[
     tried = sorted(tried, key=lambda t: -(t.score or t.validation).value)[:MOST_TRIED]  # type: ignore[union-attr]
     tasks: dict[str, set[str]] = {}
     for trial in others:
-        tasks.setdefault(repr(sorted(full(trial.configuration).items())), set()).add(trial.task_version)
-    often = [t for t in others if len(tasks[repr(sorted(full(t.configuration).items()))]) >= LEAST_SEEN]
-    impossible = {repr(full(t.configuration)) for t in own if t.status == "out_of_memory"}
+        tasks.setdefault(beliefs.key(trial.configuration), set()).add(trial.task_version)
+    often = [t for t in others if len(tasks[beliefs.key(t.configuration)]) >= LEAST_SEEN]
+    impossible = {beliefs.key(t.configuration) for t in own if t.status == "out_of_memory"}
     found: dict[str, dict[str, Any]] = {}
     for configuration in (*portfolio(depth), *(t.configuration for t in (*tried, *often))):
-        key = repr(full(configuration))
+        key = beliefs.key(configuration)
         if key not in impossible:
             found.setdefault(key, short(configuration))
     return list(found.values())
@@ -225,9 +225,9 @@ def _candidates(depth: int, own: list[Trial], others: list[Trial]) -> list[dict[
 
 def short(configuration: dict[str, Any]) -> dict[str, Any]:
     """Without the values that are defaults anyway, except method, learning rate and batch size."""
-    usual = full({"method": configuration["method"]})
+    usual = beliefs.complete({"method": configuration["method"]})
     named = ("method", "learning_rate", "batch_size")
-    chosen = full(configuration)
+    chosen = beliefs.complete(configuration)
     return {key: chosen[key] for key in chosen if key in named or chosen[key] != usual[key]}
 
 

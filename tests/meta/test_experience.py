@@ -195,7 +195,7 @@ def test_old_schemas_are_migrated_and_newer_ones_refused(store: Experience, monk
     new.append(trial(3))
     new.compact()
     monkeypatch.setattr(module, "SCHEMA", 1)
-    with pytest.raises(UserError, match="schema 3.*upgrade"):
+    with pytest.raises(UserError, match=r"schema 3.*upgrade"):
         Experience(store.folder, shipped=None).trials()
 
 
@@ -204,7 +204,7 @@ def test_bad_places_and_files(store: Experience, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="METAPEFT_HOME"):
         Experience(tmp_path / "file", shipped=None).append(trial(1))
-    with pytest.raises(UserError, match="parquet or .jsonl"):
+    with pytest.raises(UserError, match=r"parquet or \.jsonl"):
         store.export(tmp_path / "all.csv")
     with pytest.raises(UserError, match="cannot write"):
         store.export(tmp_path / "file" / "all.jsonl")

@@ -1,0 +1,207 @@
+"""Recommendations: their shape, what they rest on, budgets, preferences, and whether intervals hold."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from metapeft.errors import UserError
+from metapeft.meta import Experience, Recommendation, recommend
+from metapeft.meta import recommendation as module
+from metapeft.meta.beliefs import SEED
+from metapeft.profiling import Profile, cache
+from metapeft.settings import home, load_settings
+from metapeft.training.configuration import full
+from metapeft.training.trial import Score
+from tests.meta.made import CONTENT, SPEED, profile, task, trial
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Experience:
+    return Experience(tmp_path / "experience", shipped=None)
+
+
+def asked(store: Experience, measured: Profile | None = None, **wanted: Any) -> Recommendation:
+    return recommend(task(), measured or profile(), load_settings(recommend=wanted), store, SPEED)
+
+
+def test_without_experience_it_is_the_portfolio_and_says_so(store: Experience) -> None:
+    found = asked(store)
+    record = json.loads(json.dumps(found.to_json()))
+    assert Recommendation.from_json(record) == found
+    assert set(record) == {"task", "basis", "recommendations", "neighbours"}
+    assert (record["task"], record["basis"], record["neighbours"]) == ("spam", "portfolio", [])
+    keys = {"rank", "method", "configuration", "score", "p_best", "p_within_1pct", "seconds", "peak_memory_mb"}
+    for rank, entry in enumerate(record["recommendations"], 1):
+        assert set(entry) == keys | {"adapter_bytes"} and entry["rank"] == rank
+        assert set(entry["score"]) == {"mean", "low", "high", "level"}
+        assert 0 <= entry["score"]["low"] < entry["score"]["mean"] < entry["score"]["high"] <= 1
+        assert full(entry["configuration"])["method"] == entry["method"]
+        assert entry["seconds"] > 0 and entry["peak_memory_mb"] > 500 and entry["adapter_bytes"] > 1000
+        assert 0 < entry["p_best"] <= entry["p_within_1pct"] < 1
+    assert sum(e["p_best"] for e in record["recommendations"]) == pytest.approx(1, abs=0.01)
+    assert {e["method"] for e in record["recommendations"]} == {"lora", "adalora", "prompt", "prefix", "p_tuning"}
+    assert asked(store) == found  # deterministic
+
+
+def test_ignorance_is_wide_and_ends_where_scores_end(store: Experience) -> None:
+    for untuned in (0.0, 0.5, 0.97):
+        first = asked(store, profile(untuned=untuned)).recommendations[0].score
+        assert first.high - first.low > 0.6 * (1 - untuned) and first.level == 0.9
+        assert first.low < first.mean < first.high
+    assert asked(store, profile(untuned=0.97)).recommendations[0].score.mean > 0.9
+
+
+def test_trials_of_the_task_count_at_once(store: Experience) -> None:
+    store.extend([trial(0.95, learning_rate=4e-4, rank=4), trial(0.55, learning_rate=1e-3)])
+    found = asked(store, prefer="accuracy")
+    first = found.recommendations[0]
+    assert found.basis == "experience"
+    assert (first.configuration["learning_rate"], first.configuration["rank"]) == (4e-4, 4)
+    assert first.score.mean == pytest.approx(0.95, abs=0.03) and first.score.high - first.score.low < 0.15
+    assert first.p_best == max(r.p_best for r in found.recommendations) > 0.3
+    tried = next(r for r in found.recommendations if full(r.configuration) == full({"method": "lora"}))
+    assert tried.score.mean < 0.65 and tried.p_best < 0.05
+
+
+def test_other_tasks_count_once_there_are_enough(store: Experience) -> None:
+    def grow(name: str) -> None:
+        store.extend([trial(0.9, name, method="prompt"), trial(0.6, name), trial(0.55, name, method="prefix")])
+
+    for index in range(module.LEAST_TASKS - 1):
+        grow(f"task{index}")
+    assert asked(store).basis == "portfolio"
+    grow("last")
+    found = asked(store, prefer="accuracy")
+    assert found.basis == "experience"
+    assert found.recommendations[0].method == "prompt"
+    assert full(found.recommendations[0].configuration) == full(
+        {"method": "prompt"}
+    )  # tried there, not in the portfolio
+    other = trial(0.99, backbone="another backbone", method="adalora")
+    store.append(other)
+    assert asked(store, prefer="accuracy").recommendations[0].method == "prompt"
+
+
+def test_failures_teach(store: Experience) -> None:
+    def entry(rate: float) -> Any:
+        wanted = full({"method": "lora", "learning_rate": rate})
+        return next((r for r in asked(store).recommendations if full(r.configuration) == wanted), None)
+
+    before = entry(1e-3)
+    store.append(trial(None, status="diverged", learning_rate=1e-3))
+    after = entry(1e-3)
+    assert after.score.mean < before.score.mean - 0.1 and after.rank > before.rank
+    store.append(trial(None, status="out_of_memory", learning_rate=3e-4))
+    assert entry(3e-4) is None
+    without = entry(1e-3)
+    store.append(trial(None, status="failed", learning_rate=1e-3, seed=1))
+    assert entry(1e-3) == without
+
+
+def test_hard_budgets_leave_out_what_exceeds_them(store: Experience) -> None:
+    everything = asked(store).recommendations
+    seconds = sorted(r.seconds for r in everything)[2]
+    kept = asked(store, max_seconds=seconds + 0.1).recommendations
+    assert 0 < len(kept) < len(everything) and all(r.seconds <= seconds + 0.1 for r in kept)
+    assert [r.rank for r in kept] == list(range(1, len(kept) + 1))
+    assert sum(r.p_best for r in kept) == pytest.approx(1, abs=0.01)
+    least = min(everything, key=lambda r: r.seconds)
+    with pytest.raises(UserError, match=rf"max_seconds=1 .*smallest need is {least.seconds:.0f} s \({least.method}\)"):
+        asked(store, max_seconds=1)
+    smallest = min(r.peak_memory_mb for r in everything)
+    with pytest.raises(UserError, match=f"max_memory_mb=10 .*smallest need is {smallest:.0f} MB"):
+        asked(store, max_memory_mb=10)
+
+
+def test_preferences_move_the_order_their_way(store: Experience) -> None:
+    first = {p: asked(store, prefer=p).recommendations[0] for p in ("accuracy", "balanced", "speed", "memory")}
+    assert first["accuracy"].score.mean >= max(r.score.mean for r in first.values())
+    assert first["speed"].seconds == min(r.seconds for r in first.values()) < first["accuracy"].seconds * 1.01
+    assert first["memory"].peak_memory_mb == min(r.peak_memory_mb for r in first.values())
+
+
+def test_costs_are_corrected_by_what_was_measured_here(store: Experience) -> None:
+    before = asked(store).recommendations
+    wanted = full({"method": "lora", "learning_rate": 1e-3})
+    slow = next(r for r in before if full(r.configuration) == wanted)
+    for seed in range(9):
+        store.append(
+            trial(0.8, learning_rate=1e-3, seed=seed, seconds=3 * slow.seconds, peak_memory_mb=2 * slow.peak_memory_mb)
+        )
+    after = next(r for r in asked(store).recommendations if full(r.configuration) == wanted)
+    assert after.seconds == pytest.approx(3 * slow.seconds, rel=0.15)
+    assert after.peak_memory_mb == pytest.approx(2 * slow.peak_memory_mb, rel=0.1)
+    assert after.adapter_bytes == slow.adapter_bytes
+
+
+def test_neighbours_are_known_tasks_with_like_profiles(store: Experience) -> None:
+    for index, (untuned, words) in enumerate([(0.5, 0.1), (0.1, 0.9), (0.55, 0.12), (0.9, 0.5), (0.3, 0.3)]):
+        name = f"task{index}"
+        store.append(trial(0.9, name))
+        other = profile(name, untuned=untuned, words_english=words)
+        cache.write(home() / "profiles" / f"{other.task_version}-accuracy-{CONTENT}-1.json", other.to_json())
+    found = asked(store, profile(words_english=0.1)).neighbours
+    assert [n.task for n in found][:2] == ["task0", "task2"] and found[0].similarity == 1.0
+    similarities = [n.similarity for n in found]
+    assert similarities == sorted(similarities, reverse=True) and all(0 <= s <= 1 for s in similarities)
+
+
+def test_other_budgets_and_noisy_scores_say_less() -> None:
+    same = module.observe([trial(0.9)], 120, {})[0]
+    short = module.observe([trial(0.9, budget=15)], 120, {})[0]
+    unscored = trial(None, validation=Score("accuracy", 0.9, 0.1, 20, 1.0))
+    vague = module.observe([unscored], 120, {})[0]
+    twice = module.observe([trial(0.9), trial(0.8, seed=1)], 120, {})[0]
+    assert same.noise < short.noise and same.noise < vague.noise and twice.noise < same.noise
+    assert same.noise == pytest.approx(np.hypot(0.04, SEED)) and same.gain == pytest.approx(0.8)
+    assert twice.gain == pytest.approx(0.7)
+    assert module.observe([trial(0.9, untuned=None)], 120, {}) == []
+    assert module.observe([trial(0.9, untuned=None)], 120, {task().version: 0.5})[0].gain == pytest.approx(0.8)
+
+
+def test_intervals_hold_what_the_beliefs_say(store: Experience) -> None:
+    """Tasks drawn from the model itself: the promised share of measured scores lies in the interval."""
+    from metapeft.meta import beliefs
+
+    found = asked(store, prefer="accuracy").recommendations
+    configurations = [full(r.configuration) for r in found]
+    mean, covariance = beliefs.posterior("x", configurations, [])
+    random = np.random.default_rng(7)
+    gains = random.multivariate_normal(mean, covariance, size=2000)
+    start = np.clip(0.5 + 0.04 * random.standard_normal((2000, 1)), 0, 1)
+    scores = beliefs.score(gains, start)
+    tests = len(task().test)
+    measured = random.binomial(tests, scores) / tests
+    low, high = (np.array([getattr(r.score, side) for r in found]) for side in ("low", "high"))
+    assert (measured < low).mean() == pytest.approx(0.05, abs=0.015)
+    assert (measured > high).mean() <= 0.06  # an upper end of 1 holds everything
+    best = (scores == scores.max(axis=1, keepdims=True)) / (scores == scores.max(axis=1, keepdims=True)).sum(
+        axis=1, keepdims=True
+    )
+    assert np.abs(best.mean(axis=0) - [r.p_best for r in found]).max() < 0.03
+
+
+def test_a_thousand_trials_are_quick(store: Experience) -> None:
+    rates = [1e-4 * 1.5**i for i in range(10)]
+    store.extend(
+        trial(0.5 + 0.01 * (i % 40), f"task{i}", learning_rate=rate, method=method)
+        for i in range(36)
+        for method in ("lora", "prefix", "prompt")
+        for rate in rates
+    )
+    found = asked(store)
+    begin = time.process_time()
+    again = asked(store)
+    assert time.process_time() - begin < 4
+    assert again == found and found.basis == "experience"
+
+
+def test_a_machine_that_was_never_measured_gets_a_guess(store: Experience) -> None:
+    found = recommend(task(), profile(), load_settings(), store)
+    assert all(r.seconds > 1 for r in found.recommendations)
