@@ -22,7 +22,7 @@ from metapeft.training.configuration import TrainConfig, split
 
 MB = 2**20
 PADDING = 1.1  # tokens computed per token, with batches and evaluations grouped by length
-CHUNK_TOKENS = 1024  # tokens evaluated at once, per stream
+CHUNK_TOKENS = 1024  # tokens evaluated at once, per worker
 TRUNK_BYTES = 2 * 2**30  # of hidden states kept in memory, per split
 # A forward and backward pass with low-rank matrices on every layer against one without; AdaLoRA adds its orthogonality
 # loss and rank allocation, whose cost per step depends on the matrices, not on the tokens.
@@ -134,14 +134,14 @@ def _seconds(
     lowest = _lowest(method, shapes)
     weights = [layer.parameters for layer in shapes.each()]
     above = sum(weights[lowest:]) / sum(weights)
-    streams = int(speed.measured.get("streams", 1))
+    workers = int(speed.measured.get("workers", 1))
 
-    # What every prompt begins with goes through the layers once per step and stream.
-    step = (batch * length + streams * shared) * above * speed.gradient + batch * completion * speed.head_gradient
+    # What every prompt begins with goes through the layers once per step and worker.
+    step = (batch * length + workers * shared) * above * speed.gradient + batch * completion * speed.head_gradient
     if matrices:
         step *= LOW_RANK
     elif not isinstance(method, PrefixConfig):  # and so do virtual tokens
-        step += method.tokens * streams * speed.gradient
+        step += method.tokens * workers * speed.gradient
     step = max(step, speed.step)
     if isinstance(method, AdaLoRAConfig):
         # Gram matrices of both factors, forward and backward, and a dozen passes over the parameters for importance.
@@ -162,7 +162,7 @@ def _memory(
     shared = features["shared_tokens"]
     length = features["prompt_tokens_p90"] - shared + completion - 1
     batch = min(train.batch_size, features["train_examples"]) / train.accumulate
-    streams = int(speed.measured.get("streams", 1))
+    workers = int(speed.measured.get("workers", 1))
     elements = sum(layer.parameters for layer in shapes.each()) + shapes.vocabulary * shapes.width
     element = 4 if shapes.weight_bytes / elements > 3 else 2
     lowest = _lowest(method, shapes)
@@ -171,10 +171,10 @@ def _memory(
     kept = [_kept(layer.linear, shapes, attended, matrices) for layer in shapes.each()]
     layers = max(kept) + shapes.depth * shapes.width if train.checkpoint else sum(kept[lowest:])
     logits = batch * completion * shapes.vocabulary * (element + 3 * 4)
-    step = (batch * length + streams * shared) * layers * element + logits
+    step = (batch * length + workers * shared) * layers * element + logits
     at_once = min(CHUNK_TOKENS, length * (features["validation_examples"] + features["test_examples"]))
-    rows = streams * at_once / max(1.0, length) * completion
-    scoring = streams * at_once * max(kept) * element + rows * shapes.vocabulary * (element + 2 * 4)
+    rows = workers * at_once / max(1.0, length) * completion
+    scoring = workers * at_once * max(kept) * element + rows * shapes.vocabulary * (element + 2 * 4)
     seen = min(features["train_examples"], steps * train.batch_size)
     cached = (seen, features["validation_examples"], features["test_examples"]) if lowest else ()
     trunk = sum(min(TRUNK_BYTES, examples * length * shapes.width * element) for examples in cached)

@@ -50,15 +50,20 @@ _INTEGERS = ("seed", "budget", "tokens", "trained_parameters", "adapter_bytes", 
 _FLOATS = ("seconds", "train_seconds", "peak_memory_mb")
 _log = logging.getLogger(__name__)
 
+# Process id and folder -> file descriptor. A forked child inherits the table, but not its parent's segment.
+_open_segments: dict[tuple[int, Path], int] = {}
+_appending = threading.RLock()
+
 
 class Experience:
-    """The store in `folder` (default METAPEFT_HOME/experience), with the read-only `shipped` tables beneath it."""
+    """The store in `folder` (default METAPEFT_HOME/experience), with the read-only `shipped` tables beneath it.
+
+    All stores of one folder in one process append to one segment.
+    """
 
     def __init__(self, folder: Path | None = None, shipped: Path | None = SHIPPED):
         self.folder = home() / "experience" if folder is None else Path(folder)
         self.shipped = shipped
-        self._lock = threading.Lock()
-        self._segment: tuple[int, int] | None = None  # process id, file descriptor
         self._read: dict[Path, tuple[tuple[int, ...], list[Record]]] = {}  # by path: what it looked like, what it held
 
     def append(self, trial: Trial) -> None:
@@ -137,10 +142,10 @@ class Experience:
 
     def close(self) -> None:
         """Finish this process's segment (a later append starts another)."""
-        with self._lock:
-            if self._segment is not None and self._segment[0] == os.getpid():
-                os.close(self._segment[1])
-            self._segment = None
+        with _appending:
+            file = _open_segments.pop((os.getpid(), self.folder.absolute()), None)
+            if file is not None:
+                os.close(file)
 
     def _records(self, shipped: bool = True) -> list[Record]:
         # Segments before the table: what a compaction moves in between is then seen twice, never missed.
@@ -172,18 +177,18 @@ class Experience:
         if not records:
             return
         data = b"".join(_line(record) for record in records)
-        with self._lock, self._writable():
+        with _appending, self._writable():
             file = self._open()
             written = os.write(file, data)
             if written != len(data):  # the disk is full: leave the torn line behind, in a segment of its own
-                os.close(file)
-                self._segment = None
+                os.close(_open_segments.pop((os.getpid(), self.folder.absolute())))
                 raise MetapeftError(f"cannot record the trial in {self.folder}: the disk is full")
             os.fsync(file)
 
     def _open(self) -> int:
-        if self._segment is not None and self._segment[0] == os.getpid():
-            return self._segment[1]
+        key = (os.getpid(), self.folder.absolute())
+        if key in _open_segments and os.fstat(_open_segments[key]).st_nlink:
+            return _open_segments[key]
         folder = self.folder / "segments"
         folder.mkdir(parents=True, exist_ok=True)
         host = re.sub(r"[^A-Za-z0-9]+", "-", platform.node()) or "host"
@@ -195,7 +200,7 @@ class Experience:
                 break
             os.close(file)
         _sync_folder(folder)
-        self._segment = (os.getpid(), file)
+        _open_segments[key] = file
         return file
 
     @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -140,34 +141,34 @@ def _forward(session: Session, split: str) -> tuple[Predictions, np.ndarray]:
     first, last = _varying(encoded)
     prefix = session.prefix(None)
     mx.eval(prefix)
+
+    def job(chunk: list[int]) -> list[mx.array]:
+        shard = session.shard(split, chunk, 0)
+        cache = None if prefix is None else [PrefixCache(keys, values) for keys, values in prefix]
+        hidden = run(session.model, shard.ids, cache=cache, logits=False)
+        pooled = _pool(session, hidden, [(first, max(first + 1, encoded[i].start - last)) for i in chunk])
+        logits = run(session.model, shard.ids, start=session.depth, hidden=hidden, rows=shard.rows)[0]
+        logits = logits.astype(mx.float32)
+        total = mx.logsumexp(logits, axis=-1)
+        gold = mx.take_along_axis(logits, shard.targets[:, None], axis=-1)[:, 0]
+        hit = mx.argmax(logits, axis=-1) == shard.targets
+        starts = mx.array(np.cumsum([0, *shard.spans[:-1]]))
+        roots = logits[starts][:, labels.roots] - total[starts][:, None] if labels else gold
+        return [pooled, total - gold, hit, roots]
+
     chunks = chunked([e.length for e in encoded])
-    for position in range(0, len(chunks), len(session.streams)):
-        pending = []
-        for chunk, stream in zip(chunks[position : position + len(session.streams)], session.streams, strict=False):
-            shard = session.shard(split, chunk, 0, stream)
-            with mx.stream(stream):
-                cache = None if prefix is None else [PrefixCache(keys, values) for keys, values in prefix]
-                hidden = run(session.model, shard.ids, cache=cache, logits=False)
-                pooled = _pool(session, hidden, [(first, max(first + 1, encoded[i].start - last)) for i in chunk])
-                logits = run(session.model, shard.ids, start=session.depth, hidden=hidden, rows=shard.rows)[0]
-                logits = logits.astype(mx.float32)
-                total = mx.logsumexp(logits, axis=-1)
-                gold = mx.take_along_axis(logits, shard.targets[:, None], axis=-1)[:, 0]
-                hit = mx.argmax(logits, axis=-1) == shard.targets
-                starts = mx.array(np.cumsum([0, *shard.spans[:-1]]))
-                roots = logits[starts][:, labels.roots] - total[starts][:, None] if labels else gold
-            pending.append((chunk, shard.spans, pooled, total - gold, hit, roots))
-        mx.eval([p[2:] for p in pending])
-        for chunk, spans, pooled, losses, hit, roots in pending:
-            ends = np.cumsum(spans)
-            for row, index in enumerate(chunk):
-                part = slice(int(ends[row] - spans[row]), int(ends[row]))
-                result.loss_sum[index] = float(np.array(losses[part], dtype=np.float64).sum())
-                result.tokens[index] = spans[row]
-                result.exact[index] = bool(np.array(hit[part]).all())
-                states[index] = np.array(pooled[row], dtype=np.float64)
-                if scores is not None:
-                    scores[index] = np.array(roots[row], dtype=np.float64)
+    found = session.workers.map([partial(job, chunk) for chunk in chunks])
+    for chunk, (pooled, losses, hit, roots) in zip(chunks, found, strict=True):
+        end = 0
+        for row, index in enumerate(chunk):
+            span = len(encoded[index].ids) - encoded[index].start
+            part, end = slice(end, end + span), end + span
+            result.loss_sum[index] = float(np.array(losses[part], dtype=np.float64).sum())
+            result.tokens[index] = span
+            result.exact[index] = bool(np.array(hit[part]).all())
+            states[index] = np.array(pooled[row], dtype=np.float64)
+            if scores is not None:
+                scores[index] = np.array(roots[row], dtype=np.float64)
     if labels is not None and scores is not None and labels.paths:
         labels.add_deeper(session, None, split, scores)
     return result, np.stack([s for s in states if s is not None])

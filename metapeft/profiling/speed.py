@@ -1,7 +1,7 @@
 """How fast this machine runs a backbone: a benchmark of a few seconds, once per machine and backbone.
 
 A rate in FLOP/s of matrix products alone would promise too much: on a CPU norms, activations and softmax take as long
-as the products. So the backbone's own layers are timed, forwards and with gradients, on as many streams as training
+as the products. So the backbone's own layers are timed, forwards and with gradients, by as many workers as training
 uses.
 """
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from metapeft.backbones import Backbone
     from metapeft.runtime import mx
 
-WORK = 4e10  # FLOPs per timed pass and stream, about
+WORK = 4e10  # FLOPs per timed pass and worker, about
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds per token through all layers, and per position through the output head, all streams working.
+    """Seconds per token through all layers, and per position through the output head, all workers working.
 
     `gradient` is forward and backward together; `step` is what a pass takes however few tokens it has; `measured` says
     where and how.
@@ -63,14 +63,14 @@ def read(backbone_content: str) -> Speed | None:
 
 
 def measure(backbone: Backbone) -> Speed:
-    """The best of two passes of each kind, after one to warm up."""
+    """The better of two passes of each kind."""
     from metapeft.backbones.forward import run
     from metapeft.profiling.shapes import shapes
     from metapeft.runtime import mx
-    from metapeft.training.session import streams as training_streams
+    from metapeft.training.workers import workers
 
     model, sizes = backbone.model, shapes(backbone.model)
-    streams = training_streams()
+    hands = workers()
     parameters = sum(layer.parameters for layer in sizes.each())
     length = 48
     rows = int(min(8, max(1, WORK / (2 * parameters * length))))
@@ -94,24 +94,19 @@ def measure(backbone: Backbone) -> Speed:
         "head_forward": (head, places.size),
         "head_gradient": (mx.grad(head), places.size),
     }
-    step = _seconds(mx.grad(layers_of_one), states, streams)
-    found = {name: _seconds(call, states, streams) / (len(streams) * n) for name, (call, n) in timed.items()}
-    return Speed(**found, step=step, measured=_machine() | {"streams": len(streams), "rows": rows, "tokens": length})
+    mx.eval(states, ids, places)
 
+    def seconds(call: Callable[[mx.array], mx.array]) -> float:
+        best = float("inf")
+        for _ in range(2):
+            begin = time.perf_counter()
+            hands.map([lambda: call(states)] * hands.count)
+            best = min(best, time.perf_counter() - begin)
+        return best
 
-def _seconds(call: Callable[[mx.array], mx.array], states: mx.array, streams: list[mx.Stream]) -> float:
-    from metapeft.runtime import mx
-
-    best = float("inf")
-    for _ in range(2):
-        begin = time.perf_counter()
-        results = []
-        for stream in streams:
-            with mx.stream(stream):
-                results.append(call(states))
-        mx.eval(results)
-        best = min(best, time.perf_counter() - begin)
-    return best
+    found = {name: seconds(call) / (hands.count * n) for name, (call, n) in timed.items()}
+    about = _machine() | {"workers": hands.count, "rows": rows, "tokens": length}
+    return Speed(**found, step=seconds(mx.grad(layers_of_one)), measured=about)
 
 
 def _machine() -> dict[str, Any]:

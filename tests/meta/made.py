@@ -35,7 +35,7 @@ SMOLLM = Shapes(
     vocabulary=49_152,
     weight_bytes=538_060_032,
 )
-SPEED = Speed(0.0015, 0.0035, 0.001, 0.002, 0.1, {"device": "cpu", "streams": 2})
+SPEED = Speed(0.0015, 0.0035, 0.001, 0.002, 0.1, {"device": "cpu", "workers": 2})
 BACKBONE, CONTENT = "smollm2-135m-instruct", "c" * 16
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,7 +137,7 @@ def test_export_and_merge(tmp_path: Path, name: str) -> None:
     assert here.trials() == [trial(n) for n in (1, 2, 3, 4)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3), st.sampled_from(["a", "b"])), max_size=8),
     st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3), st.sampled_from(["a", "b"])), max_size=8),
@@ -280,14 +281,23 @@ def test_kill_9_loses_at_most_the_unfinished_trial(tmp_path: Path) -> None:
 
 def test_concurrent_writers_and_compactions_lose_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "experience"
-    processes = [writer(folder, start, 60, "compact") for start in (0, 1000, 2000)]
+    processes = [writer(folder, start, 30, "compact") for start in (0, 1000, 2000)]
     reader, most = Experience(folder, shipped=None), 0
     while any(p.poll() is None for p in processes):
         seen = len(reader.trials())
         assert seen >= most
         most = seen
     assert [p.wait() for p in processes] == [0, 0, 0]
-    assert {t.seed for t in reader.trials()} == {s + n for s in (0, 1000, 2000) for n in range(60)}
+    assert {t.seed for t in reader.trials()} == {s + n for s in (0, 1000, 2000) for n in range(30)}
+
+
+def test_stores_of_one_process_share_a_segment(store: Experience) -> None:
+    for number in (1, 2, 3):
+        Experience(store.folder, shipped=None).append(trial(number))
+    assert len(list((store.folder / "segments").glob("*.jsonl"))) == 1
+    shutil.rmtree(store.folder)  # the user cleans up while a sweep runs
+    store.append(trial(4))
+    assert store.trials() == [trial(4)]
 
 
 def test_a_forked_child_does_not_write_into_its_parents_segment(store: Experience) -> None:

@@ -16,7 +16,7 @@ def test_speed_is_measured_once_per_machine_and_backbone(home: Path, monkeypatch
     found = speed.of(backbone)
     for seconds in (found.forward, found.gradient, found.head_forward, found.head_gradient, found.step):
         assert 0 < seconds < 1
-    assert found.measured["device"] in ("cpu", "metal", "cuda") and found.measured["streams"] >= 1
+    assert found.measured["device"] in ("cpu", "metal", "cuda") and found.measured["workers"] >= 1
     with monkeypatch.context() as patch:
         patch.setattr(speed, "measure", pytest.fail)
         assert speed.of(backbone) == speed.read(backbone.content_id) == found
