@@ -15,6 +15,7 @@ from metapeft.report import wording
 from metapeft.search import pareto
 from metapeft.training.trial import Trial
 
+TINY_LOSS = 1e-4  # losses below are drawn here: their logarithm has no bottom
 CHARACTER = 6.7  # mean width of a letter at 12 px
 
 
@@ -71,10 +72,9 @@ def trade_offs(trials: Sequence[Trial], width: int, untuned: float | None = None
         return ""
     height = 380 if width > 500 else 330
     left, right, top, bottom = 52.0, width - 16.0, 14.0, height - 46.0
-    errors = {t.id: _error(t) for t in shown}
-    spans = [v for t in shown for v in (points[t.id][0] - errors[t.id], points[t.id][0] + errors[t.id])]
+    spans = {t.id: span(t) for t in shown}
     x = axis((points[t.id][1] for t in shown), left + 14, right - 14, log=True)
-    y = _score_axis([*spans, *([untuned] if untuned is not None else [])], bottom, top)
+    y = _score_axis([*(v for s in spans.values() for v in s), *([untuned] if untuned is not None else [])], bottom, top)
     memories = [points[t.id][2] for t in shown]
     best = pareto.front(shown)
     on_front = {t.id for t in best}
@@ -89,10 +89,10 @@ def trade_offs(trials: Sequence[Trial], width: int, untuned: float | None = None
         cx, cy, r = x(seconds), y(score), radius(memory, memories)
         obstacles.append(Box(cx - r, cy - r, cx + r, cy + r))
         kind = f"{'front' if trial.id in on_front else 'beaten'} m-{escape(trial.method)}"
-        error = errors[trial.id]
+        low, high = spans[trial.id]
         body.append(
             f'<g class="mark {kind}" tabindex="0" {_tip(trial, titles.get(trial.id, ""))}>'
-            + _path("whisker", f"M{cx:.1f} {y(score - error):.1f}V{y(score + error):.1f}")
+            + _path("whisker", f"M{cx:.1f} {y(low):.1f}V{y(high):.1f}")
             + f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{r:.1f}"/></g>'
         )
     for identity, text in titles.items():
@@ -120,7 +120,7 @@ def curves(trials: Sequence[Trial], width: int, quantity: str, untuned: float | 
         y = _score_axis([*values, *([untuned] if untuned is not None else [])], bottom, top)
         said, label = wording.score, "validation score"
     else:
-        y = Axis(*loss_range(lines), bottom, top)
+        y = axis((max(v, TINY_LOSS) for v in values), bottom, top, log=True)
         said, label = wording.number, "validation loss"
     body = _frame(x, y, left, right, top, bottom, "optimizer steps", wording.number, said)
     if quantity == "validation_score":
@@ -128,13 +128,14 @@ def curves(trials: Sequence[Trial], width: int, quantity: str, untuned: float | 
     frame = f'x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"'
     body.append(f'<clipPath id="{quantity}-{width}"><rect {frame}/></clipPath><g clip-path="url(#{quantity}-{width})">')
     for trial, known in sorted(lines, key=lambda line: line[0].id == best):
-        path = "M" + "L".join(f"{x(s):.1f} {y(v):.1f}" for s, v in known)
+        places = [(x(s), y(v if quantity == "validation_score" else max(v, TINY_LOSS))) for s, v in known]
+        path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in places)
         kind = "best" if trial.id == best else ("usual" if trial.status == "ok" else "broken")
         r = 3.4 if trial.id == best else 2.6
         body.append(
             f'<g class="mark line {kind} m-{escape(trial.method)}" tabindex="0" {_tip(trial, "")}>'
             f'<path class="reach" d="{path}"/><path d="{path}"/>'
-            + "".join(f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="{r}"/>' for s, v in known)
+            + "".join(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{r}"/>' for px, py in places)
             + "</g>"
         )
     body.append("</g>")
@@ -153,16 +154,6 @@ def learned(trials: Sequence[Trial], quantity: str) -> list[Line]:
         if len(known) > 1 or (known and trial.status == "ok"):
             lines.append((trial, known))
     return lines
-
-
-def loss_range(lines: Sequence[Line]) -> tuple[float, float]:
-    """All losses, up to three times the better trials' last one: one that diverged must not flatten the others."""
-    ends = sorted(known[-1][1] for _, known in lines)
-    ceiling = max(3 * ends[len(ends) // 4], 1.5 * ends[0])
-    shown = [value for _, known in lines for _, value in known if value <= ceiling]
-    low, high = min(shown), max(shown)
-    room = max(0.06 * (high - low), 0.01 * high, 1e-3)
-    return max(0.0, low - room), high + room
 
 
 def interval(mean: float, low: float, high: float, scale: tuple[float, float], width: int = 150) -> str:
@@ -244,9 +235,12 @@ def radius(memory: float, memories: Sequence[float]) -> float:
     return math.sqrt(25 + 120 * share)
 
 
-def _error(trial: Trial) -> float:
+def span(trial: Trial) -> tuple[float, float]:
+    """A trial's score less and plus one standard error, inside what a score can be."""
     judged = pareto.judged(trial)
-    return judged.standard_error if judged and math.isfinite(judged.standard_error) else 0.0
+    assert judged is not None
+    error = judged.standard_error if math.isfinite(judged.standard_error) else 0.0
+    return max(judged.value - error, 0.0), min(judged.value + error, 1.0)
 
 
 def _staircase(points: Sequence[pareto.Point], x: Axis, y: Axis) -> str:
@@ -295,7 +289,7 @@ def _frame(
         body.append(_path("grid", f"M{left} {y(tick):.1f}H{right}"))
         body.append(_text("tick", left - 7, y(tick) + 4, said, "end"))
     edge = -math.inf
-    for tick in x.ticks(max(2, int((right - left) // 90))):
+    for tick in x.ticks(max(2, int((right - left) // 110))):
         said = say_x(int(tick) if float(tick).is_integer() and say_x is wording.number else tick)
         half = CHARACTER * len(said) / 2
         if x(tick) - half < edge + 6 or x(tick) + half > right + 14:

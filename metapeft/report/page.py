@@ -150,6 +150,7 @@ def _parts(command: str) -> list[str]:
 def _sweep(content: Content) -> dict[str, Any]:
     feasible = content.feasible()
     rows = pareto.explain(feasible, content.called or None)
+    titles = pareto.titles(feasible)
     counts = Counter(trial.method for trial in content.trials)
     judged = [score for trial in content.trials if (score := pareto.judged(trial)) is not None]
     metric = wording.metric(judged[0].metric) if judged else wording.metric(content.task.metric)
@@ -160,7 +161,7 @@ def _sweep(content: Content) -> dict[str, Any]:
         "chart": _picture(lambda width: charts.trade_offs(feasible, width, content.untuned())),
         "points": [
             {
-                "title": ", ".join(row.names),
+                "title": titles[row.trial],
                 "key": row.method,
                 "method": wording.method(row.method),
                 "score": wording.plus_minus(row.score, row.standard_error),
@@ -316,7 +317,8 @@ def _validation(content: Content) -> dict[str, Any] | None:
 
 def _profile(content: Content) -> list[tuple[str, str]]:
     features = (content.profile or {}).get("features") or {}
-    return [(wording.spoken(name), wording.number(value)) for name, value in features.items()]
+    plain = {name: value for name, value in features.items() if not re.fullmatch(r"domain_\d+", name)}  # say nothing
+    return [(wording.spoken(name), wording.number(value)) for name, value in plain.items()]
 
 
 def _environment(content: Content) -> list[tuple[str, str]]:

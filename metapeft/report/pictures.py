@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,17 @@ def trade_offs(path: Path, trials: Sequence[Trial], title: str, untuned: float |
     shown = [t for t in trials if t.id in points]
     best = pareto.front(shown)
     memories = [points[t.id][2] for t in shown]
+    times = [points[t.id][1] for t in shown]
     steps = pareto.staircase([points[t.id] for t in best])
     if len(steps) > 1:
         axes.step([p[1] for p in steps], [p[0] for p in steps], where="post", color="#777777", lw=1.2, zorder=1)
     for trial in shown:
         score, seconds, memory = points[trial.id]
         colour = wording.COLOURS.get(trial.method, "#444444")
-        error = pareto.judged(trial).standard_error  # type: ignore[union-attr]
+        low, high = charts.span(trial)
         front = any(trial is other for other in best)
         fill = {"color": colour} if front else {"facecolor": "white", "edgecolor": colour, "alpha": 0.7}
-        axes.errorbar(
-            seconds, score, yerr=error if math.isfinite(error) else 0, color=colour, alpha=0.35, lw=1.2, zorder=1
-        )
+        axes.plot([seconds, seconds], [low, high], color=colour, alpha=0.35, lw=1.2, zorder=1)
         size = 2.4 * charts.radius(memory, memories) ** 2
         axes.scatter(seconds, score, s=size, zorder=3 if front else 2, **fill)
     for identity, text in pareto.titles(best).items():
@@ -44,11 +43,9 @@ def trade_offs(path: Path, trials: Sequence[Trial], title: str, untuned: float |
         place = {"xytext": (8, 7), "textcoords": "offset points"}
         axes.annotate(text, (seconds, score), **place, fontsize=9, weight="bold", path_effects=outline, zorder=4)
     _untuned(axes, untuned)
-    axes.set_xscale("log")
     axes.set_xlabel("training time")
     axes.set_ylabel(_metric(shown))
-    axes.xaxis.set_major_formatter(lambda value, _: wording.duration(value))
-    axes.xaxis.set_minor_formatter(lambda value, _: wording.duration(value) if _leads(value, points) else "")
+    _logarithmic(axes, axes.xaxis, wording.duration, times)
     axes.yaxis.set_major_formatter(lambda value, _: wording.score(value, 0))
     axes.margins(x=0.12)
     _legend(figure, shown)
@@ -60,11 +57,12 @@ def curves(path: Path, trials: Sequence[Trial], title: str, untuned: float | Non
     figure, panels = _figure(2, title)
     for axes, quantity in zip(panels, ("validation_score", "validation_loss"), strict=True):
         lines = charts.learned(trials, quantity)
+        losses = [max(v, charts.TINY_LOSS) for _, known in lines for _, v in known]
         for trial, known in sorted(lines, key=lambda line: line[0].id == best):
             chosen = trial.id == best
             axes.plot(
                 [s for s, _ in known],
-                [v for _, v in known],
+                [v if quantity == "validation_score" else max(v, charts.TINY_LOSS) for _, v in known],
                 color=wording.COLOURS.get(trial.method, "#444444"),
                 lw=2.6 if chosen else 1.1,
                 alpha=1 if chosen else 0.5,
@@ -80,8 +78,7 @@ def curves(path: Path, trials: Sequence[Trial], title: str, untuned: float | Non
             _untuned(axes, untuned)
         else:
             axes.set_ylabel("validation loss (nats per token)")
-            if lines:
-                axes.set_ylim(*charts.loss_range(lines))
+            _logarithmic(axes, axes.yaxis, wording.number, losses)
     _legend(figure, trials)
     _save(figure, path)
 
@@ -128,12 +125,17 @@ def _metric(trials: Sequence[Trial]) -> str:
     return f"{wording.metric(judged[0].metric)} on validation" if judged else "score on validation"
 
 
-def _leads(value: float, points: dict[str, pareto.Point]) -> bool:
-    """Whether a minor tick of a logarithmic axis gets a label: fewer the longer the axis is."""
-    digit = round(value / 10 ** math.floor(math.log10(value) + 1e-9))
-    seconds = [p[1] for p in points.values()] or [1.0]
-    span = max(seconds) / min(seconds)
-    return digit in ((2, 3, 4, 5, 6, 8) if span < 4 else (2, 3, 5) if span < 30 else (3,))
+def _logarithmic(axes: Any, axis: Any, say: Callable[[float], str], values: Sequence[float]) -> None:
+    """A logarithmic axis whose ticks are labelled in words; between powers of ten the fewer the longer it is."""
+    (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
+    factor = max(values) / min(values) if values else 1.0
+    labelled = (2, 3, 4, 5, 6, 8) if factor < 4 else (2, 3, 5) if factor < 30 else (3,)
+
+    def minor(value: float, _: Any) -> str:
+        return say(value) if round(value / 10 ** math.floor(math.log10(value) + 1e-9)) in labelled else ""
+
+    axis.set_major_formatter(lambda value, _: say(value))
+    axis.set_minor_formatter(minor)
 
 
 def _save(figure: Any, path: Path) -> None:

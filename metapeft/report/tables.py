@@ -44,7 +44,7 @@ def front(rows: Iterable[pareto.Row], title: str = "") -> Table:
     table = _table(title, "point", "method", ">validation", ">test", ">time", ">memory", ">adapter")
     for row in rows:
         table.add_row(
-            ", ".join(row.names),
+            "best in everything" if len(row.names) == len(pareto.NAMES) else ", ".join(row.names),
             wording.method(row.method),
             wording.plus_minus(row.score, row.standard_error),
             wording.score(row.test_score),

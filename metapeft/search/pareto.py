@@ -93,11 +93,12 @@ def named(trials: Iterable[Trial]) -> dict[str, Trial]:
 
 
 def titles(trials: Iterable[Trial]) -> dict[str, str]:
-    """Trial id -> its names on the front, joined: {"ab12…": "fastest, smallest"}."""
+    """Trial id -> its names on the front, in one text: {"ab12…": "fastest, smallest"}."""
     found: dict[str, list[str]] = {}
     for name, trial in named(trials).items():
         found.setdefault(trial.id, []).append(name)
-    return {identity: ", ".join(names) for identity, names in found.items()}
+    everything = len(NAMES)
+    return {i: "best in everything" if len(names) == everything else ", ".join(names) for i, names in found.items()}
 
 
 def hypervolume(points: Iterable[Sequence[float]], reference: Sequence[float]) -> float:

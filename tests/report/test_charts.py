@@ -70,11 +70,14 @@ def test_a_line_per_trial_with_a_curve_the_best_on_top(quantity: str) -> None:
             assert len(list(drawn[trial.id].iter("circle"))) == len(trial.curve)
 
 
-def test_one_exploded_loss_does_not_flatten_the_others() -> None:
-    done = [t for t in trials() if t.status == "ok"]
-    usual = charts.loss_range(charts.learned(done, "validation_loss"))
-    done[0].curve[-1]["validation_loss"] = 500.0
-    assert charts.loss_range(charts.learned(done, "validation_loss"))[1] <= 1.2 * usual[1]
+def test_losses_of_every_size_are_told_apart() -> None:
+    """Logarithmic: neither one that exploded nor one near zero flattens the others."""
+    done = [t for t in trials() if t.status == "ok"][:3]
+    for trial, loss in zip(done, (500.0, 0.5, 0.0), strict=True):
+        trial.curve[-1]["validation_loss"] = loss
+    drawn = marks(charts.curves(done, 820, "validation_loss"))
+    ends = [float(list(drawn[t.id].iter("circle"))[-1].get("cy", "")) for t in done]
+    assert ends[0] + 30 < ends[1] < ends[2] - 30 and ends[0] > 0 and ends[2] < 280
 
 
 def test_nothing_to_draw() -> None:
