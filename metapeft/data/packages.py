@@ -124,7 +124,7 @@ def run(command: list[str], folder: Path, archive: Archive) -> Path | None:
     its code, only to learn dependencies that nobody asked for (and newer versions of it then refuse some old packages).
     """
     what = f"{archive.package} {archive.version}"
-    label = f"fetching {what} ({archive.bytes / 1e6:.1f} MB)"
+    label = f"fetching {what} ({max(0.1, archive.bytes / 1e6):.1f} MB)"
     say(label)
     process = subprocess.Popen(
         command,
