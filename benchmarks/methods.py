@@ -121,7 +121,8 @@ def trial(session: Any, method: str, rate: float, seed: int, steps: int) -> dict
     began = time.perf_counter()
     done = run_trial(session, {"method": method, "learning_rate": rate, "evaluations": 2}, steps=steps, seed=seed)
     value = f"{done.score.value:.3f}" if done.score else done.status
-    print(f"  {method} lr {rate:g} seed {seed}: {value}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    took = time.perf_counter() - began
+    print(f"  {method} lr {rate:g} seed {seed}: {value}, {took:.0f} s", file=sys.stderr, flush=True)
     with store.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"key": key, "trial": done.to_json()}) + "\n")
     return done.to_json()
@@ -132,8 +133,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [head, "|---|---|---|---|---|---|---|---|"]
     for r in rows:
         lines.append(
-            f"| {r['task']} | {r['method']} | {r['untuned']:.3f} ± {r['untuned_error']:.3f} | {r['score']:.3f} ± {r['error']:.3f} "
-            f"| {r['worst']:.3f} | {r['learning_rate']:g} | {r['seconds']:.0f} | {'yes' if r['beats'] else 'no'} |"
+            f"| {r['task']} | {r['method']} | {r['untuned']:.3f} ± {r['untuned_error']:.3f} "
+            f"| {r['score']:.3f} ± {r['error']:.3f} | {r['worst']:.3f} "
+            f"| {r['learning_rate']:g} | {r['seconds']:.0f} | {'yes' if r['beats'] else 'no'} |"
         )
     return "\n".join(lines)
 
@@ -141,9 +143,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def page(table: str, command: str, steps: int, seeds: tuple[int, ...], machine: str) -> str:
     return f"""# The five methods against the untuned backbone
 
-SmolLM2-135M-Instruct, {steps} steps of batch 8, seeds {", ".join(map(str, seeds))}; the learning rate of each method was chosen
-on the validation split among three values half a decade apart. ± is one standard error (test sampling and seeds). "Beats"
-means: the mean is more than two standard errors of the difference above the untuned backbone, and so is no seed below it.
+SmolLM2-135M-Instruct, {steps} steps of batch 8, seeds {", ".join(map(str, seeds))}; the learning rate of each method
+was chosen on the validation split among three values half a decade apart. ± is one standard error (test sampling and
+seeds). "Beats" means: the mean is more than two standard errors of the difference above the untuned backbone, and no
+single seed is below it.
 
 Made by `{command}` on {machine}.
 

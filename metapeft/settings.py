@@ -50,7 +50,7 @@ class SweepSettings(Section):
 class TrainSettings(Section):
     steps: int = Field(120, ge=1, description="optimizer steps")
     method: str | None = Field(None, description="None: the best of the sweep, else the first recommended")
-    configuration: dict[str, Any] = Field(default_factory=dict, description="hyperparameters that override the chosen ones")
+    configuration: dict[str, Any] = Field(default_factory=dict, description="overrides of the chosen hyperparameters")
 
 
 class TrackingSettings(Section):

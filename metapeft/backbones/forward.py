@@ -1,4 +1,4 @@
-"""Running part of a backbone: from embeddings or from a middle layer, with a prefix, with logits at chosen positions only.
+"""Running part of a backbone: from embeddings or a middle layer, with a prefix, with logits at chosen positions only.
 
 mlx-lm has one file per architecture, each with its own `__call__`. Instead of rewriting them, `run` swaps, for the
 duration of one call, the embedding, the list of layers and the last norm of the model's body for small stand-ins. That
@@ -209,8 +209,10 @@ def run(
         setattr(body, parts.norm, norm)
 
 
-def extended(model: nn.Module, prefix: Prefix | None, ids: Sequence[int], start: int, hidden: mx.array | None) -> Prefix:
-    """`prefix` followed by the keys and values of `ids`, from layer `start` on (`hidden`: that layer's input, if not 0)."""
+def extended(
+    model: nn.Module, prefix: Prefix | None, ids: Sequence[int], start: int, hidden: mx.array | None
+) -> Prefix:
+    """`prefix`, then the keys and values of `ids`, from layer `start` on (`hidden`: that layer's input, if not 0)."""
     depth = anatomy(model).depth
     caches = [RecordingCache() for _ in range(depth)] if prefix is None else [PrefixCache(k, v) for k, v in prefix]
     run(model, mx.array([list(ids)]), cache=caches, start=start, hidden=hidden, logits=False)
@@ -219,7 +221,7 @@ def extended(model: nn.Module, prefix: Prefix | None, ids: Sequence[int], start:
 
 
 def keys_values(model: nn.Module, ids: mx.array, embeddings: mx.array | None = None) -> Prefix:
-    """Per layer the (keys, values) of a sequence, each (batch, kv_heads, tokens, head width), position-encoded from 0."""
+    """Per layer (keys, values) of a sequence, each (batch, kv_heads, tokens, head width), position-encoded from 0."""
     caches = [RecordingCache() for _ in range(anatomy(model).depth)]
     run(model, ids, embeddings=embeddings, cache=caches, logits=False)
     return [(c.keys, c.values) for c in caches]  # type: ignore[misc]

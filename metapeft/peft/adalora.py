@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): low rank in SVD form, with the rank budget moved to where it matters."""
+"""AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): low rank in SVD form, the rank budget moved to where it matters."""
 
 from __future__ import annotations
 

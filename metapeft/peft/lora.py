@@ -84,7 +84,7 @@ def pattern(values: dict[str, Any], path: str, default: Any) -> Any:
 
 
 def create(config: LoRAConfig, model: nn.Module, seed: int) -> MatrixAdapter:
-    """A fresh LoRA: A uniform in +-1/sqrt(inputs) (Kaiming with a = sqrt 5), B zero, so the model's output is unchanged."""
+    """A fresh LoRA: A uniform in +-1/sqrt(inputs) (Kaiming, a = sqrt 5), B zero, so the model's output is unchanged."""
     keys = iter(mx.random.split(mx.random.key(seed), 4096))
     deltas: dict[str, nn.Module] = {}
     for path, linear in adaptable(model, config.targets, config.layers).items():

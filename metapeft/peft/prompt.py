@@ -21,8 +21,10 @@ class PromptConfig(MethodConfig):
     text: str = ""
 
 
-def create(config: PromptConfig, model: nn.Module, seed: int, text_ids: Sequence[int], vocabulary: int) -> VirtualTokens:
-    """A fresh prompt. text_ids: what "text" starts from, cut or repeated; vocabulary: number of tokens to sample from."""
+def create(
+    config: PromptConfig, model: nn.Module, seed: int, text_ids: Sequence[int], vocabulary: int
+) -> VirtualTokens:
+    """A fresh prompt. text_ids: what "text" starts from, cut or repeated; vocabulary: tokens to sample from."""
     key = mx.random.key(seed)
     sample = embed(model, mx.random.randint(0, vocabulary, (max(config.tokens, 256),), key=key).tolist())
     if config.initialisation == "text":

@@ -11,7 +11,7 @@ BUCKET = 16  # batches sorted by length together: enough to remove most padding,
 
 
 def batch_at(lengths: Sequence[int], batch_size: int, seed: int, step: int) -> list[int]:
-    """Indices of the examples of one step. Depends on nothing but its arguments, so a resumed run sees the same data."""
+    """Indices of the examples of one step. Depends on its arguments alone, so a resumed run sees the same data."""
     per_epoch = max(1, len(lengths) // batch_size) if len(lengths) > batch_size else 1
     epoch, position = divmod(step, per_epoch)
     return _epoch(tuple(lengths), batch_size, seed, epoch)[position]

@@ -31,7 +31,7 @@ class TrainConfig:
     evaluations: int = 4
 
 
-# Where a method's learning rate usually lies differs by two orders of magnitude; compare methods only with each one's tuned.
+# Where a method's learning rate usually lies; methods can only be compared with each one's tuned.
 LEARNING_RATES = {"lora": 1e-3, "adalora": 3e-3, "prompt": 1e-2, "prefix": 1e-2, "p_tuning": 3e-3}
 
 

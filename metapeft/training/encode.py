@@ -35,7 +35,9 @@ def prompt_ids(prompt: str | tuple[tuple[str, str], ...], tokenizer: Any) -> lis
     try:
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     except ValueError as error:
-        raise UserError(f"the task holds chat messages and the backbone has no usable chat template: {error}") from error
+        raise UserError(
+            f"the task holds chat messages and the backbone has no usable chat template: {error}"
+        ) from error
 
 
 def encode(example: Example, tokenizer: Any) -> Encoded:
@@ -57,7 +59,8 @@ def encode_task(task: Task, tokenizer: Any, context_length: int) -> dict[str, li
             tokens = len(result[name][long[0]].ids)
             raise UserError(
                 f"task {task.name}: {len(long)} rows are longer than the backbone's context of {context_length} tokens "
-                f"(first: {name} row {long[0] + 1}, {tokens} tokens, {preview(task.split(name)[long[0]])!r}); shorten them"
+                f"(first: {name} row {long[0] + 1}, {tokens} tokens, {preview(task.split(name)[long[0]])!r}); "
+                "shorten them"
             )
     return result
 

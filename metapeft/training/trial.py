@@ -25,8 +25,8 @@ class Score:
 class Trial:
     """The outcome of one trial. Every field is JSON; `curve` holds one dict per evaluation point.
 
-    `curve` rows: {"step", "examples", "seconds", "train_loss", "validation_loss", "validation_score"} (the last two may be
-    None where no validation ran). `seconds` is training plus evaluation wall time; `peak_memory_mb` is MLX's peak.
+    `curve` rows: {"step", "examples", "seconds", "train_loss", "validation_loss", "validation_score"} (the last two may
+    be None where no validation ran). `seconds` is training plus evaluation wall time; `peak_memory_mb` is MLX's peak.
     """
 
     id: str
