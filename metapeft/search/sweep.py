@@ -102,16 +102,16 @@ def sweep(
 ) -> Sweep:
     """Runs trials until the study has `settings.sweep.trials` of them or `settings.sweep.max_seconds` are over.
 
-    run: trains one configuration; it must return a Trial for whatever the configuration does, and with several workers
-    it must be picklable (a function of a module, or an instance of a class of one). warm_start: configurations to run
-    first, best first. space: what is searched (default: the settings' methods and narrowing). storage: a SQLite or
-    PostgreSQL URL (default: a database in METAPEFT_HOME/sweeps). study: its name (default: made of all that defines
-    the study, so that the same command continues it). on_trial: called in this process after every trial, whoever ran
-    it.
+    run: trains one configuration and returns its Trial, whatever the configuration does; with several workers it must
+    be picklable (a function of a module, or an instance of a class of one).
+    warm_start: configurations to run first, best first, moved into the space.
+    space: what is searched (default: the settings' methods and narrowing).
+    storage: a SQLite or PostgreSQL URL (default: a database in METAPEFT_HOME/sweeps).
+    study: its name (default: made of all that defines the study, so that the same command continues it).
+    on_trial: called in this process after every trial, whichever worker ran it.
 
     The time is this call's own: no trial is started that by the others' median would end after `max_seconds`, except
-    the first. Raises UserError on a wrong space or storage, MetapeftError when the first errors of `run` come in a
-    row.
+    the first. Raises UserError on a wrong space or storage, MetapeftError when several trials in a row fail.
     """
     space = space or spaces.space(settings.sweep.methods, settings.sweep.space)
     name = study or study_name(task, settings, space, limits)
@@ -234,7 +234,8 @@ class _Book:
     """The study's database: the only place that knows Optuna.
 
     Attributes of an Optuna trial: `id`, `configuration`, `steps`, `worker` (at the claim), `record` (the Trial, when it
-    ended), `retry_of` (number of the trial that it repeats), `void` (why it does not count: repeated, known, released).
+    ended), `copy_of` and `retry_of` (number of the trial that it repeats; the second where that one was begun), `void`
+    (why it does not count: repeated, known, released).
     """
 
     def __init__(
@@ -264,7 +265,7 @@ class _Book:
         try:
             if path is not None:
                 if not create and not path.exists():
-                    raise KeyError
+                    raise self._missing()
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.locks = FileLocks(path.parent / f"{path.stem}.locks" / self.name)
             else:
@@ -280,12 +281,7 @@ class _Book:
                     self._create()
                     self._enqueue(warm_start)
                 else:
-                    self.study = optuna.load_study(study_name=self.name, storage=self.database)
-                    self.limits = Limits(**self.study.user_attrs["identity"]["limits"])
-        except KeyError as error:
-            raise UserError(
-                f"there is no sweep {self.name} in {shown(self.url)}; run `metapeft sweep` first"
-            ) from error
+                    self._load()
         except ImportError as error:
             raise UserError(
                 f"sweeps on PostgreSQL need its driver: pip install 'metapeft[postgres]' ({error})"
@@ -316,6 +312,19 @@ class _Book:
             other = next(key for key in identity if stored.get(key) != identity[key])
             raise UserError(f"sweep {self.name} was started with another {other}; give it another name, or none")
 
+    def _load(self) -> None:
+        import optuna
+
+        assert self.database is not None
+        try:
+            self.study = optuna.load_study(study_name=self.name, storage=self.database)
+        except KeyError as error:
+            raise self._missing() from error
+        self.limits = Limits(**self.study.user_attrs["identity"]["limits"])
+
+    def _missing(self) -> UserError:
+        return UserError(f"there is no sweep {self.name} in {shown(self.url)}; run `metapeft sweep` first")
+
     def close(self) -> None:
         if self.database is not None:
             self.database.remove_session()
@@ -327,11 +336,11 @@ class _Book:
         """The next trial to run, or None when the study has enough or its space has nothing new."""
         with self._exclusive() as study:
             self._recover()
-            for _ in range(TRIES):
+            for tried in range(TRIES):
                 if sum(_counts(t) and _begun(t) for t in self._all()) >= self.settings.sweep.trials:
                     return None
                 # A sampler per trial, seeded by its place: a sweep that was interrupted goes on as if it had not been.
-                study.sampler = self._sampler(len(self._all()))
+                study.sampler = self._sampler(len(self._all()), random=tried > TRIES // 2)
                 asked = study.ask()
                 configuration = spaces.suggest(asked, self.space) | asked.user_attrs.get("extra", {})
                 steps = int(configuration.pop("steps", self.settings.sweep.steps))
@@ -477,13 +486,18 @@ class _Book:
         pairs = (("seconds", point[1], self.limits.seconds), ("memory", point[2], self.limits.memory_mb))
         return {name: value / limit - 1 for name, value, limit in pairs if limit is not None and value > limit}
 
-    def _sampler(self, place: int) -> optuna.samplers.BaseSampler:
-        """TPE after a third of the trials at random. Warm ones count as such, so that a warm sweep searches at once."""
+    def _sampler(self, place: int, random: bool = False) -> optuna.samplers.BaseSampler:
+        """TPE after a third of the trials at random. Warm ones count as such, so that a warm sweep searches at once.
+
+        random: where TPE repeats itself, because it is sure or the space is small.
+        """
         import optuna
 
+        seed = int.from_bytes(hashlib.sha256(f"{self.settings.seed}/{place}".encode()).digest()[:4], "big")
+        if random:
+            return optuna.samplers.RandomSampler(seed=seed)
         startup = min(10, max(3, self.settings.sweep.trials // 3))
-        seed = hashlib.sha256(f"{self.settings.seed}/{place}".encode()).digest()[:4]
-        return optuna.samplers.TPESampler(n_startup_trials=startup, seed=int.from_bytes(seed, "big"))
+        return optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed)
 
     def _enqueue(self, configurations: Sequence[dict[str, Any]]) -> None:
         assert self.study is not None

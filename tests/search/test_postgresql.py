@@ -51,7 +51,7 @@ def server() -> Iterator[str]:
 
 
 def test_workers_on_two_sides_share_a_study(server: str, tmp_path: Path) -> None:
-    processes = [start(tmp_path, seconds=0.1, trials=12, workers=2, storage=server) for _ in range(2)]
+    processes = [start(tmp_path, seconds=0.1, trials=12, workers=n, storage=server) for n in (1, 2)]
     assert [process.wait(120) for process in processes] == [0, 0]
     log = tmp_path / "log"
     found = sweep.sweep(Surrogate(log), TASK, given(12), storage=server)
