@@ -77,5 +77,5 @@ def create(
     if isinstance(config, prefix.PrefixConfig):
         return prefix.create(config, model, seed, text_ids or [0], width(model))
     assert isinstance(config, p_tuning.PTuningConfig)
-    sample = embed(model, mx.random.randint(0, vocabulary, (256,), key=mx.random.key(0)).tolist())
+    sample = embed(model, mx.random.randint(0, vocabulary, (256,), key=mx.random.key(0)))
     return p_tuning.create(config, seed, sample.shape[1], float(mx.std(sample)))

@@ -140,7 +140,7 @@ class AdaLoRA(MatrixAdapter):
         """Path -> rank in force."""
         if self.kept is None:
             return {path: int(delta.e.size) for path, delta in self.deltas.items()}
-        return {path: int(mx.sum(keep).item()) for path, keep in self.kept.items()}
+        return {path: int(mx.sum(keep)) for path, keep in self.kept.items()}
 
     def state(self) -> dict[str, mx.array]:
         """What an exact resume needs beyond the weights."""
@@ -175,7 +175,7 @@ def triplet(config: AdaLoRAConfig, a: mx.array, e: mx.array, b: mx.array, initia
 
 def tensors(adapter: AdaLoRA) -> dict[str, mx.array]:
     """Weights under Hugging Face PEFT's names; ranks out of force keep E = 0."""
-    result = {}
+    result: dict[str, mx.array] = {}
     for path, delta in adapter.deltas.items():
         result |= {f"base_model.model.{path}.lora_{n.upper()}": delta[n] for n in ("a", "e", "b")}
     return result

@@ -35,8 +35,8 @@ class Adapter:
     """A method attached to a frozen model. `module` holds exactly the trained parameters (an `nn.Module`).
 
     Life cycle: `attach(model)` changes the model in place and freezes it; `prefix(model)` gives the per-layer keys and
-    values to attend to (None for matrix methods); `extra_loss()` is added to the task loss; `after_step(step, gradients)`
-    runs after each optimizer step; `detach(model)` restores the model exactly.
+    values to attend to (None for matrix methods); `extra_loss()` is added to the task loss;
+    `after_step(step, gradients)` runs after each optimizer step; `detach(model)` restores the model exactly.
     """
 
     config: MethodConfig

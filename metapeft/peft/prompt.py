@@ -26,7 +26,7 @@ def create(
 ) -> VirtualTokens:
     """A fresh prompt. text_ids: what "text" starts from, cut or repeated; vocabulary: tokens to sample from."""
     key = mx.random.key(seed)
-    sample = embed(model, mx.random.randint(0, vocabulary, (max(config.tokens, 256),), key=key).tolist())
+    sample = embed(model, mx.random.randint(0, vocabulary, (max(config.tokens, 256),), key=key))
     if config.initialisation == "text":
         value = embed(model, repeat_to(text_ids, config.tokens))
     elif config.initialisation == "vocabulary":

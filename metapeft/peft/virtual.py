@@ -52,7 +52,7 @@ class Table(nn.Module):
         return self.value
 
 
-def embed(model: nn.Module, ids: Sequence[int]) -> mx.array:
+def embed(model: nn.Module, ids: Sequence[int] | mx.array) -> mx.array:
     """Embeddings of real tokens, (tokens, width), float32."""
     return _looked_up(model, ids) * scale(model)
 
@@ -70,9 +70,10 @@ def scale(model: nn.Module) -> float:
     return float(after.flatten()[largest] / before.flatten()[largest])
 
 
-def _looked_up(model: nn.Module, ids: Sequence[int]) -> mx.array:
+def _looked_up(model: nn.Module, ids: Sequence[int] | mx.array) -> mx.array:
     parts = anatomy(model)
-    return getattr(parts.body, parts.embed)(mx.array([list(ids)]))[0].astype(mx.float32)
+    row = ids if isinstance(ids, mx.array) else mx.array(list(ids))
+    return getattr(parts.body, parts.embed)(row[None])[0].astype(mx.float32)
 
 
 def repeat_to(ids: Sequence[int], length: int) -> list[int]:
