@@ -53,7 +53,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
             train,
             task,
             settings,
-            warm_start=best_of_each_first(recommended),
+            warm_start=warm_start(recommended, total),
             space=space,
             limits=limits,
             study=study,
@@ -81,10 +81,14 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def best_of_each_first(ranked: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first configuration of every method, then the others, in the order given: a short sweep sees all methods."""
+def warm_start(ranked: list[dict[str, Any]], trials: int) -> list[dict[str, Any]]:
+    """The first configuration of every method, then the others, in the order given: a short sweep sees all methods.
+
+    The recommended ones take at most half of the trials (or one per method): the rest is for what nobody expected.
+    """
     first = list({c["method"]: c for c in reversed(ranked)}.values())
-    return [c for c in ranked if c in first] + [c for c in ranked if c not in first]
+    ordered = [c for c in ranked if c in first] + [c for c in ranked if c not in first]
+    return ordered[: max(len(first), trials // 2)]
 
 
 def engine_version() -> str:
