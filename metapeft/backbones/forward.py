@@ -75,6 +75,11 @@ class PrefixCache:
         self.offset = self.keys.shape[2]
         return self.keys, self.values
 
+    def held(self) -> tuple[mx.array, mx.array]:
+        """Keys and values so far, (batch, kv_heads, tokens, head width) each; something must have been fetched."""
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
         if n == 1 and not return_array and window_size is None:
             return None
@@ -217,11 +222,11 @@ def extended(
     caches = [RecordingCache() for _ in range(depth)] if prefix is None else [PrefixCache(k, v) for k, v in prefix]
     run(model, mx.array([list(ids)]), cache=caches, start=start, hidden=hidden, logits=False)
     # Layers that were not run hold nothing; masks still read the length from them.
-    return [(c.keys, c.values) for c in (caches[max(i, start)] for i in range(depth))]  # type: ignore[misc]
+    return [caches[max(i, start)].held() for i in range(depth)]
 
 
 def keys_values(model: nn.Module, ids: mx.array, embeddings: mx.array | None = None) -> Prefix:
     """Per layer (keys, values) of a sequence, each (batch, kv_heads, tokens, head width), position-encoded from 0."""
     caches = [RecordingCache() for _ in range(anatomy(model).depth)]
     run(model, ids, embeddings=embeddings, cache=caches, logits=False)
-    return [(c.keys, c.values) for c in caches]  # type: ignore[misc]
+    return [cache.held() for cache in caches]

@@ -22,7 +22,7 @@ from metapeft.training.configuration import TrainConfig, split
 
 MB = 2**20
 PADDING = 1.1  # tokens computed per token, with batches and evaluations grouped by length
-CHUNK_TOKENS = 1024  # tokens evaluated at once, per worker
+CHUNK_TOKENS = 288  # tokens evaluated at once, per worker
 TRUNK_BYTES = 2 * 2**30  # of hidden states kept in memory, per split
 # A forward and backward pass with low-rank matrices on every layer against one without; AdaLoRA adds its orthogonality
 # loss and rank allocation, whose cost per step depends on the matrices, not on the tokens.

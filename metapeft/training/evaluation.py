@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from metapeft.training.session import Session, completion_logits
 from metapeft.training.trial import Score
 from metapeft.training.trunk import pad
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 288  # padded tokens per forward pass: large enough for fast products, small enough for the caches
 
 
 @dataclass
@@ -48,7 +49,7 @@ def predict(session: Session, adapter: Adapter | None, split: str) -> Prediction
     examples = session.encoded[split]
     start = adapter.lowest_layer() if adapter is not None else 0
     if start > 0:
-        session.trunk(split, start).prepare(range(len(examples)), session.streams)
+        session.trunk(split, start).prepare(range(len(examples)), session.workers)
     labels = Labels(session) if session.task.kind == "classification" else None
     result = Predictions(
         np.zeros(len(examples)),
@@ -56,32 +57,31 @@ def predict(session: Session, adapter: Adapter | None, split: str) -> Prediction
         np.zeros(len(examples), dtype=bool),
         np.zeros((len(examples), len(session.task.labels))) if labels else None,
     )
-    prefix = session.prefix(adapter, start)
-    mx.eval(prefix)
+    [prefix] = session.workers.map([lambda: session.prefix(adapter, start)])
+
+    def run_chunk(chunk: list[int]) -> tuple[mx.array, mx.array, mx.array]:
+        """Per completion token its loss and whether it was hit; per example each label's first log-likelihood."""
+        shard = session.shard(split, chunk, start)
+        logits = completion_logits(session.model, prefix, shard, start).astype(mx.float32)
+        total = mx.logsumexp(logits, axis=-1)
+        gold = mx.take_along_axis(logits, shard.targets[:, None], axis=-1)[:, 0]
+        hit = mx.argmax(logits, axis=-1) == shard.targets
+        if labels is None:
+            return total - gold, hit, gold
+        firsts = mx.array(np.cumsum([0, *shard.spans[:-1]]))
+        return total - gold, hit, logits[firsts][:, labels.roots] - total[firsts][:, None]
+
     chunks = chunked([e.length for e in examples])
-    for first in range(0, len(chunks), len(session.streams)):
-        group = chunks[first : first + len(session.streams)]
-        pending = []
-        for chunk, stream in zip(group, session.streams, strict=False):
-            shard = session.shard(split, chunk, start, stream)
-            with mx.stream(stream):
-                logits = completion_logits(session.model, prefix, shard, start).astype(mx.float32)
-                total = mx.logsumexp(logits, axis=-1)
-                gold = mx.take_along_axis(logits, shard.targets[:, None], axis=-1)[:, 0]
-                hit = mx.argmax(logits, axis=-1) == shard.targets
-                firsts = np.cumsum([0, *shard.spans[:-1]])
-                roots = (logits[mx.array(firsts)][:, labels.roots] - total[mx.array(firsts)][:, None]) if labels else gold
-            pending.append((chunk, shard.spans, total - gold, hit, roots))
-        mx.eval([p[2:] for p in pending])
-        for chunk, spans, losses, hit, roots in pending:
-            ends = np.cumsum(spans)
-            for row, index in enumerate(chunk):
-                part = slice(int(ends[row] - spans[row]), int(ends[row]))
-                result.loss_sum[index] = float(np.array(losses[part], dtype=np.float64).sum())
-                result.tokens[index] = spans[row]
-                result.exact[index] = bool(np.array(hit[part]).all())
-                if result.label_scores is not None:
-                    result.label_scores[index] = np.array(roots[row], dtype=np.float64)
+    found = session.workers.map([partial(run_chunk, chunk) for chunk in chunks])
+    for chunk, (losses, hit, roots) in zip(chunks, found, strict=True):
+        end = 0
+        for row, index in enumerate(chunk):
+            begin, end = end, end + len(examples[index].ids) - examples[index].start
+            result.loss_sum[index] = float(np.array(losses[begin:end], dtype=np.float64).sum())
+            result.tokens[index] = end - begin
+            result.exact[index] = bool(np.array(hit[begin:end]).all())
+            if result.label_scores is not None:
+                result.label_scores[index] = np.array(roots[row], dtype=np.float64)
     if labels and labels.paths:
         assert result.label_scores is not None
         labels.add_deeper(session, adapter, split, result.label_scores)
@@ -167,26 +167,23 @@ class Labels:
         by_length: dict[int, list[int]] = {}
         for index, example in enumerate(session.encoded[split]):
             by_length.setdefault(example.start, []).append(index)
-        prefix = session.prefix(adapter)
-        mx.eval(prefix)
+        [prefix] = session.workers.map([lambda: session.prefix(adapter)])
         longest = max(len(p) for p in self.paths)
         paths = mx.array([pad(p, longest) for p in self.paths])
         per_batch = max(1, CHUNK_TOKENS // (len(self.paths) * longest))
-        jobs = []
+        groups = []
         for length, indices in by_length.items():
             step = max(1, min(per_batch, CHUNK_TOKENS // length))
-            jobs += [(length, indices[i : i + step]) for i in range(0, len(indices), step)]
-        for first in range(0, len(jobs), len(session.streams)):
-            pending = []
-            for (length, indices), stream in zip(jobs[first : first + len(session.streams)], session.streams, strict=False):
-                ids = mx.array([session.encoded[split][i].ids[:length] for i in indices])
-                with mx.stream(stream):
-                    pending.append((indices, self._path_scores(session, prefix, ids, paths)))
-            mx.eval([p[1] for p in pending])
-            for indices, values in pending:
-                deeper = np.array(values, dtype=np.float64)  # (examples, labels)
-                for row, index in enumerate(indices):
-                    scores[index] += deeper[row]
+            groups += [indices[i : i + step] for i in range(0, len(indices), step)]
+
+        def run_group(indices: list[int]) -> mx.array:
+            prompts = [session.encoded[split][i] for i in indices]
+            return self._path_scores(session, prefix, mx.array([p.ids[: p.start] for p in prompts]), paths)
+
+        found = session.workers.map([partial(run_group, indices) for indices in groups])
+        for indices, values in zip(groups, found, strict=True):
+            for row, index in enumerate(indices):
+                scores[index] += np.array(values[row], dtype=np.float64)
 
     def _path_scores(self, session: Session, prefix: Prefix | None, ids: mx.array, paths: mx.array) -> mx.array:
         """Log-likelihood of each label's tokens after the first, up to the deciding one: (examples, labels)."""
@@ -197,9 +194,7 @@ class Labels:
             else [PrefixCache(keys, values) for keys, values in prefix]
         )
         run(session.model, ids, cache=caches, logits=False)
-        repeated = [
-            PrefixCache(mx.repeat(c.keys, count, axis=0), mx.repeat(c.values, count, axis=0)) for c in caches
-        ]
+        repeated = [PrefixCache(*(mx.repeat(held, count, axis=0) for held in cache.held())) for cache in caches]
         tokens = mx.concatenate([paths] * batch, axis=0)
         logits = run(session.model, tokens, cache=repeated).astype(mx.float32)
         logs = (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).reshape(batch, count, paths.shape[1], -1)

@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from metapeft.peft import create
 from metapeft.peft.adalora import AdaLoRA
@@ -26,11 +27,13 @@ from metapeft.training.batches import batch_at, shards
 from metapeft.training.configuration import TrainConfig, full, split
 from metapeft.training.encode import text_ids
 from metapeft.training.evaluation import evaluate, untuned
-from metapeft.training.session import Session, Shard, completion_logits
+from metapeft.training.session import Session, completion_logits
 from metapeft.training.trial import Score, Trial, trial_id
+from metapeft.training.vector import Layout, leaves
 
 Progress = Callable[[dict[str, Any]], bool | None]
 STATE_SECONDS = 15.0  # how often a resumable state is written
+STATE_FORMAT = 2  # of state.safetensors; a state of another format is not continued
 
 
 class Diverged(Exception):
@@ -50,8 +53,8 @@ def run_trial(
     """Trains one configuration and measures it. Never raises for what a configuration does: the status says it.
 
     folder: where the adapter goes (and, while training, the state that a restarted run continues from); None keeps
-    nothing. progress: called with {"step", "steps", "train_loss", …} after every step and evaluation; returning True stops
-    the trial early (status "stopped", best weights so far). test: whether the test split is scored.
+    nothing. progress: called with {"step", "steps", "train_loss", …} after every step and evaluation; returning True
+    stops the trial early (status "stopped", best weights so far). test: whether the test split is scored.
     """
     configuration = full(configuration)
     method, train = split(configuration)
@@ -82,7 +85,7 @@ def run_trial(
         text = getattr(method, "text", "")
         ids = list(backbone.tokenizer.encode(text)) if text else text_ids(session.shared, session.encoded["train"], 256)
         adapter = create(method, session.model, seed=seed, text_ids=ids)
-        trial.trained_parameters = sum(v.size for _, v in tree_flatten(adapter.module.parameters()))
+        trial.trained_parameters = sum(value.size for _, value in leaves(adapter.module.parameters()))
         adapter.attach(session.model)
         run = _Run(session, adapter, train, steps, seed, folder, trial, progress)
         run.train()
@@ -128,13 +131,15 @@ class _Run:
         self.examples = session.encoded["train"]
         self.lengths = [e.length for e in self.examples]
         self.start = adapter.lowest_layer()
+        self.layout = Layout(adapter.module.trainable_parameters())
+        self.vector = self.layout.join(adapter.module.trainable_parameters())
         self.optimizer = optim.AdamW(
             learning_rate=config.learning_rate, weight_decay=config.weight_decay, bias_correction=True
         )
         self.step = 0
         self.losses: list[float] = []
         self.best: Score | None = None
-        self.best_weights: Any = None
+        self.best_vector: mx.array | None = None
         self.since_best = 0
         self.earlier_seconds = 0.0
         self.begin = time.perf_counter()
@@ -143,15 +148,16 @@ class _Run:
             adapter.schedule(steps)
         every = max(1, round(steps / config.evaluations))
         self.evaluate_at = {s for s in range(every, steps, every) if steps - s >= every / 2} | {steps}
-        self.optimizer.init(adapter.module.trainable_parameters())
+        self.optimizer.init({"all": self.vector})
+        mx.eval(self.vector)
 
     def train(self) -> None:
-        """Runs to the end of the budget, early stopping, or a stop asked for; leaves the best weights in the adapter."""
+        """Runs to the end of the budget, early stopping, or a stop asked for; leaves the best weights in force."""
         self._resume()
         stopped = False
         if self.start > 0:
-            wanted = [i for s in range(self.step, self.steps) for i in self._batch(s)]
-            self.session.trunk("train", self.start).prepare(wanted, self.session.streams)
+            wanted = [i for step in range(self.step, self.steps) for i in self._batch(step)]
+            self.session.trunk("train", self.start).prepare(wanted, self.session.workers)
         while self.step < self.steps and not stopped:
             loss = self._train_step()
             self.step += 1
@@ -167,8 +173,8 @@ class _Run:
                 self._save_state()
         if self.best is None:
             self._evaluate()
-        self.adapter.module.update(self.best_weights)
-        mx.eval(self.adapter.module.parameters())
+        assert self.best_vector is not None
+        self._set(self.best_vector)
         self.trial.train_seconds = self._elapsed()
 
     def _elapsed(self) -> float:
@@ -177,59 +183,61 @@ class _Run:
     def _batch(self, step: int) -> list[int]:
         return batch_at(self.lengths, self.config.batch_size, self.seed, step)
 
+    def _set(self, vector: mx.array) -> None:
+        """Puts these parameters in force."""
+        mx.eval(vector)
+        self.vector = vector
+        self.adapter.module.update(self.layout.split(vector))
+        mx.eval(self.adapter.module.parameters())
+
     def _train_step(self) -> float:
-        mx.random.seed(self.seed * 1_000_003 + self.step)
         indices = self._batch(self.step)
         total = sum(len(self.examples[i].ids) - self.examples[i].start for i in indices)
-        parameters = self.adapter.module.trainable_parameters()
-        gradients: Any = None
-        loss = mx.array(0.0)
-        # Micro-batches follow one another and bound the memory; the shards of one run at the same time on streams.
-        parts = shards([self.lengths[i] for i in indices], len(self.session.streams) * self.config.accumulate)
-        for first in range(0, len(parts), len(self.session.streams)):
-            for part, stream in zip(parts[first : first + len(self.session.streams)], self.session.streams, strict=False):
-                shard = self.session.shard("train", [indices[i] for i in part], self.start, stream)
-                value, grads = self._gradients(parameters, shard, total)
-                gradients = grads if gradients is None else tree_map(mx.add, gradients, grads)
-                loss = loss + value
-            mx.eval(loss, gradients)
-        extra = self._extra_gradients(parameters)
-        if extra is not None:
-            gradients = tree_map(mx.add, gradients, extra)
-        if self.config.clip > 0:
-            gradients, _ = optim.clip_grad_norm(gradients, self.config.clip)
-        self.optimizer.learning_rate = learning_rate(self.config, self.step, self.steps)
-        self.adapter.module.update(parameters)
-        self.optimizer.update(self.adapter.module, gradients)
-        mx.eval(self.adapter.module.parameters(), self.optimizer.state, loss)
+        # One shard per worker runs at the same time; micro-batches are more of them, one after another.
+        parts = shards([self.lengths[i] for i in indices], self.session.workers.count * self.config.accumulate)
+        jobs: list[Callable[[], tuple[mx.array, mx.array]]] = [
+            partial(self._gradient, n, [indices[i] for i in part], total) for n, part in enumerate(parts)
+        ]
         if isinstance(self.adapter, AdaLoRA):
-            by_path = {path.replace("/", "."): g for path, g in gradients["deltas"].items()}
+            jobs.append(self._extra_gradient)
+        losses, gradients = zip(*self.session.workers.map(jobs), strict=True)
+        gradient: mx.array = sum(gradients[1:], gradients[0])
+        if self.config.clip > 0:
+            gradient, _ = optim.clip_grad_norm(gradient, self.config.clip)
+        self.optimizer.learning_rate = learning_rate(self.config, self.step, self.steps)
+        vector = self.optimizer.apply_gradients({"all": gradient}, {"all": self.vector})["all"]
+        mx.eval(vector, gradient, self.optimizer.state)
+        self._set(vector)
+        if isinstance(self.adapter, AdaLoRA):
+            by_path = {path.replace("/", "."): g for path, g in self.layout.split(gradient)["deltas"].items()}
             self.adapter.after_step(self.step, by_path)
+            self._set(self.layout.join(self.adapter.module.trainable_parameters()))
         self.trial.tokens += sum(self.lengths[i] for i in indices)
-        return float(loss.item())
+        return sum(float(loss.item()) for loss in losses)
 
-    def _gradients(self, parameters: Any, shard: Shard, total: int) -> tuple[mx.array, Any]:
-        """Sum of the shard's token losses over the batch's number of tokens, and its gradient."""
+    def _gradient(self, part: int, indices: list[int], total: int) -> tuple[mx.array, mx.array]:
+        """A shard's token losses over the batch's number of tokens, summed, and the gradient of that as a vector."""
+        shard = self.session.shard("train", indices, self.start)
+        mx.random.seed(((self.seed * 1_000_003 + self.step) * 1_009 + part) % 2**63)  # each thread has its own state
 
-        def loss(parameters: Any) -> mx.array:
-            self.adapter.module.update(parameters)
+        def loss(vector: mx.array) -> mx.array:
+            self.adapter.module.update(self.layout.split(vector))
             prefix = self.session.prefix(self.adapter, self.start)
             logits = completion_logits(self.session.model, prefix, shard, self.start, checkpoint=self.config.checkpoint)
             return nn.losses.cross_entropy(logits.astype(mx.float32), shard.targets, reduction="sum") / total
 
-        with mx.stream(shard.stream):
-            return mx.value_and_grad(loss)(parameters)
+        return mx.value_and_grad(loss)(self.vector)
 
-    def _extra_gradients(self, parameters: Any) -> Any:
-        """Gradient of the method's own loss (AdaLoRA's orthogonality), which does not depend on the data."""
+    def _extra_gradient(self) -> tuple[mx.array, mx.array]:
+        """Zero, and the gradient of the method's own loss (AdaLoRA's orthogonality), which is the same for any data."""
 
-        def loss(parameters: Any) -> mx.array:
-            self.adapter.module.update(parameters)
+        def loss(vector: mx.array) -> mx.array:
+            self.adapter.module.update(self.layout.split(vector))
             value = self.adapter.extra_loss()
             assert value is not None
             return value
 
-        return mx.grad(loss)(parameters) if isinstance(self.adapter, AdaLoRA) else None
+        return mx.array(0.0), mx.grad(loss)(self.vector)
 
     def _check(self, loss: float) -> None:
         """Raises Diverged on NaN or an exploding loss: recent losses far above both the first ones and chance level."""
@@ -245,7 +253,7 @@ class _Run:
         self.since_best += 1
         if self.best is None or (found.value, -found.loss) > (self.best.value, -self.best.loss):
             self.best, self.since_best = found, 0
-            self.best_weights = tree_map(lambda v: v, self.adapter.module.parameters())
+            self.best_vector = self.vector
         recent = self.losses[-max(1, self.steps // 10) :]
         row = {
             "step": self.step,
@@ -263,14 +271,15 @@ class _Run:
         assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         groups = {
-            "weights": self.adapter.module.parameters(),
+            "weights": {"all": self.vector},
             "optimizer": self.optimizer.state,
-            "best": self.best_weights or {},
+            "best": {} if self.best_vector is None else {"all": self.best_vector},
             "extra": self.adapter.state() if isinstance(self.adapter, AdaLoRA) else {},
         }
-        arrays = {f"{group}|{name}": v for group, tree in groups.items() for name, v in tree_flatten(tree)}
+        arrays = {f"{group}|{name}": v for group, tree in groups.items() for name, v in leaves(tree)}
         facts = {
             "trial": self.trial.id,
+            "format": STATE_FORMAT,
             "step": self.step,
             "losses": self.losses,
             "best": asdict(self.best) if self.best else None,
@@ -289,22 +298,23 @@ class _Run:
         if path is None or not path.exists():
             return
         try:
-            arrays, metadata = mx.load(str(path), return_metadata=True)
-            facts = json.loads(metadata["state"])
+            loaded: Any = mx.load(str(path), return_metadata=True)
+            arrays, facts = loaded[0], json.loads(loaded[1]["state"])
         except (RuntimeError, KeyError, ValueError):
             return  # not a state of ours: start afresh
-        if facts["trial"] != self.trial.id:
+        if (facts.get("trial"), facts.get("format")) != (self.trial.id, STATE_FORMAT):
             return
-        groups: dict[str, list[tuple[str, mx.array]]] = {"weights": [], "optimizer": [], "best": [], "extra": []}
+        mx.eval(arrays)  # they are read lazily, and the file is about to be replaced
+        groups: dict[str, list[tuple[str, Any]]] = {"weights": [], "optimizer": [], "best": [], "extra": []}
         for name, value in arrays.items():
             group, key = name.split("|", 1)
             groups[group].append((key, value))
-        self.adapter.module.update(tree_unflatten(groups["weights"]))
+        self._set(dict(groups["weights"])["all"])
         self.optimizer.state = tree_unflatten(groups["optimizer"])
         if isinstance(self.adapter, AdaLoRA):
             self.adapter.restore(dict(groups["extra"]))
         if facts["best"]:
-            self.best, self.best_weights = Score(**facts["best"]), tree_unflatten(groups["best"])
+            self.best, self.best_vector = Score(**facts["best"]), dict(groups["best"])["all"]
         self.step, self.losses, self.since_best = facts["step"], facts["losses"], facts["since_best"]
         self.trial.curve, self.trial.tokens = facts["curve"], facts["tokens"]
         self.earlier_seconds = facts["seconds"]

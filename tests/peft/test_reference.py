@@ -24,6 +24,7 @@ from metapeft.runtime import mx, nn
 from metapeft.training.encode import Encoded
 from metapeft.training.session import Shard, completion_logits, rows_targets
 from metapeft.training.trunk import Trunk, pad
+from metapeft.training.workers import workers
 from tests.peft import reference
 
 TOLERANCE = 1e-4
@@ -118,10 +119,9 @@ def shard(model: nn.Module, examples: list[Encoded], start: int = 0) -> Shard:
     hidden = None
     if start > 0:
         trunk = Trunk(model, start, examples)
-        trunk.prepare(range(len(examples)), [mx.default_stream(mx.default_device())])
-        states = [trunk.get(i) for i in range(len(examples))]
-        hidden = mx.stack([mx.pad(h, ((0, longest - h.shape[0]), (0, 0))) for h in states])
-    return Shard(ids, hidden, mx.array(rows), mx.array(targets), spans, mx.default_stream(mx.default_device()))
+        trunk.prepare(range(len(examples)), workers())
+        hidden = trunk.stack(range(len(examples)), longest)
+    return Shard(ids, hidden, mx.array(rows), mx.array(targets), spans)
 
 
 def loss_and_gradients(
