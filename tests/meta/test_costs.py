@@ -84,6 +84,7 @@ def test_a_wrong_configuration_is_refused() -> None:
         seconds(method="lora", ranks=8)
 
 
+@pytest.mark.slow
 def test_predictions_against_a_real_training(smollm: Backbone) -> None:
     task = classification(48)
     measured = measure(task, smollm)

@@ -96,5 +96,5 @@ def test_labels_seen_once_do_not_break_the_probe() -> None:
 
 
 def test_tasks_of_one_domain_lie_closer_than_others(smollm: Backbone) -> None:
-    spam, more, sums = (probe(t, smollm).domain for t in (classification(24), classification(24, 1), generation(24)))
+    spam, more, sums = (probe(t, smollm).domain for t in (classification(12), classification(12, 1), generation(12)))
     assert np.linalg.norm(spam - more) < 0.5 * np.linalg.norm(spam - sums)

@@ -85,6 +85,7 @@ def test_one_row_is_enough(llama: Backbone) -> None:
     assert found.features["train_examples"] == 1 and found.features["probe_accuracy"] == 0
 
 
+@pytest.mark.slow
 def test_the_real_backbone_reads_a_real_difference(smollm: Backbone) -> None:
     found = profile(classification(48), smollm).features
     assert found["probe_accuracy"] > 0.8 and found["neighbour_disagreement"] < 0.3
