@@ -7,7 +7,6 @@ the commands, so that `metapeft --help` answers at once.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -74,14 +73,8 @@ def tasks_show(name: Annotated[str, Argument(help="Catalog name.")], as_json: Js
 def tasks_fetch(names: Annotated[list[str], Argument(help="Catalog names.")], as_json: Json = False) -> None:
     """Download tasks and check their hashes."""
     from metapeft.data import catalog
-    from metapeft.progress import progress
 
-    found = []
-    with progress("fetch", len(names)) as advance:
-        for done, name in enumerate(names):
-            advance(done, name)
-            found.append({"name": name, "path": str(catalog.fetch(name))})
-    show(found, as_json)
+    show([{"name": name, "path": str(catalog.fetch(name))} for name in names], as_json)
 
 
 @app.command()
@@ -471,6 +464,7 @@ def show(value: Any, as_json: bool, rows: list[dict[str, Any]] | None = None, ti
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    from metapeft.progress import quiet
     from metapeft.stages.stage import report_failure
 
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -484,23 +478,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except typer.TyperException as error:
         return report_failure(UserError(f"{error.format_message()} (see metapeft --help)"), debug)
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:  # typer, when the reader of our output has gone (`metapeft … | head`)
         return 0
     except Exception as error:
         return report_failure(error, debug)
-
-
-def quiet() -> None:
-    """Keep the libraries' chatter off stderr: what they have to say to people comes as our own lines."""
-    import logging
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    logging.getLogger().setLevel(logging.ERROR)
-    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
-        os.environ.setdefault(name, "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 if __name__ == "__main__":

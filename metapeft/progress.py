@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,18 @@ from contextlib import contextmanager
 LINE_SECONDS = 20.0  # in a log: how long to stay silent at most
 
 Advance = Callable[..., None]
+
+
+def quiet() -> None:
+    """Keep the libraries' chatter off stderr: what they have to say to people comes as our own lines."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger().setLevel(logging.ERROR)
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def say(line: str) -> None:

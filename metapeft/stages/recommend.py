@@ -1,7 +1,8 @@
 """recommend: ranks methods and configurations for the task.
 
-Writes recommendation.json, and configurations.json: the ranked configurations alone, all that sweep and training read. The experience counts as it is when the stage runs, without the trials of this very task: they would make
-each sweep's own start stale. DVC does not watch the experience: `dvc repro --force recommend` takes in what is new.
+Writes recommendation.json, and configurations.json: the ranked configurations alone, all that sweep and training read.
+The experience counts as it is when the stage runs, without the trials of this very task: they would make each sweep's
+own start stale. DVC does not watch the experience: `dvc repro --force recommend` takes in what is new.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from metapeft.errors import MetapeftError, UserError
+from metapeft.progress import quiet
 from metapeft.settings import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]  # what `Stage.code` is relative to
@@ -100,6 +101,7 @@ class Stage:
         parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
         given = parser.parse_args(arguments)
         end_with_parent()
+        quiet()
         try:
             params = given.params or (Path("params.yaml") if Path("params.yaml").exists() else None)
             result = self.run(load_settings(params, **nested(assignments(given.set))), given.work)

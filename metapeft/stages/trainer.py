@@ -69,4 +69,7 @@ def running_on() -> str:
 
     about = describe()
     where = f"{about['device']} {about['device_name']}".strip()
-    return f"{where}, {about['blas']}, {about['cores']} cores" if about["blas"] else where
+    if not about["blas"]:
+        return where
+    slow = "" if about["fast_blas"] else "; this BLAS is some 30 times slower than it could be: see metapeft doctor"
+    return f"{where}, {about['blas']}, {about['cores']} cores{slow}"
