@@ -21,7 +21,7 @@ from metapeft.profiling.speed import Speed
 from metapeft.training.configuration import TrainConfig, split
 
 MB = 2**20
-PADDING = 1.1  # tokens computed per token, with batches and evaluations grouped by length
+PADDING = 1.2  # time per token: padding within groups of similar length, and workers that wait for each other
 CHUNK_TOKENS = 288  # tokens evaluated at once, per worker
 TRUNK_BYTES = 2 * 2**30  # of hidden states kept in memory, per split
 # A forward and backward pass with low-rank matrices on every layer against one without; AdaLoRA adds its orthogonality
@@ -167,8 +167,8 @@ def _memory(
     element = 4 if shapes.weight_bytes / elements > 3 else 2
     lowest = _lowest(method, shapes)
 
-    attended = shared + length + getattr(method, "tokens", 0)
-    kept = [_kept(layer.linear, shapes, attended, matrices) for layer in shapes.each()]
+    before = shared + getattr(method, "tokens", 0)
+    kept = [_kept(layer.linear, shapes, length, before, matrices) for layer in shapes.each()]
     layers = max(kept) + shapes.depth * shapes.width if train.checkpoint else sum(kept[lowest:])
     logits = batch * completion * shapes.vocabulary * (element + 3 * 4)
     step = (batch * length + workers * shared) * layers * element + logits
@@ -181,10 +181,13 @@ def _memory(
     return shapes.weight_bytes + 5 * 4 * parameters + trunk + max(step, scoring)
 
 
-def _kept(linear: dict[str, tuple[int, int]], shapes: Shapes, attended: float, matrices: bool) -> float:
+def _kept(linear: dict[str, tuple[int, int]], shapes: Shapes, length: float, before: float, matrices: bool) -> float:
     """Elements per token that a layer's backward pass needs: what its linear layers put out, an activation as wide as
-    the widest, the attention's scores and probabilities; with trained matrices also what the linear layers take in."""
+    the widest, the attention's scores and probabilities, keys and values joined to those of the tokens that come before
+    every example; with trained matrices also what the linear layers take in."""
     widest = max(max(size) for size in linear.values())
     outputs = sum(outputs for outputs, _ in linear.values())
-    attention = 2 * attended * shapes.width / shapes.head_width
+    attention = 2 * (before + length) * shapes.width / shapes.head_width
+    if before:
+        attention += 2 * shapes.kv_heads * shapes.head_width * (1 + before / max(1.0, length))
     return outputs + widest + attention + (4 * shapes.width + 2 * widest if matrices else 0)
