@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path, help="write the table here")
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
     tasks = options.tasks.split(",")[: 1 if options.quick else None]
     seeds = (0, 1) if options.quick else (0, 1, 2)
@@ -69,7 +69,7 @@ def one_task(name: str, seeds: tuple[int, ...], steps: int) -> list[dict[str, An
     from metapeft.training.evaluation import untuned
     from metapeft.training.session import Session
 
-    task = load_task(name, DataSettings(max_train=600, max_validation=100, max_test=300))
+    task = load_task(name, DataSettings(max_train=600, max_validation=60, max_test=200))
     session = Session(backbones.load("smollm2-135m-instruct"), task)
     base = untuned(session, "test")
     rows = []
@@ -119,7 +119,7 @@ def trial(session: Any, method: str, rate: float, seed: int, steps: int) -> dict
             if line.endswith("}") and json.loads(line)["key"] == key:
                 return dict(json.loads(line)["trial"])
     began = time.perf_counter()
-    done = run_trial(session, {"method": method, "learning_rate": rate, "evaluations": 2}, steps=steps, seed=seed)
+    done = run_trial(session, {"method": method, "learning_rate": rate, "evaluations": 1}, steps=steps, seed=seed)
     value = f"{done.score.value:.3f}" if done.score else done.status
     took = time.perf_counter() - began
     print(f"  {method} lr {rate:g} seed {seed}: {value}, {took:.0f} s", file=sys.stderr, flush=True)
