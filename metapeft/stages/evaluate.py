@@ -15,7 +15,7 @@ from metapeft.progress import say
 from metapeft.settings import Settings
 from metapeft.stages.files import read_task, write_csv
 from metapeft.stages.stage import Stage, read_json, write_json, write_text
-from metapeft.stages.sweep import ENGINE
+from metapeft.stages.trainer import ENGINE, Trainer
 from metapeft.training.trial import Score, Trial
 
 if TYPE_CHECKING:
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     """Score the adapter and the untuned backbone."""
     from metapeft.peft import adapters
-    from metapeft.stages.trainer import Trainer
-    from metapeft.training.evaluation import predict, score, untuned
+    from metapeft.training.evaluation import predict, score
 
     task = read_task(work / "version")
     trial = Trial.from_json(read_json(work / "train" / "trial.json"))
-    session = Trainer(settings.backbone, task).session()
+    trainer = Trainer(settings.backbone, task)
+    session = trainer.session()
     say(f"evaluate: untuned and {trial.method} on {len(task.test)} test examples")
-    before = untuned(session, "test")
+    before = trainer.untuned()
     adapter = adapters.load(work / "train" / "adapter", session.model)
     adapter.attach(session.model)
     try:

@@ -26,7 +26,7 @@ def write_task(task: Task, folder: Path) -> None:
 
 def read_task(folder: Path) -> Task:
     """The task that `write_task` wrote. Raises UserError when it is missing or broken."""
-    facts = read_json(folder / "task.json")
+    facts: dict[str, Any] = read_json(folder / "task.json")
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     try:
         for line in (folder / "data.jsonl").read_text(encoding="utf-8").split("\n"):
@@ -36,8 +36,8 @@ def read_task(folder: Path) -> Task:
                 if isinstance(prompt, list):
                     prompt = tuple((role, content) for role, content in prompt)
                 splits[row["split"]].append(Example(prompt, row["completion"]))
-        examples = {split: tuple(rows) for split, rows in splits.items()}
-        return Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}, **examples)
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (facts | splits).items()}
+        return Task(**values)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} does not hold a task ({error}); run the version stage again") from error
 

@@ -11,10 +11,10 @@ from typing import Any
 from metapeft.progress import progress
 from metapeft.settings import Settings
 from metapeft.stages.files import read_task, write_csv, write_trials
-from metapeft.stages.stage import ROOT, Stage, content, read_json, write_json
+from metapeft.stages.stage import Stage, read_json, write_json
+from metapeft.stages.trainer import ENGINE, Trainer, engine_version
 
 NAMED = {"accuracy": "most accurate", "balanced": "balanced", "speed": "fastest", "memory": "smallest"}
-ENGINE = ("metapeft/backbones", "metapeft/peft", "metapeft/training")  # what decides how a trial ends
 POINT = ["trial", "method", "score", "standard_error", "seconds", "peak_memory_mb", "front", "status"]
 CURVE = ["trial", "method", "step", "seconds", "train_loss", "validation_loss", "validation_score"]
 
@@ -24,7 +24,6 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     from metapeft.search import sweep as search
     from metapeft.search.pareto import judged
     from metapeft.stages.tracked import pipeline_run
-    from metapeft.stages.trainer import Trainer
 
     task = read_task(work / "version")
     recommended = read_json(work / "recommend" / "configurations.json")
@@ -89,13 +88,6 @@ def warm_start(ranked: list[dict[str, Any]], trials: int) -> list[dict[str, Any]
     first = list({c["method"]: c for c in reversed(ranked)}.values())
     ordered = [c for c in ranked if c in first] + [c for c in ranked if c not in first]
     return ordered[: max(len(first), trials // 2)]
-
-
-def engine_version() -> str:
-    """Six hex digits that change when a trial could end differently: trials of an older engine are not continued."""
-    import hashlib
-
-    return hashlib.sha256("".join(content(ROOT / path) for path in ENGINE).encode()).hexdigest()[:6]
 
 
 def _space(settings: Settings, train: Any) -> Any:

@@ -16,12 +16,12 @@ from metapeft.progress import progress
 from metapeft.settings import Settings, home
 from metapeft.stages.files import read_task, read_trials, write_csv
 from metapeft.stages.stage import Stage, read_json, write_json
-from metapeft.stages.sweep import CURVE, ENGINE, NAMED
+from metapeft.stages.sweep import CURVE, NAMED
+from metapeft.stages.trainer import ENGINE, Trainer
 
 
 def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     """Train, and keep the best weights by validation."""
-    from metapeft.stages.trainer import Trainer
     from metapeft.training.configuration import full
     from metapeft.training.trial import trial_id
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapeft.data.task import Task
 from metapeft.progress import say
 from metapeft.settings import home
-from metapeft.training.trial import Trial
+from metapeft.stages.stage import ROOT, content, write_json
+from metapeft.training.trial import Score, Trial
 
 if TYPE_CHECKING:
     from metapeft.training.session import Session
 
+ENGINE = ("metapeft/backbones", "metapeft/peft", "metapeft/training")  # what decides how a trial ends
 Event = Callable[[dict[str, Any]], None]
 
 
@@ -41,10 +46,29 @@ class Trainer:
             say(f"device: {running_on()}")
         return self._session
 
+    def untuned(self) -> Score:
+        """The backbone's own test score, measured once per data, backbone and engine: see METAPEFT_HOME/untuned."""
+        from metapeft.training.evaluation import untuned
+
+        session = self.session()
+        if "test" not in session.untuned:
+            known = self._untuned_file()
+            try:
+                session.untuned["test"] = Score(**json.loads(known.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError):
+                write_json(known, asdict(untuned(session, "test")))
+        return session.untuned["test"]
+
+    def _untuned_file(self) -> Path:
+        backbone = self.session().backbone.content_id
+        return home() / "untuned" / f"{self.task.version}-{self.task.metric}-{backbone}-{engine_version()}.json"
+
     def __call__(self, configuration: dict[str, Any], seed: int, steps: int, trial_id: str) -> Trial:
         from metapeft.meta.experience import Experience
         from metapeft.training.trainer import run_trial
 
+        if self.test:
+            self.untuned()
         trial = run_trial(
             self.session(),
             configuration,
@@ -61,6 +85,11 @@ class Trainer:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_session": None, "on_event": None}
+
+
+def engine_version() -> str:
+    """Six hex digits that change when a trial could end differently: trials of an older engine are not continued."""
+    return hashlib.sha256("".join(content(ROOT / path) for path in ENGINE).encode()).hexdigest()[:6]
 
 
 def running_on() -> str:
