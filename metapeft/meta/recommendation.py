@@ -264,7 +264,7 @@ def _feasible(candidates: list[dict[str, Any]], costs: list[Cost], settings: Set
         left = [i for i in left if needs[i] <= limit]
         if not left:
             raise UserError(
-                f"{name}={limit:g} excludes every configuration{already}: the smallest need is {needs[least]:.0f} "
+                f"{name}={limit:g} excludes every configuration{already}: the smallest need is {math.ceil(needs[least])} "
                 f"{unit} ({candidates[least]['method']}); raise it, or lower train.steps or the task's size"
             )
     return left
