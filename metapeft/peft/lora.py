@@ -53,6 +53,7 @@ class MatrixAdapter(Adapter):
         self.deltas = deltas
         self.module = nn.Module()
         self.module.deltas = {path.replace(".", "/"): delta for path, delta in deltas.items()}
+        self.module.eval()  # dropout is for the trainer's steps alone
         self._replaced: dict[str, nn.Module] = {}
 
     def attach(self, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -32,27 +33,27 @@ def _epoch(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> 
 
 
 def shards(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Cuts a batch into at most `count` parts of similar padded size; positions in `lengths`, shortest first.
+    """Cuts a batch into `count` parts (or one per example) of similar length; positions in `lengths`, shortest first.
 
-    Parts run at the same time on CPU streams: the slowest one decides, so the largest padded part is made smallest.
+    Parts run at the same time: the slowest one decides, so the largest padded part is made as small as it can be.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     count = min(count, len(order))
-    if count == 1:
-        return [order]
-    if count > 2:
-        half = count // 2
-        left, right = _halves(order, lengths)
-        return [
-            [part[i] for i in piece]
-            for part, n in ((left, half), (right, count - half))
-            for piece in shards([lengths[i] for i in part], n)
-        ]
-    return list(_halves(order, lengths))
+    sizes = sorted({n * length for n in range(1, len(order) + 1) for length in set(lengths)})
+    size = sizes[bisect_left(sizes, True, key=lambda size: len(_parts(order, lengths, size)) <= count)]
+    parts = _parts(order, lengths, size)
+    while len(parts) < count:
+        largest = max((part for part in parts if len(part) > 1), key=lambda part: len(part) * lengths[part[-1]])
+        where, half = parts.index(largest), len(largest) // 2
+        parts[where : where + 1] = [largest[:half], largest[half:]]
+    return parts
 
 
-def _halves(order: list[int], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    longest = lengths[order[-1]]
-    cost = [max(cut * lengths[order[cut - 1]], (len(order) - cut) * longest) for cut in range(1, len(order))]
-    cut = 1 + int(np.argmin(cost))
-    return order[:cut], order[cut:]
+def _parts(order: list[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """The fewest parts of at most `size` padded tokens (or one example) each."""
+    parts: list[list[int]] = []
+    for index in order:
+        if not parts or (len(parts[-1]) + 1) * lengths[index] > size:
+            parts.append([])
+        parts[-1].append(index)
+    return parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -47,6 +48,7 @@ class Session:
         self.shared = shared_beginning([e for examples in encoded.values() for e in examples])
         self.encoded = {name: [e.without(len(self.shared)) for e in examples] for name, examples in encoded.items()}
         self.depth = anatomy(self.model).depth
+        self.chance = math.log(backbone.tokenizer.vocab_size)  # loss of guessing every token, in nats
         self.workers = workers()
         self.untuned: dict[str, Score] = {}
         self._room = Room()

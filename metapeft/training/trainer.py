@@ -22,7 +22,7 @@ from mlx.utils import tree_unflatten
 from metapeft.peft import create
 from metapeft.peft.adalora import AdaLoRA
 from metapeft.peft.base import Adapter
-from metapeft.runtime import device, mx, nn, optim, versions
+from metapeft.runtime import MB, device, mx, nn, optim, require_memory, versions
 from metapeft.training.batches import batch_at, shards
 from metapeft.training.configuration import TrainConfig, full, split
 from metapeft.training.encode import text_ids
@@ -138,6 +138,7 @@ class _Run:
         )
         self.step = 0
         self.losses: list[float] = []
+        self.lowest = math.inf  # mean of five losses in a row
         self.best: Score | None = None
         self.best_vector: mx.array | None = None
         self.since_best = 0
@@ -159,6 +160,7 @@ class _Run:
             wanted = [i for step in range(self.step, self.steps) for i in self._batch(step)]
             self.session.trunk("train", self.start).prepare(wanted, self.session.workers)
         while self.step < self.steps and not stopped:
+            require_memory((mx.get_peak_memory() - mx.get_active_memory()) / MB)
             loss = self._train_step()
             self.step += 1
             self.losses.append(loss)
@@ -220,33 +222,35 @@ class _Run:
         shard = self.session.shard("train", indices, self.start)
         mx.random.seed(((self.seed * 1_000_003 + self.step) * 1_009 + part) % 2**63)  # each thread has its own state
 
-        def loss(vector: mx.array) -> mx.array:
-            self.adapter.module.update(self.layout.split(vector))
+        def loss(parameters: Any) -> mx.array:
+            self.adapter.module.update(parameters)
             prefix = self.session.prefix(self.adapter, self.start)
             logits = completion_logits(self.session.model, prefix, shard, self.start, checkpoint=self.config.checkpoint)
             return nn.losses.cross_entropy(logits.astype(mx.float32), shard.targets, reduction="sum") / total
 
-        return mx.value_and_grad(loss)(self.vector)
+        # By leaf, then joined: the gradient of `split` itself is a full-size array per leaf.
+        value, gradients = mx.value_and_grad(loss)(self.layout.split(self.vector))
+        return value, self.layout.join(gradients)
 
     def _extra_gradient(self) -> tuple[mx.array, mx.array]:
         """Zero, and the gradient of the method's own loss (AdaLoRA's orthogonality), which is the same for any data."""
 
-        def loss(vector: mx.array) -> mx.array:
-            self.adapter.module.update(self.layout.split(vector))
+        def loss(parameters: Any) -> mx.array:
+            self.adapter.module.update(parameters)
             value = self.adapter.extra_loss()
             assert value is not None
             return value
 
-        return mx.array(0.0), mx.grad(loss)(self.vector)
+        return mx.array(0.0), self.layout.join(mx.grad(loss)(self.layout.split(self.vector)))
 
     def _check(self, loss: float) -> None:
-        """Raises Diverged on NaN or an exploding loss: recent losses far above both the first ones and chance level."""
+        """Raises Diverged on NaN, or when the loss rose far above its lowest: half as much as chance level."""
         if not math.isfinite(loss):
             raise Diverged(f"the loss was {loss} at step {self.step}")
-        if len(self.losses) >= 10:
-            first, recent = sum(self.losses[:3]) / 3, sum(self.losses[-5:]) / 5
-            if recent > max(2.5 * first, first + 5):
-                raise Diverged(f"the loss rose from {first:.2f} to {recent:.2f} by step {self.step}")
+        recent = sum(self.losses[-5:]) / len(self.losses[-5:])
+        self.lowest = min(self.lowest, recent)
+        if len(self.losses) >= 10 and recent > max(2.5 * self.lowest, self.lowest + 0.5 * self.session.chance):
+            raise Diverged(f"the loss rose from {self.lowest:.2f} to {recent:.2f} by step {self.step}")
 
     def _evaluate(self) -> dict[str, Any]:
         found = evaluate(self.session, self.adapter, "validation")
@@ -282,6 +286,7 @@ class _Run:
             "format": STATE_FORMAT,
             "step": self.step,
             "losses": self.losses,
+            "lowest": self.lowest,
             "best": asdict(self.best) if self.best else None,
             "since_best": self.since_best,
             "curve": self.trial.curve,
@@ -316,6 +321,7 @@ class _Run:
         if facts["best"]:
             self.best, self.best_vector = Score(**facts["best"]), dict(groups["best"])["all"]
         self.step, self.losses, self.since_best = facts["step"], facts["losses"], facts["since_best"]
+        self.lowest = facts["lowest"]
         self.trial.curve, self.trial.tokens = facts["curve"], facts["tokens"]
         self.earlier_seconds = facts["seconds"]
 
