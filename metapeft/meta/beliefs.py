@@ -25,6 +25,7 @@ from metapeft.training.configuration import full
 
 # Standard deviations of the terms, in gain. Beliefs, chosen wide: tasks differ much more than methods do.
 OVERALL, TASK, METHOD, CONFIGURATION, TASK_METHOD, TASK_CONFIGURATION = 0.2, 0.3, 0.1, 0.15, 0.15, 0.15
+HINT = 0.2  # how far the best that frozen features tell may lie from what tuning reaches
 SEED = 0.05  # the same training with another seed
 DOUBLING = 0.05  # a budget twice as large or small
 RATE_STEP = math.log(3.0)  # learning rates a factor of 3 apart share 60 % of their variance
@@ -54,7 +55,7 @@ class Observation:
     """A gain measured on a task (any hashable name), with the standard deviation of what it does not depend on."""
 
     task: str
-    configuration: dict[str, Any]  # all hyperparameters
+    configuration: dict[str, Any]  # all hyperparameters; empty: of the task as such, not of one configuration
     gain: float
     noise: float
 
@@ -91,7 +92,9 @@ def posterior(
 
 
 def expected(configuration: dict[str, Any]) -> float:
-    """The portfolio's belief for the entry of the same method with the nearest learning rate."""
+    """The portfolio's belief for the entry of the same method with the nearest learning rate (empty: for all)."""
+    if not configuration:
+        return float(np.mean([d.gain for d in PORTFOLIO]))
     rate = math.log(configuration["learning_rate"])
     same = [d for d in PORTFOLIO if d.configuration["method"] == configuration["method"]]
     return min(same, key=lambda d: abs(math.log(d.configuration["learning_rate"]) - rate)).gain
@@ -100,8 +103,8 @@ def expected(configuration: dict[str, Any]) -> float:
 def _covariance(left: list[tuple[str, dict[str, Any]]], right: list[tuple[str, dict[str, Any]]]) -> np.ndarray:
     tasks = _same([t for t, _ in left], [t for t, _ in right])
     ours, theirs = [c for _, c in left], [c for _, c in right]
-    methods = _same([c["method"] for c in ours], [c["method"] for c in theirs])
-    rates = [np.log([c["learning_rate"] for c in side]) for side in (ours, theirs)]
+    methods = _same([c.get("method", "ours") for c in ours], [c.get("method", "theirs") for c in theirs])
+    rates = [np.log([c.get("learning_rate", 1.0) for c in side]) for side in (ours, theirs)]
     alike = methods * np.exp(-0.5 * (np.subtract.outer(*rates) / RATE_STEP) ** 2)
     for name in sorted({name for c in (*ours, *theirs) for name in c} - UNIMPORTANT):
         values = [[repr(c.get(name)) for c in side] for side in (ours, theirs)]

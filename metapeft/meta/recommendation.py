@@ -1,6 +1,6 @@
 """Which configurations to use on a task, how good they will be, how sure that is, and what they cost.
 
-Scores. What is measured is the untuned backbone's score (the profile's probe) and, where there are any, trials.
+Scores. What is measured is the untuned backbone's score, what a linear probe reaches, and, where there are any, trials.
 Everything else is the belief of `metapeft.meta.beliefs` about gains, drawn from DRAWS times together for all
 configurations: a draw's score lies between 0 and 1, the untuned score being where gain 0 is, so the interval is as wide
 as the range that is left and the belief allow. `low` and `high` bound the score to be measured on the task's test split
@@ -130,7 +130,8 @@ def recommend(
     feasible = _feasible(candidates, costs, settings)
     candidates, costs = [candidates[i] for i in feasible], [costs[i] for i in feasible]
 
-    mean, covariance = beliefs.posterior(task.version, [beliefs.complete(c) for c in candidates], observations)
+    known = [*observations, *hint(profile, task)]
+    mean, covariance = beliefs.posterior(task.version, [beliefs.complete(c) for c in candidates], known)
     predictions, best, within = _predict(mean, covariance, untuned, profile, len(task.test))
     worth = _utility(predictions, costs, settings.recommend.prefer)
     order = sorted(range(len(candidates)), key=lambda i: (-worth[i], costs[i].seconds))
@@ -185,6 +186,18 @@ def observe(trials: Sequence[Trial], steps: int, untuned: dict[str, float]) -> l
         value = float(weights @ [m for _, m, _ in measurements] / weights.sum())
         result.append(beliefs.Observation(version, measurements[0][0], value, float(1 / math.sqrt(weights.sum()))))
     return result
+
+
+def hint(profile: Profile, task: Task) -> list[beliefs.Observation]:
+    """What can be learned without tuning, as a vague observation of the task's level: the better of a linear probe on
+    frozen features and always naming the commonest label. Tuning can see more than they do: less than is expected
+    anyway says nothing. Only for tasks that are scored as they are, by accuracy."""
+    features = profile.features
+    reached = max(features["probe_accuracy"], features["majority_share"])
+    gain = beliefs.gain(reached, features["zero_shot_score"])
+    if task.metric != "accuracy" or gain <= beliefs.expected({}):
+        return []
+    return [beliefs.Observation(task.version, {}, gain, beliefs.HINT)]
 
 
 def neighbours(profile: Profile, known: dict[str, str]) -> tuple[Neighbour, ...]:
@@ -264,8 +277,9 @@ def _feasible(candidates: list[dict[str, Any]], costs: list[Cost], settings: Set
         left = [i for i in left if needs[i] <= limit]
         if not left:
             raise UserError(
-                f"{name}={limit:g} excludes every configuration{already}: the smallest need is {math.ceil(needs[least])} "
-                f"{unit} ({candidates[least]['method']}); raise it, or lower train.steps or the task's size"
+                f"{name}={limit:g} excludes every configuration{already}: the smallest need is "
+                f"{math.ceil(needs[least])} {unit} ({candidates[least]['method']}); raise it, or lower train.steps or"
+                " the task's size"
             )
     return left
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,18 @@ def test_ignorance_is_wide_and_ends_where_scores_end(store: Experience) -> None:
         assert first.high - first.low > 0.6 * (1 - untuned) and first.level == 0.9
         assert first.low < first.mean < first.high
     assert asked(store, profile(untuned=0.97)).recommendations[0].score.mean > 0.9
+
+
+def test_what_frozen_features_reach_is_a_hint_upwards_only(store: Experience) -> None:
+    nothing, weak, strong, common = (
+        asked(store, profile(untuned=0.3, **known)).recommendations[0].score
+        for known in ({}, {"probe_accuracy": 0.4}, {"probe_accuracy": 0.96}, {"majority_share": 0.9})
+    )
+    assert weak == nothing and strong.mean > common.mean > nothing.mean + 0.1
+    assert 0.8 < strong.mean < 0.96 and strong.low > nothing.low
+    f1 = replace(task(), metric="macro_f1")
+    found = recommend(f1, profile(untuned=0.3, probe_accuracy=0.96), load_settings(), store, SPEED)
+    assert found.recommendations[0].score == nothing
 
 
 def test_trials_of_the_task_count_at_once(store: Experience) -> None:
