@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from metapeft.errors import UserError
 from metapeft.peft.base import METHODS, Adapter, MethodConfig
 
 if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
     from metapeft.runtime import nn
 
-__all__ = ["METHODS", "Adapter", "MethodConfig", "config_class", "create", "parse"]
+T = TypeVar("T")
+
+__all__ = ["METHODS", "Adapter", "MethodConfig", "config_class", "create", "parse", "validator"]
 
 
 def config_class(method: str) -> type[MethodConfig]:
@@ -29,16 +33,28 @@ def config_class(method: str) -> type[MethodConfig]:
     return found
 
 
+_validators: dict[type, Any] = {}
+
+
+def validator(cls: type[T]) -> TypeAdapter[T]:
+    """pydantic's checks of a dataclass, kept: building one takes milliseconds."""
+    from pydantic import TypeAdapter
+
+    found: TypeAdapter[T] = _validators.get(cls) or TypeAdapter(cls)
+    _validators[cls] = found
+    return found
+
+
 def parse(method: str, values: dict[str, Any]) -> MethodConfig:
     """Checked hyperparameters of a method. Raises UserError naming the wrong key or value."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     cls = config_class(method)
     unknown = sorted(set(values) - cls.names())
     if unknown:
         raise UserError(f"{method} has no hyperparameter {unknown[0]!r}; it has {', '.join(sorted(cls.names()))}")
     try:
-        config: MethodConfig = TypeAdapter(cls).validate_python(values)
+        config: MethodConfig = validator(cls).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -37,9 +37,9 @@ LEARNING_RATES = {"lora": 1e-3, "adalora": 3e-3, "prompt": 1e-2, "prefix": 1e-2,
 
 def split(configuration: dict[str, Any]) -> tuple[MethodConfig, TrainConfig]:
     """Checked halves of a configuration. Raises UserError naming the wrong key or value."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
-    from metapeft.peft import config_class, parse
+    from metapeft.peft import config_class, parse, validator
 
     values = dict(configuration)
     method = values.pop("method", None)
@@ -54,7 +54,7 @@ def split(configuration: dict[str, Any]) -> tuple[MethodConfig, TrainConfig]:
             raise UserError(f"{method} has no hyperparameter {key!r}; {hint}")
     train = {"learning_rate": LEARNING_RATES[method]} | {k: v for k, v in values.items() if k in names}
     try:
-        config = TypeAdapter(TrainConfig).validate_python(train)
+        config = validator(TrainConfig).validate_python(train)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"hyperparameter {first['loc'][0]}={first['input']!r}: {first['msg'].lower()}") from error
