@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from metapeft.backbones.activations import vectorised
 from metapeft.errors import UserError
 from metapeft.runtime import mx, nn
 
@@ -162,7 +163,8 @@ class _Checkpointed(nn.Module):
 
         def forward(parameters: Any, x: mx.array, prefix: Any) -> mx.array:
             base.update(parameters)
-            return base(x, mask, cache=None if prefix is None else PrefixCache(*prefix), **kwargs)
+            with vectorised():  # also when the backward pass calls it again
+                return base(x, mask, cache=None if prefix is None else PrefixCache(*prefix), **kwargs)
 
         before = base.trainable_parameters()
         out = mx.checkpoint(forward)(before, x, None if cache is None else cache.prefix)
@@ -206,7 +208,8 @@ def run(
         if embeddings is not None:
             setattr(body, parts.embed, _Embedding(embed, embeddings))
         arguments = {} if cache is None else {"cache": list(cache)}
-        out = (model if logits else body)(ids, **arguments)
+        with vectorised():
+            out = (model if logits else body)(ids, **arguments)
         return out.logits if hasattr(out, "logits") else out
     finally:
         setattr(body, parts.embed, embed)

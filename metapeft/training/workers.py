@@ -31,7 +31,7 @@ class Workers:
         self._building = threading.Lock()
         self._jobs: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name="metapeft", daemon=True) for _ in range(count)]
-        if count == 1:
+        if device() != "cpu":
             self._threads = []
         for thread in self._threads:
             thread.start()

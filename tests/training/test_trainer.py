@@ -178,7 +178,7 @@ def test_frozen_weights_get_no_gradient(session: Session) -> None:
 def test_a_huge_learning_rate_is_found_to_diverge(smollm: Backbone) -> None:
     """On a model that has something to lose, and long before the budget is spent."""
     session = Session(smollm, made.classification(24, 4))
-    huge = {"learning_rate": 0.3, "clip": 0.0, "warmup": 0.0, "layers": 4, "batch_size": 4}
+    huge = {"learning_rate": 3.0, "clip": 0.0, "warmup": 0.0, "layers": 4, "batch_size": 4}
     trial = run_trial(session, configuration("lora", **huge), steps=400)
     assert trial.status == "diverged" and "the loss rose from" in trial.error
     assert trial.score is None and trial.untuned_score is not None

@@ -31,7 +31,7 @@ def test_it_is_the_input_of_its_layer(session: Session) -> None:
     for index in range(10):
         whole = (*session.shared, *session.encoded["train"][index].ids[:-1])
         expected = run(session.model, mx.array([whole]), stop=2, logits=False)[0, len(session.shared) :]
-        assert np.allclose(trunk.get(index), expected, atol=1e-5)
+        assert np.allclose(trunk.get(index), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("depth", [1, 3])
