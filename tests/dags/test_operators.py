@@ -45,6 +45,8 @@ STAGES = {
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "metapeft" / "stages"
     folder.mkdir(parents=True)
+    for package in (folder, folder.parent):  # a regular package: one without it would not shadow an installed one
+        (package / "__init__.py").touch()
     for name, text in STAGES.items():
         (folder / f"{name}.py").write_text(textwrap.dedent(text))
     monkeypatch.setenv("METAPEFT_HOME", str(tmp_path / "home"))
