@@ -332,7 +332,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command()
-def demo(task: Annotated[str, Argument(help="A catalog name or a file.")] = "sms_spam", as_json: Json = False) -> None:
+def demo(task: Annotated[str, Argument(help="A catalog name or a file.")] = "trec6", as_json: Json = False) -> None:
     """The whole job on a real task, with a report."""
     from metapeft import demo as whole_job
     from metapeft.training.trial import Trial
