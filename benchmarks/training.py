@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,8 @@ def main() -> int:
     swept = sweeps(tasks[0], sweep, 10 if options.quick else 20) if sweep else []
     targets = judged(rows, swept)
     for target in targets:
-        print(
-            f"{'met    ' if target['met'] else 'NOT met'} {target['name']}: {target['value']} (target {target['target']})"
-        )
+        verdict = "met    " if target["met"] else "NOT met"
+        print(f"{verdict} {target['name']}: {target['value']} (target {target['target']})")
     if options.json:
         command = " ".join(["python", "benchmarks/training.py", *sys.argv[1:]])
         record = {"machine": machine(), "command": command, "rows": rows + parts + swept, "targets": targets}
@@ -454,7 +454,7 @@ def roofline(task: str) -> list[dict[str, Any]]:
         completion = sum(len(run.examples[i].ids) - run.examples[i].start for i in run._batch(1))
         if run.start > 0:
             own = sum(run.lengths[i] for i in set(wanted))
-            seconds = timed(lambda: session.trunk("train", run.start).prepare(wanted, workers))
+            seconds = timed(partial(session.trunk("train", run.start).prepare, wanted, workers))
             add(f"trunk of {run.start} layers, once per example", seconds, 2 * run.start * layer * own)
         run.step = 1
         run._train_step()
@@ -466,7 +466,7 @@ def roofline(task: str) -> list[dict[str, Any]]:
             4 * above * layer * tokens + 6 * lora * tokens + 4 * head * completion,
         )
         predict(session, adapter, "validation")
-        seconds = timed(lambda: predict(session, adapter, "validation"))
+        seconds = timed(partial(predict, session, adapter, "validation"))
         examples = session.encoded["validation"]
         tokens = sum(e.length for e in examples) + len(session.shared)
         completion = sum(len(e.ids) - e.start for e in examples)

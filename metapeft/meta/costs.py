@@ -22,8 +22,9 @@ from metapeft.training.configuration import TrainConfig, split
 
 MB = 2**20
 PADDING = 1.2  # time per token: padding within groups of similar length, and workers that wait for each other
+SAMPLE = 64  # validation examples scored during training
 CHUNK_TOKENS = 288  # tokens evaluated at once, per worker
-TRUNK_BYTES = 2 * 2**30  # of hidden states kept in memory, per split
+TRUNK_BYTES = 2**29  # of hidden states kept in memory
 # A forward and backward pass with low-rank matrices on every layer against one without; AdaLoRA adds its orthogonality
 # loss and rank allocation, whose cost per step depends on the matrices, not on the tokens.
 LOW_RANK = 1.15
@@ -147,7 +148,8 @@ def _seconds(
         # Gram matrices of both factors, forward and backward, and a dozen passes over the parameters for importance.
         flops = sum(6 * method.initial_rank**2 * sum(size) for size in matrices.values())
         step += TRIPLETS * flops * speed.gradient / (4 * sum(weights)) + len(matrices) * TRIPLETS * 1e-4
-    evaluated = train.evaluations * validation + test
+    sampled = min(SAMPLE, validation)
+    evaluated = train.evaluations * sampled + (validation if validation > sampled else 0) + test
     scoring = evaluated * (length * above * speed.forward + completion * speed.head_forward)
     trunk = (min(features["train_examples"], steps * batch) + validation + test) * length * (1 - above) * speed.forward
     return float(steps * step + scoring + trunk)
@@ -177,7 +179,7 @@ def _memory(
     scoring = workers * at_once * max(kept) * element + rows * shapes.vocabulary * (element + 2 * 4)
     seen = min(features["train_examples"], steps * train.batch_size)
     cached = (seen, features["validation_examples"], features["test_examples"]) if lowest else ()
-    trunk = sum(min(TRUNK_BYTES, examples * length * shapes.width * element) for examples in cached)
+    trunk = min(TRUNK_BYTES, sum(examples * length * shapes.width * element for examples in cached))
     return shapes.weight_bytes + 5 * 4 * parameters + trunk + max(step, scoring)
 
 

@@ -170,7 +170,7 @@ def _forward(session: Session, split: str) -> tuple[Predictions, np.ndarray]:
             if scores is not None:
                 scores[index] = np.array(roots[row], dtype=np.float64)
     if labels is not None and scores is not None and labels.paths:
-        labels.add_deeper(session, None, split, scores)
+        labels.add_deeper(session, None, encoded, scores)
     return result, np.stack([s for s in states if s is not None])
 
 

@@ -16,7 +16,7 @@ class TrainConfig:
 
     warmup: fraction of the steps. clip: largest global norm of the gradient (0: none). accumulate: micro-batches per
     step; it lowers memory, not the result. patience: evaluations without improvement before stopping (0: never).
-    evaluations: how often the validation split is scored during training.
+    evaluations: how often a sample of the validation split is scored during training.
     """
 
     learning_rate: float = 1e-3

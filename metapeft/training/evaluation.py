@@ -12,7 +12,7 @@ import numpy as np
 from metapeft.backbones.forward import Prefix, PrefixCache, RecordingCache, run
 from metapeft.peft.base import Adapter
 from metapeft.runtime import mx
-from metapeft.training.encode import encode
+from metapeft.training.encode import Encoded, encode
 from metapeft.training.session import Session, completion_logits
 from metapeft.training.trial import Score
 from metapeft.training.trunk import pad
@@ -33,9 +33,12 @@ class Predictions:
     label_scores: np.ndarray | None
 
 
-def evaluate(session: Session, adapter: Adapter | None, split: str) -> Score:
-    """The task's metric on a split, with its standard error and the token-level loss. The adapter must be attached."""
-    return score(session, predict(session, adapter, split), split)
+def evaluate(session: Session, adapter: Adapter | None, split: str, indices: Sequence[int] | None = None) -> Score:
+    """The task's metric on a split (or some of its examples), with its standard error and the token-level loss.
+
+    The adapter must be attached.
+    """
+    return score(session, predict(session, adapter, split, indices), split, indices)
 
 
 def untuned(session: Session, split: str) -> Score:
@@ -45,11 +48,13 @@ def untuned(session: Session, split: str) -> Score:
     return session.untuned[split]
 
 
-def predict(session: Session, adapter: Adapter | None, split: str) -> Predictions:
-    examples = session.encoded[split]
+def predict(session: Session, adapter: Adapter | None, split: str, indices: Sequence[int] | None = None) -> Predictions:
+    """Predictions for the examples at `indices` (all of them by default), in that order."""
+    places = range(len(session.encoded[split])) if indices is None else indices
+    examples = [session.encoded[split][i] for i in places]
     start = adapter.lowest_layer() if adapter is not None else 0
     if start > 0:
-        session.trunk(split, start).prepare(range(len(examples)), session.workers)
+        session.trunk(split, start).prepare(places, session.workers)
     labels = Labels(session) if session.task.kind == "classification" else None
     result = Predictions(
         np.zeros(len(examples)),
@@ -61,7 +66,7 @@ def predict(session: Session, adapter: Adapter | None, split: str) -> Prediction
 
     def run_chunk(chunk: list[int]) -> tuple[mx.array, mx.array, mx.array]:
         """Per completion token its loss and whether it was hit; per example each label's first log-likelihood."""
-        shard = session.shard(split, chunk, start)
+        shard = session.shard(split, [places[i] for i in chunk], start)
         logits = completion_logits(session.model, prefix, shard, start).astype(mx.float32)
         total = mx.logsumexp(logits, axis=-1)
         gold = mx.take_along_axis(logits, shard.targets[:, None], axis=-1)[:, 0]
@@ -84,18 +89,20 @@ def predict(session: Session, adapter: Adapter | None, split: str) -> Prediction
                 result.label_scores[index] = np.array(roots[row], dtype=np.float64)
     if labels and labels.paths:
         assert result.label_scores is not None
-        labels.add_deeper(session, adapter, split, result.label_scores)
+        labels.add_deeper(session, adapter, examples, result.label_scores)
     return result
 
 
-def score(session: Session, predictions: Predictions, split: str) -> Score:
+def score(session: Session, predictions: Predictions, split: str, indices: Sequence[int] | None = None) -> Score:
+    """What `predict` found, as the task's metric."""
     task = session.task
+    examples = task.split(split) if indices is None else [task.split(split)[i] for i in indices]
     loss = float(predictions.loss_sum.sum() / max(1.0, predictions.tokens.sum()))
     n = len(predictions.exact)
     if task.kind == "classification":
         assert predictions.label_scores is not None
         chosen = predictions.label_scores.argmax(axis=1)
-        truth = np.array([task.labels.index(e.completion.strip()) for e in task.split(split)])
+        truth = np.array([task.labels.index(e.completion.strip()) for e in examples])
         if task.metric == "macro_f1":
             value, error = macro_f1(truth, chosen, len(task.labels))
             return Score("macro_f1", value, error, n, loss)
@@ -163,9 +170,12 @@ class Labels:
         nodes = {s[:d] for s, end in zip(sequences, self.decided, strict=True) for d in range(1, end)}
         self.paths = sorted(n for n in nodes if not any(o != n and o[: len(n)] == n for o in nodes))
 
-    def add_deeper(self, session: Session, adapter: Adapter | None, split: str, scores: np.ndarray) -> None:
+    def add_deeper(
+        self, session: Session, adapter: Adapter | None, examples: Sequence[Encoded], scores: np.ndarray
+    ) -> None:
+        """Adds to `scores` (examples, labels) what the tokens after the first say."""
         by_length: dict[int, list[int]] = {}
-        for index, example in enumerate(session.encoded[split]):
+        for index, example in enumerate(examples):
             by_length.setdefault(example.start, []).append(index)
         [prefix] = session.workers.map([lambda: session.prefix(adapter)])
         longest = max(len(p) for p in self.paths)
@@ -177,7 +187,7 @@ class Labels:
             groups += [indices[i : i + step] for i in range(0, len(indices), step)]
 
         def run_group(indices: list[int]) -> mx.array:
-            prompts = [session.encoded[split][i] for i in indices]
+            prompts = [examples[i] for i in indices]
             return self._path_scores(session, prefix, mx.array([p.ids[: p.start] for p in prompts]), paths)
 
         found = session.workers.map([partial(run_group, indices) for indices in groups])

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mlx.utils import tree_unflatten
 
 from metapeft.peft import create
@@ -33,6 +34,7 @@ from metapeft.training.vector import Layout, leaves
 
 Progress = Callable[[dict[str, Any]], bool | None]
 STATE_SECONDS = 15.0  # how often a resumable state is written
+SAMPLE = 64  # validation examples that are scored during training: evaluation costs as much as training
 STATE_FORMAT = 2  # of state.safetensors; a state of another format is not continued
 
 
@@ -89,7 +91,7 @@ def run_trial(
         adapter.attach(session.model)
         run = _Run(session, adapter, train, steps, seed, folder, trial, progress)
         run.train()
-        trial.validation = run.best
+        trial.validation = run.validated()
         if test:
             trial.score = evaluate(session, adapter, "test")
         if folder is not None:
@@ -129,6 +131,7 @@ class _Run:
         self.session, self.adapter, self.config = session, adapter, config
         self.steps, self.seed, self.folder, self.trial, self.progress = steps, seed, folder, trial, progress
         self.examples = session.encoded["train"]
+        self.sample = sample(len(session.encoded["validation"]))
         self.lengths = [e.length for e in self.examples]
         self.start = adapter.lowest_layer()
         self.layout = Layout(adapter.module.trainable_parameters())
@@ -178,6 +181,11 @@ class _Run:
         assert self.best_vector is not None
         self._set(self.best_vector)
         self.trial.train_seconds = self._elapsed()
+
+    def validated(self) -> Score:
+        """The score of the weights in force on the whole validation split."""
+        assert self.best is not None
+        return self.best if self.sample is None else evaluate(self.session, self.adapter, "validation")
 
     def _elapsed(self) -> float:
         return self.earlier_seconds + time.perf_counter() - self.begin
@@ -253,7 +261,7 @@ class _Run:
             raise Diverged(f"the loss rose from {self.lowest:.2f} to {recent:.2f} by step {self.step}")
 
     def _evaluate(self) -> dict[str, Any]:
-        found = evaluate(self.session, self.adapter, "validation")
+        found = evaluate(self.session, self.adapter, "validation", self.sample)
         self.since_best += 1
         if self.best is None or (found.value, -found.loss) > (self.best.value, -self.best.loss):
             self.best, self.since_best = found, 0
@@ -324,6 +332,13 @@ class _Run:
         self.lowest = facts["lowest"]
         self.trial.curve, self.trial.tokens = facts["curve"], facts["tokens"]
         self.earlier_seconds = facts["seconds"]
+
+
+def sample(examples: int) -> list[int] | None:
+    """Which validation examples compare the weights of one run at different steps; None: all of them."""
+    if examples <= SAMPLE:
+        return None
+    return sorted(np.random.default_rng(0).permutation(examples)[:SAMPLE].tolist())
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

@@ -119,6 +119,20 @@ def test_cached_trunk_gives_the_same_predictions() -> None:
     adapter.detach(session.model)
 
 
+@pytest.mark.parametrize(
+    "labels", [("no", "yes"), ("red one", "red two", "blue one", "blue two")], ids=["flat", "tree"]
+)
+def test_some_examples_are_predicted_as_among_all(labels: tuple[str, ...]) -> None:
+    session = made.session(task=made.classification(labels=labels))
+    adapter = made.moved("lora", session, layers=2)
+    every, some = predict(session, adapter, "test"), predict(session, adapter, "test", [7, 2, 9])
+    for name in ("loss_sum", "tokens", "label_scores"):
+        assert np.allclose(getattr(every, name)[[7, 2, 9]], getattr(some, name), atol=1e-4)
+    assert np.array_equal(every.exact[[7, 2, 9]], some.exact)
+    assert evaluate(session, adapter, "test", [7, 2, 9]) == score(session, some, "test", [7, 2, 9])
+    adapter.detach(session.model)
+
+
 def test_untuned_is_scored_once() -> None:
     session = made.session()
     first = untuned(session, "test")

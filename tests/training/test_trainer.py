@@ -241,6 +241,21 @@ def test_early_stopping_keeps_the_best_weights(session: Session, tmp_path: Path)
     adapter.detach(session.model)
 
 
+def test_a_sample_chooses_the_weights_and_the_whole_split_scores_them(tmp_path: Path) -> None:
+    session = made.session(task=made.classification(40, 90))
+    trial = run_trial(session, configuration("lora"), steps=8, folder=tmp_path / "a", test=False)
+    adapter = adapters.load(tmp_path / "a", session.model)
+    adapter.attach(session.model)
+    chosen = trainer.sample(90)
+    assert chosen is not None and len(set(chosen)) == len(chosen) == 64 and max(chosen) < 90
+    found = evaluate(session, adapter, "validation", chosen)
+    adapter.detach(session.model)
+    best = max(trial.curve, key=lambda row: (row["validation_score"], -row["validation_loss"]))
+    assert (found.value, found.n) == (best["validation_score"], 64)
+    assert found.loss == pytest.approx(best["validation_loss"], abs=1e-4)
+    assert trial.validation is not None and trial.validation.n == 90
+
+
 def test_progress_may_stop_a_trial(session: Session, tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
 
