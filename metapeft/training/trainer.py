@@ -135,7 +135,6 @@ class _Run:
         self.lengths = [e.length for e in self.examples]
         self.start = adapter.lowest_layer()
         self.layout = Layout(adapter.module.trainable_parameters())
-        self.vector = self.layout.join(adapter.module.trainable_parameters())
         self.optimizer = optim.AdamW(
             learning_rate=config.learning_rate, weight_decay=config.weight_decay, bias_correction=True
         )
@@ -152,8 +151,8 @@ class _Run:
             adapter.schedule(steps)
         every = max(1, round(steps / config.evaluations))
         self.evaluate_at = {s for s in range(every, steps, every) if steps - s >= every / 2} | {steps}
+        self._set(self.layout.join(adapter.module.trainable_parameters()))
         self.optimizer.init({"all": self.vector})
-        mx.eval(self.vector)
 
     def train(self) -> None:
         """Runs to the end of the budget, early stopping, or a stop asked for; leaves the best weights in force."""
@@ -195,10 +194,11 @@ class _Run:
 
     def _set(self, vector: mx.array) -> None:
         """Puts these parameters in force."""
-        mx.eval(vector)
-        self.vector = vector
-        self.adapter.module.update(self.layout.split(vector))
-        mx.eval(self.adapter.module.parameters())
+        # Gradients are taken by the tree: the gradient of a split adds up one whole vector per part.
+        parameters = self.layout.split(vector)
+        mx.eval(vector, parameters)
+        self.vector, self.parameters = vector, parameters
+        self.adapter.module.update(parameters)
 
     def _train_step(self) -> float:
         indices = self._batch(self.step)
@@ -236,9 +236,12 @@ class _Run:
             logits = completion_logits(self.session.model, prefix, shard, self.start, checkpoint=self.config.checkpoint)
             return nn.losses.cross_entropy(logits.astype(mx.float32), shard.targets, reduction="sum") / total
 
-        # By leaf, then joined: the gradient of `split` itself is a full-size array per leaf.
-        value, gradients = mx.value_and_grad(loss)(self.layout.split(self.vector))
-        return value, self.layout.join(gradients)
+        self.adapter.module.train()  # dropout, in this graph alone
+        try:
+            value, gradient = mx.value_and_grad(loss)(self.parameters)
+        finally:
+            self.adapter.module.eval()
+        return value, self.layout.join(gradient)
 
     def _extra_gradient(self) -> tuple[mx.array, mx.array]:
         """Zero, and the gradient of the method's own loss (AdaLoRA's orthogonality), which is the same for any data."""
@@ -249,7 +252,7 @@ class _Run:
             assert value is not None
             return value
 
-        return mx.array(0.0), self.layout.join(mx.grad(loss)(self.layout.split(self.vector)))
+        return mx.array(0.0), self.layout.join(mx.grad(loss)(self.parameters))
 
     def _check(self, loss: float) -> None:
         """Raises Diverged on NaN, or when the loss rose far above its lowest: half as much as chance level."""

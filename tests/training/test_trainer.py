@@ -166,6 +166,20 @@ def test_the_layers_below_the_lowest_adapted_one_are_not_run_again(session: Sess
     assert_same(cached, whole, 2e-5)
 
 
+def test_dropout_acts_in_training_steps_and_nowhere_else(session: Session, tmp_path: Path) -> None:
+    assert_same(
+        trained(session, tmp_path / "a", steps=2, method="lora"),
+        trained(session, tmp_path / "b", steps=2, method="lora", dropout=0.0),
+    )
+    with_dropout = trained(session, tmp_path / "c", steps=2, method="lora", dropout=0.5)
+    plain = trained(session, tmp_path / "d", steps=2, method="lora")
+    assert max(np.abs(value - plain[name]).max() for name, value in with_dropout.items()) > 1e-4
+    adapter = adapters.load(tmp_path / "c", session.model)
+    adapter.attach(session.model)
+    assert evaluate(session, adapter, "test") == evaluate(session, adapter, "test")
+    adapter.detach(session.model)
+
+
 def test_frozen_weights_get_no_gradient(session: Session) -> None:
     """None of the backbone's weights is trainable while an adapter is attached."""
     adapter = made.moved("lora", session)
