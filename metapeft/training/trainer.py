@@ -255,12 +255,14 @@ class _Run:
         return mx.array(0.0), self.layout.join(mx.grad(loss)(self.parameters))
 
     def _check(self, loss: float) -> None:
-        """Raises Diverged on NaN, or when the loss rose far above its lowest: half as much as chance level."""
+        """Raises Diverged on NaN, and when the loss rose far above its lowest or back to that of guessing."""
         if not math.isfinite(loss):
             raise Diverged(f"the loss was {loss} at step {self.step}")
-        recent = sum(self.losses[-5:]) / len(self.losses[-5:])
+        recent, chance = sum(self.losses[-5:]) / len(self.losses[-5:]), self.session.chance
         self.lowest = min(self.lowest, recent)
-        if len(self.losses) >= 10 and recent > max(2.5 * self.lowest, self.lowest + 0.5 * self.session.chance):
+        rose = recent > max(2.5 * self.lowest, self.lowest + 0.5 * chance)
+        guesses = recent > 0.95 * chance and self.lowest < 0.85 * chance
+        if len(self.losses) >= 10 and (rose or guesses):
             raise Diverged(f"the loss rose from {self.lowest:.2f} to {recent:.2f} by step {self.step}")
 
     def _evaluate(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -192,8 +193,8 @@ def test_frozen_weights_get_no_gradient(session: Session) -> None:
 def test_a_huge_learning_rate_is_found_to_diverge(smollm: Backbone) -> None:
     """On a model that has something to lose, and long before the budget is spent."""
     session = Session(smollm, made.classification(24, 4))
-    huge = {"learning_rate": 3.0, "clip": 0.0, "warmup": 0.0, "layers": 4, "batch_size": 4}
-    trial = run_trial(session, configuration("lora", **huge), steps=400)
+    huge = {"learning_rate": 30.0, "clip": 0.0, "warmup": 0.0, "layers": 4, "batch_size": 4}
+    trial = run_trial(session, configuration("lora", **huge), steps=100)
     assert trial.status == "diverged" and "the loss rose from" in trial.error
     assert trial.score is None and trial.untuned_score is not None
     again = run_trial(session, configuration("lora", layers=4), steps=2)
@@ -208,6 +209,8 @@ def test_a_huge_learning_rate_is_found_to_diverge(smollm: Backbone) -> None:
         ([10, 5] + [0.5] * 20 + [1.5] * 20, False),
         ([10, 5] + [0.5] * 10 + [9.0] * 10, True),
         ([2.0] * 5 + [9.0] * 5, True),
+        ([4.0] * 5 + [math.log(256)] * 9, True),
+        ([5.3] * 5 + [math.log(256)] * 9, False),
         ([1.0, float("inf")], True),
     ],
 )
