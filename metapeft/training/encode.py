@@ -26,6 +26,10 @@ class Encoded:
         """The same example after its first `shared` prompt tokens."""
         return Encoded(self.ids[shared:], self.start - shared)
 
+    def behind(self, shared: Sequence[int]) -> Encoded:
+        """The same example with these prompt tokens before it."""
+        return Encoded((*shared, *self.ids), len(shared) + self.start)
+
 
 def prompt_ids(prompt: str | tuple[tuple[str, str], ...], tokenizer: Any) -> list[int]:
     """A plain prompt as it is; chat messages through the backbone's chat template."""

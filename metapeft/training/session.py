@@ -21,6 +21,8 @@ from metapeft.training.workers import workers
 if TYPE_CHECKING:
     from metapeft.backbones import Backbone
 
+PASS_TOKENS = 48  # one more pass through the layers costs about as much as these tokens in a pass that is made anyway
+
 
 @dataclass
 class Shard:
@@ -65,26 +67,44 @@ class Session:
             self._trunks[key] = Trunk(self.model, depth, self.encoded[split], self.shared, self._room, lower)
         return self._trunks[key]
 
-    def prefix(self, adapter: Adapter | None, start: int = 0) -> Prefix | None:
+    def whole(self, examples: int) -> bool:
+        """Whether so few sequences are computed faster with the shared beginning in each of them than apart from it."""
+        return len(self.shared) * (examples - 1) < PASS_TOKENS
+
+    def prefix(self, adapter: Adapter | None, start: int = 0, whole: bool = False) -> Prefix | None:
         """Keys and values that every example attends to: the adapter's virtual tokens, then the shared beginning.
 
-        Layers below `start` are not run; theirs are placeholders of the right length.
+        Layers below `start` are not run; theirs are placeholders of the right length. whole: the shared beginning is in
+        the shards.
         """
         virtual = adapter.prefix(self.model) if adapter is not None else None
-        if not self.shared:
+        if whole or not self.shared:
             return virtual
-        known = (trunk.beginning for (_, depth), trunk in self._trunks.items() if depth == start)
-        hidden = None if start == 0 else next(found for found in known if found is not None)[1]
-        return extended(self.model, virtual, self.shared, start, hidden)
+        return extended(self.model, virtual, self.shared, start, self._beginning(start) if start > 0 else None)
 
-    def shard(self, split: str, indices: Sequence[int], start: int) -> Shard:
-        """Pads and places examples. With start > 0 the trunk below layer `start` must be prepared for them."""
+    def shard(self, split: str, indices: Sequence[int], start: int, whole: bool = False) -> Shard:
+        """Pads and places examples. With start > 0 the trunk below layer `start` must be prepared for them.
+
+        whole: with the shared beginning before each.
+        """
         examples = [self.encoded[split][i] for i in indices]
         longest = max(e.length for e in examples)
-        rows, targets, spans = rows_targets(examples, longest)
         hidden = self.trunk(split, start).stack(indices, longest) if start > 0 else None
+        if whole and self.shared:
+            examples = [e.behind(self.shared) for e in examples]
+            longest += len(self.shared)
+            if hidden is not None:
+                beginning = self._beginning(start)
+                beginning = mx.broadcast_to(beginning, (len(indices), *beginning.shape[1:]))
+                hidden = mx.concatenate([beginning, hidden], axis=1)
+        rows, targets, spans = rows_targets(examples, longest)
         ids = np.array([pad(e.ids[:-1], longest) for e in examples])
         return Shard(mx.array(ids), hidden, mx.array(rows), mx.array(targets), spans)
+
+    def _beginning(self, depth: int) -> mx.array:
+        """The input of layer `depth` at the shared tokens, (1, tokens, width), from any trunk that knows it."""
+        known = (trunk.beginning for (_, d), trunk in self._trunks.items() if d == depth)
+        return next(found for found in known if found is not None)[1]
 
 
 def rows_targets(examples: Sequence[Encoded], longest: int) -> tuple[list[int], list[int], list[int]]:

@@ -227,12 +227,13 @@ class _Run:
 
     def _gradient(self, part: int, indices: list[int], total: int) -> tuple[mx.array, mx.array]:
         """A shard's token losses over the batch's number of tokens, summed, and the gradient of that as a vector."""
-        shard = self.session.shard("train", indices, self.start)
+        whole = self.session.whole(len(indices))
+        shard = self.session.shard("train", indices, self.start, whole)
         mx.random.seed(((self.seed * 1_000_003 + self.step) * 1_009 + part) % 2**63)  # each thread has its own state
 
         def loss(parameters: Any) -> mx.array:
             self.adapter.module.update(parameters)
-            prefix = self.session.prefix(self.adapter, self.start)
+            prefix = self.session.prefix(self.adapter, self.start, whole)
             logits = completion_logits(self.session.model, prefix, shard, self.start, checkpoint=self.config.checkpoint)
             return nn.losses.cross_entropy(logits.astype(mx.float32), shard.targets, reduction="sum") / total
 

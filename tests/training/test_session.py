@@ -20,8 +20,8 @@ def session() -> Session:
     return made.session()
 
 
-def token_losses(session: Session, shard: Shard, start: int = 0) -> np.ndarray:
-    prefix = session.prefix(None, start)
+def token_losses(session: Session, shard: Shard, start: int = 0, whole: bool = False) -> np.ndarray:
+    prefix = session.prefix(None, start, whole)
     logits = completion_logits(session.model, prefix, shard, start)
     return np.array(nn.losses.cross_entropy(logits, shard.targets))
 
@@ -46,6 +46,17 @@ def test_losses_equal_those_of_the_plain_model_on_the_whole_text(session: Sessio
         losses = nn.losses.cross_entropy(logits, mx.array(whole[1:]))
         expected += losses[len(session.shared) + encoded.start - 1 :].tolist()
     assert np.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_losses_are_the_same_with_the_shared_beginning_in_every_sequence(session: Session, start: int) -> None:
+    assert session.whole(1) and session.whole(6) and not session.whole(7), "8 tokens are shared"
+    indices = [4, 9, 1]
+    if start:
+        session.trunk("train", start).prepare(indices, session.workers)
+    apart = token_losses(session, session.shard("train", indices, start), start)
+    whole = token_losses(session, session.shard("train", indices, start, whole=True), start, whole=True)
+    assert np.allclose(apart, whole, atol=2e-5)
 
 
 @settings(max_examples=20, deadline=None)
