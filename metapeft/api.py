@@ -120,9 +120,16 @@ def train(
 
 
 def settings_for(task: str | Path, *, params: Path | None = None, **given: Any) -> Settings:
-    """Settings from a file (default: params.yaml where there is one) and what was given on top; None: not given."""
+    """Settings from a file (default: params.yaml where there is one) and what was given on top; None: not given.
+
+    Raises UserError for wrong settings and for an id that cannot be a backbone.
+    """
+    from metapeft import backbones
+
     default = Path("params.yaml")
-    return load_settings(params or (default if default.exists() else None), task=str(task), **given)
+    settings = load_settings(params or (default if default.exists() else None), task=str(task), **given)
+    backbones.check(settings.backbone)  # before the data is read and checked, which takes seconds
+    return settings
 
 
 def work_folder(settings: Settings) -> Path:

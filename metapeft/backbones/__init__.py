@@ -1,9 +1,10 @@
 """Base models: the packaged one, any mlx-lm hub id, any local folder.
 
-`load(id)` gives a frozen model ready to compute with; `fetch(id)` only makes the folder available.
+`load(id)` gives a frozen model ready to compute with; `fetch(id)` only makes the folder available; `check(id)` only
+refuses what cannot be a backbone.
 """
 
-from metapeft.backbones.loading import Backbone, fetch, load
+from metapeft.backbones.loading import Backbone, check, fetch, load
 from metapeft.backbones.packaged import PACKAGED
 
-__all__ = ["PACKAGED", "Backbone", "fetch", "load"]
+__all__ = ["PACKAGED", "Backbone", "check", "fetch", "load"]

