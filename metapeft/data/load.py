@@ -121,6 +121,7 @@ def build(
         licence=licence,
         family=family,
         dvc_id=dvc_id,
+        template=template,
         notes=tuple(notes),
     )
 

@@ -45,6 +45,7 @@ class Task:
     licence: str = ""
     family: str = ""
     dvc_id: str = ""
+    template: str = ""  # how a text becomes a prompt (see `metapeft.data.templates`); chat messages have none
     notes: tuple[str, ...] = field(default=())  # what loading had to do, for people: rows dropped, truncated, …
 
     def split(self, name: str) -> tuple[Example, ...]:

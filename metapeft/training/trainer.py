@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from metapeft.data.task import Task
 from metapeft.peft import create
 from metapeft.peft.adalora import AdaLoRA
 from metapeft.peft.base import Adapter
@@ -95,7 +96,7 @@ def run_trial(
         if test:
             trial.score = evaluate(session, adapter, "test")
         if folder is not None:
-            _save(adapter, folder, trial)
+            _save(adapter, folder, trial, session.task)
     except Diverged as error:
         trial.status, trial.error = "diverged", str(error)
     except (RuntimeError, MemoryError) as error:
@@ -357,9 +358,12 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.learning_rate * (0.1 + 0.9 * falls[config.schedule])
 
 
-def _save(adapter: Adapter, folder: Path, trial: Trial) -> None:
+def _save(adapter: Adapter, folder: Path, trial: Trial, task: Task) -> None:
+    """With what serving needs to ask as training did."""
     from metapeft.peft import adapters
 
     trial.adapter = str(folder)
-    adapters.save(adapter, folder, {"trial": trial.to_json(), "backbone": trial.backbone, "steps": trial.budget})
+    form = {"name": task.name, "kind": task.kind, "labels": list(task.labels), "template": task.template}
+    metadata = {"trial": trial.to_json(), "backbone": trial.backbone, "steps": trial.budget, "task": form}
+    adapters.save(adapter, folder, metadata)
     trial.adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
