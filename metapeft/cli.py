@@ -217,6 +217,34 @@ def experience_list(as_json: Json = False) -> None:
     show([trial.to_json() for trial in trials], as_json, rows, title=f"{len(trials)} trials")
 
 
+@experience.command("grow")
+def experience_grow(
+    tasks: Annotated[list[str] | None, Option("--tasks", help="Only this task (may be repeated).")] = None,
+    max_seconds: Annotated[float | None, Option(help="Time for all trials together.")] = None,
+    trials: Annotated[int | None, Option(min=1, help="How many trials at most.")] = None,
+    backbone: Backbone = None,
+    as_json: Json = False,
+) -> None:
+    """Run the trials that teach most, a fixed set of configurations on every task of the catalog. May be interrupted,
+    repeated, and run several times at once."""
+    from metapeft import api
+
+    found = api.grow(tasks, backbone=backbone, max_seconds=max_seconds, max_trials=trials)
+    rows = [
+        {
+            "trials": found.trials,
+            **found.statuses,
+            "tasks": len(found.tasks),
+            "minutes": f"{found.seconds / 60:.1f}",
+            "of the plan": f"{found.known + found.trials} of {found.cells}",
+            "left (hours)": f"{found.predicted_seconds / 3600:.1f}",
+        }
+    ]
+    show(found.to_json(), as_json, rows)
+    if found.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
 @experience.command("export")
 def experience_export(
     file: Annotated[Path, Argument(help="A .parquet or .jsonl file.")], as_json: Json = False
@@ -465,8 +493,9 @@ def show(value: Any, as_json: bool, rows: list[dict[str, Any]] | None = None, ti
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     from metapeft.progress import quiet
-    from metapeft.stages.stage import report_failure
+    from metapeft.stages.stage import end_with_parent, report_failure
 
+    end_with_parent()
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from metapeft import blas as _blas
+from metapeft.errors import UserError
 
 BLAS = _blas.open_fast()  # before MLX: see metapeft.blas
 
@@ -43,6 +44,8 @@ __all__ = [
 
 MB = 1024 * 1024
 CGROUP = Path("/sys/fs/cgroup")  # where a container's limits stand (cgroup v2)
+DEVICE = "METAPEFT_DEVICE"  # cpu or gpu; unset: MLX's own choice
+MEMORY = "METAPEFT_MEMORY_MB"  # memory that this process may use; unset: what is free
 REPORTED = ("mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "optuna", "mlflow", "dvc", "apache-airflow")
 
 
@@ -81,12 +84,12 @@ def versions() -> dict[str, str]:
 
 
 def total_memory_mb() -> float:
-    """Memory of the machine, or of its container where that is less, in MiB."""
+    """Memory of the machine, or of its container, or METAPEFT_MEMORY_MB, whichever is least, in MiB."""
+    own = float(os.environ.get(MEMORY) or "inf")
     if sys.platform == "darwin":
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / MB
+        return min(own, float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / MB)
     limit = _cgroup("memory.max")
-    total = _proc("/proc/meminfo", "MemTotal")
-    return min(total, limit) if limit is not None else total
+    return min(own, _proc("/proc/meminfo", "MemTotal"), limit if limit is not None else own)
 
 
 def free_memory_mb() -> float:
@@ -94,12 +97,16 @@ def free_memory_mb() -> float:
     if device() == "cuda":
         return float(mx.get_memory_limit() - mx.get_active_memory()) / MB
     if sys.platform == "darwin":
-        return _darwin_free_mb()
+        free = _darwin_free_mb()
+        own = os.environ.get(MEMORY)
+        return min(free, float(own) - mx.get_active_memory() / MB) if own else free
     free = _proc("/proc/meminfo", "MemAvailable")
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     if limit is not None and used is not None:
         reclaimable = _cgroup_reclaimable_mb()
         free = min(free, limit - used + reclaimable)
+    if own := os.environ.get(MEMORY):  # what MLX holds unused it will use first
+        free = min(free, float(own) - _proc("/proc/self/status", "VmRSS") + mx.get_cache_memory() / MB)
     return max(free, 0.0)
 
 
@@ -114,11 +121,26 @@ def require_memory(mb: float = 0.0) -> None:
         raise MemoryError(f"{mb:,.0f} MB needed, {max(free - reserve, 0):,.0f} MB free: out of memory")
 
 
-def _limit_metal() -> None:
-    """Metal shares the machine's memory and by default takes up to 1.5 times what the system recommends."""
-    recommended = mx.device_info().get("max_recommended_working_set_size")
-    if recommended:
-        mx.set_memory_limit(int(recommended))
+def _choose_device() -> None:
+    """What METAPEFT_DEVICE asks for. Raises UserError when there is no such device."""
+    wanted = os.environ.get(DEVICE)
+    if wanted not in (None, "", "cpu", "gpu"):
+        raise UserError(f"{DEVICE}={wanted!r} is no device; set it to cpu or gpu, or not at all")
+    if wanted == "cpu":
+        mx.set_default_device(mx.cpu)
+    elif wanted == "gpu" and mx.default_device().type != mx.DeviceType.gpu:
+        raise UserError(f"{DEVICE}=gpu, but MLX finds no GPU here; unset it, or see `metapeft doctor`")
+
+
+def _limit_gpu() -> None:
+    """METAPEFT_MEMORY_MB. Metal by default takes up to 1.5 times what the system recommends."""
+    limits = []
+    if own := os.environ.get(MEMORY):
+        limits.append(int(float(own) * MB))
+    if device() == "metal":
+        limits += filter(None, [mx.device_info().get("max_recommended_working_set_size")])
+    if limits:
+        mx.set_memory_limit(min(map(int, limits)))
 
 
 class Measured:
@@ -186,5 +208,6 @@ def _darwin_free_mb() -> float:
     return sum(map(int, pages)) * int(size.group(1)) / MB
 
 
-if device() == "metal":
-    _limit_metal()
+_choose_device()
+if device() != "cpu":
+    _limit_gpu()

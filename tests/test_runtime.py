@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -62,6 +64,30 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert runtime.free_memory_mb() == pytest.approx(624)
     (tmp_path / "memory.max").write_text("max\n")
     assert runtime.total_memory_mb() > 1024
+
+
+def test_a_limit_of_ones_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = runtime._proc("/proc/self/status", "VmRSS")
+    monkeypatch.setenv("METAPEFT_MEMORY_MB", str(held + 500))
+    assert runtime.total_memory_mb() == held + 500
+    before = runtime.free_memory_mb()
+    assert 300 < before < 700
+    runtime.require_memory(100)
+    with pytest.raises(MemoryError, match="out of memory"):
+        runtime.require_memory(600 + mx.get_cache_memory() / MB)
+    kept = mx.random.normal((200 * MB // 4,))
+    mx.eval(kept)
+    assert runtime.free_memory_mb() < before - 150, "what this process holds counts against it"
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu", "tpu"])
+def test_the_device_can_be_chosen(device: str) -> None:
+    command = [sys.executable, "-c", "from metapeft import runtime; print(runtime.device())"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"METAPEFT_DEVICE": device})
+    if device == "cpu" or (device == "gpu" and runtime.device() != "cpu"):
+        assert done.stdout.strip() == ("cpu" if device == "cpu" else runtime.device()), done.stderr
+    else:
+        assert done.returncode and f"METAPEFT_DEVICE={'gpu' if device == 'gpu' else repr(device)}" in done.stderr
 
 
 def test_describe_is_json_and_names_the_blas() -> None:

@@ -62,7 +62,7 @@ def learned(settings: Settings, work: Path) -> str:
 STAGE = Stage(
     "recommend",
     body,
-    settings=("backbone", "recommend", "train.steps", "sweep.methods"),
+    settings=("backbone", "recommend", "train.steps"),
     needs=("version", "profile"),
     code=("metapeft/meta", "metapeft/stages/recommend.py"),
     outside=learned,

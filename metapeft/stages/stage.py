@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -268,7 +269,11 @@ def report_failure(error: Exception, debug: bool) -> int:
 
 
 def end_with_parent() -> None:
-    """Exit when the process named in METAPEFT_PARENT is gone: a worker killed with -9 leaves no training behind."""
+    """Belong to the process named in METAPEFT_PARENT, if that is who started this one.
+
+    When it is gone (a worker killed with -9) this process ends, with whatever it started; when it says SIGTERM, this
+    process stops as with Ctrl-C, so that a trial in hand is given back.
+    """
     parent = os.environ.get(PARENT)
     if not parent or os.getppid() != int(parent):
         return
@@ -276,6 +281,9 @@ def end_with_parent() -> None:
     def watch() -> None:
         while os.getppid() == int(parent):
             time.sleep(1.0)
+        if os.getpgid(0) == os.getpid():
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     threading.Thread(target=watch, daemon=True).start()

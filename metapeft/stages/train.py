@@ -17,7 +17,7 @@ from metapeft.settings import Settings, home
 from metapeft.stages.files import read_task, read_trials, write_csv
 from metapeft.stages.stage import Stage, read_json, write_json
 from metapeft.stages.sweep import CURVE, NAMED
-from metapeft.stages.trainer import ENGINE, Trainer
+from metapeft.stages.trainer import ENGINE, Trainer, trial_lock
 
 
 def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
@@ -41,13 +41,15 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
             advance(event["step"], f"step {event['step']} of {steps}: {note}", line=score is not None)
 
         train = Trainer(settings.backbone, task, profile["version"], test=False, on_event=on_event)
-        trial = train(configuration, settings.seed, steps, identity)
+        with trial_lock(identity):
+            trial = train(configuration, settings.seed, steps, identity)
+            if trial.status in ("ok", "stopped"):
+                shutil.copytree(home() / "adapters" / identity, out / "adapter")
     if trial.status not in ("ok", "stopped"):
         raise MetapeftError(
             f"training {trial.method} ended as {trial.status} ({trial.error}); choose another configuration, for"
             f" example a lower learning_rate than {configuration['learning_rate']:g}"
         )
-    shutil.copytree(home() / "adapters" / identity, out / "adapter")
     trial.adapter = "adapter"
     write_json(out / "trial.json", trial.to_json())
     write_csv(out / "curve.csv", [{"trial": trial.id, "method": trial.method} | row for row in trial.curve], CURVE)

@@ -69,15 +69,16 @@ class Trainer:
 
         if self.test:
             self.untuned()
-        trial = run_trial(
-            self.session(),
-            configuration,
-            steps=steps,
-            seed=seed,
-            folder=home() / "adapters" / trial_id,
-            progress=self.on_event,  # returns None: never asks to stop
-            test=self.test,
-        )
+        with trial_lock(trial_id):
+            trial = run_trial(
+                self.session(),
+                configuration,
+                steps=steps,
+                seed=seed,
+                folder=home() / "adapters" / trial_id,
+                progress=self.on_event,  # returns None: never asks to stop
+                test=self.test,
+            )
         trial.profile_version = self.profile_version
         if self.test or trial.status not in ("ok", "stopped"):
             Experience().append(trial)  # without a test score it is not finished: whoever scores it adds it
@@ -85,6 +86,15 @@ class Trainer:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_session": None, "on_event": None}
+
+
+def trial_lock(trial_id: str) -> Any:
+    """Held by whoever trains this trial or reads its adapter: two pipelines may want the same one at the same time."""
+    from filelock import FileLock
+
+    folder = home() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f"trial-{trial_id}.lock", is_singleton=True)  # one process may take it twice
 
 
 def engine_version() -> str:

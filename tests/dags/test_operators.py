@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-from metapeft.airflow.operators import StageOperator, work_folder
+from metapeft.airflow import operators
+from metapeft.airflow.operators import CommandOperator, ProcessOperator, StageOperator, work_folder
 
 STAGES = {
     "good": """
@@ -28,6 +29,22 @@ STAGES = {
     "breaks": """
         import sys
         print("error: disk full", file=sys.stderr); sys.exit(1)
+    """,
+    "greedy": """
+        import os, subprocess, sys, time
+        print("given", os.environ.get("METAPEFT_MEMORY_MB"), os.environ.get("METAPEFT_DEVICE"), file=sys.stderr)
+        child = "held = b'x' * (300 << 20); import time; time.sleep(600)"
+        subprocess.Popen([sys.executable, "-c", child])
+        time.sleep(600)
+    """,
+    "killed": """
+        import os, signal, sys
+        print("step 3 of 9", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """,
+    "silent": """
+        import time
+        time.sleep(2)
     """,
     "waits": """
         import os, pathlib, signal, subprocess, sys, time
@@ -88,6 +105,53 @@ def test_another_failure_is_tried_again(project: Path) -> None:
     with pytest.raises(AirflowException, match="exit code 1: disk full") as caught:
         operator(project, "breaks").execute({})
     assert not isinstance(caught.value, AirflowFailException)
+
+
+def test_memory_is_limited_with_all_that_the_stage_starts(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The stage is told a little less, so that it can refuse before it is ended; the whole family counts."""
+    with pytest.raises(AirflowException, match=r"it used \d+ MB, more than its memory limit") as caught:
+        operator(project, "greedy", memory_mb=200, device="cpu").execute({})
+    assert not isinstance(caught.value, AirflowFailException), "a resumed stage may do better"
+    assert "given 180 cpu" in capsys.readouterr().out
+
+
+def test_the_workers_own_limit_counts_where_the_task_has_none(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAPEFT_MEMORY_MB", "200")
+    with pytest.raises(AirflowException, match="memory limit"):
+        operator(project, "greedy").execute({})
+
+
+def test_a_killed_stage_says_by_what_and_where_it_was(project: Path) -> None:
+    with pytest.raises(AirflowException, match=r"killed was ended by SIGKILL; its last line: step 3 of 9"):
+        operator(project, "killed").execute({})
+
+
+def test_silent_work_is_heard_of_now_and_then(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "QUIET_SECONDS", 0.5)
+    assert operator(project, "silent").execute({}) == {}
+    assert "at work for" in capsys.readouterr().out
+
+
+def test_commands_print_one_json_value_and_take_options_from_the_form(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "metapeft" / "cli.py").write_text("import json, sys; print(json.dumps({'words': sys.argv[1:]}, indent=2))")
+    task = CommandOperator(
+        task_id="grow",
+        arguments=["experience", "grow"],
+        form={"max_seconds": "--max-seconds", "tasks": "--tasks"},
+        project=str(project),
+    )
+    words = task.execute({"params": {"max_seconds": 60, "tasks": None}})["words"]
+    assert words == ["experience", "grow", "--max-seconds", "60", "--json"]
+
+
+def test_any_module_can_be_run(tmp_path: Path) -> None:
+    task = ProcessOperator(task_id="tool", module="json.tool", arguments=["--help"], project=str(tmp_path))
+    with pytest.raises(ValueError, match="Expecting value"):  # help is no JSON
+        task.execute({})
 
 
 def gone(pid: int) -> bool:
