@@ -1,0 +1,200 @@
+"""Trials as the meta-model sees them: gains of configurations on tasks, and what is known of those tasks.
+
+A gain is a score between the untuned backbone's (0) and everything right (1), or everything lost (-1), so that easy and
+hard tasks can be compared. Repetitions with other seeds are averaged. What says nothing about quality (a trial that ran
+out of memory or was never scored) is left out; a diverged training leaves the backbone untuned: gain 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from metapeft.peft import METHODS
+from metapeft.profiling.profiles import SCALES
+from metapeft.training.configuration import full
+from metapeft.training.trial import Score, Trial
+
+FEATURES = ("hint", *SCALES)
+FLOOR = 0.05  # of a range: keeps gains finite where the backbone is nearly perfect already (or nearly always wrong)
+
+Configuration = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Known:
+    """A task as one backbone sees it. `features`: its profile's, None when it was never profiled."""
+
+    version: str
+    backbone: str
+    name: str = field(compare=False)
+    family: str = field(compare=False)  # tasks that resemble each other by construction
+    train_examples: int = field(compare=False)
+    features: dict[str, float] | None = field(default=None, compare=False)
+
+    @cached_property
+    def vector(self) -> np.ndarray:
+        """The features called FEATURES on a common scale, within 4 usual spreads of the usual middle; without a profile,
+        zeros."""
+        if self.features is None:
+            return np.zeros(len(FEATURES))
+        scaled = [(change(self.features[n]) - centre) / scale for n, (change, centre, scale) in SCALES.items()]
+        return np.clip([self.hint, *scaled], -4, 4)
+
+    @cached_property
+    def hint(self) -> float:
+        """The gain that needs no tuning: by a linear probe on frozen features, or by always naming the commonest label.
+        0 where neither is known."""
+        if self.features is None or not self.features["classification"]:
+            return 0.0
+        reached = max(self.features["probe_accuracy"], self.features["majority_share"])
+        return gain(reached, self.features["zero_shot_score"])
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The gain of a configuration on a task, the mean of `repeats` trainings with different seeds.
+
+    `error` is the standard error that the test split's size gives it; `score` is the mean test score, and `validation`
+    the mean score on the validation split, where there is one.
+    """
+
+    task: Known
+    configuration: Configuration  # all hyperparameters
+    steps: int
+    gain: float
+    error: float
+    repeats: int = 1
+    score: float = math.nan
+    validation: float = math.nan
+    loss: float = math.nan
+    tests: int = 0  # examples of the test split
+    status: str = "ok"
+
+    @cached_property
+    def key(self) -> str:
+        return key(self.configuration)
+
+
+def gain(score: float, untuned: float) -> float:
+    """The share of the untuned backbone's errors that are gone, or (below 0) of its hits that are lost; in [-1, 1]."""
+    change = score - untuned
+    return min(1.0, max(-1.0, change / room(untuned, change >= 0)))
+
+
+def room(untuned: float, up: bool = True) -> float:
+    """How much score there is to win, or to lose."""
+    return max(FLOOR, 1 - untuned if up else untuned)
+
+
+def score(gains: np.ndarray, untuned: np.ndarray | float) -> np.ndarray:
+    """The inverse of `gain`, in [0, 1]."""
+    untuned = np.asarray(untuned)
+    up = np.clip(gains, 0, 1) * np.maximum(FLOOR, 1 - untuned)
+    down = np.clip(-gains, 0, 1) * np.maximum(FLOOR, untuned)
+    clipped: np.ndarray = np.clip(untuned + up - down, 0, 1)
+    return clipped
+
+
+@lru_cache(maxsize=1)
+def _defaults() -> dict[str, Configuration]:
+    return {method: full({"method": method}) for method in METHODS}
+
+
+def complete(configuration: Configuration) -> Configuration:
+    """With every default written out; unlike `full` it trusts the values, which is hundreds of times faster."""
+    given = {name: list(v) if isinstance(v, tuple) else v for name, v in configuration.items()}
+    return _defaults()[configuration["method"]] | given
+
+
+def key(configuration: Configuration) -> str:
+    """Equal for configurations that train alike."""
+    return json.dumps(complete(configuration), sort_keys=True)
+
+
+def gather(
+    trials: Iterable[Trial], features: dict[tuple[str, str], dict[str, float]], untuned: dict[str, float] | None = None
+) -> list[Observation]:
+    """One observation per (task, backbone, configuration, steps), in an order that the trials' order does not change.
+
+    features: by (task version, backbone). untuned: scores of the untuned backbone by task version, for trials that do
+    not carry their own.
+    """
+    groups: dict[tuple[Any, ...], list[tuple[Trial, float]]] = {}
+    for trial in trials:
+        base = trial.untuned_score.value if trial.untuned_score else (untuned or {}).get(trial.task_version)
+        measured = trial.score or trial.validation
+        useful = trial.status == "diverged" or (trial.status in ("ok", "stopped") and _finite(measured))
+        if trial.method in METHODS and useful and base is not None and math.isfinite(base):
+            place = (trial.task_version, trial.backbone, key(trial.configuration), trial.budget)
+            groups.setdefault(place, []).append((trial, base))
+    tasks: dict[tuple[str, str], Known] = {}
+    found = []
+    for (version, backbone, _, steps), group in sorted(groups.items(), key=lambda item: item[0]):
+        group.sort(key=lambda member: (member[0].seed, member[0].id))
+        first = group[0][0]
+        task = tasks.setdefault(
+            (version, backbone),
+            Known(
+                version,
+                backbone,
+                first.task,
+                families().get(first.task, first.task),
+                max(t.train_examples for t, _ in group),
+                features.get((version, backbone)),
+            ),
+        )
+        found.append(_averaged(task, steps, group))
+    return found
+
+
+def _averaged(task: Known, steps: int, group: Sequence[tuple[Trial, float]]) -> Observation:
+    gains, errors, scores, validations, losses = [], [], [], [], []
+    for trial, base in group:
+        measured = trial.score or trial.validation
+        lost = trial.status == "diverged" or measured is None
+        value = base if lost or measured is None else measured.value
+        error = 0.0 if lost or measured is None else measured.standard_error
+        gains.append(gain(value, base))
+        errors.append(error / room(base))
+        if lost or trial.score is not None:
+            scores.append(value)
+        if trial.validation is not None and not lost:
+            validations.append(trial.validation.value)
+        if trial.score is not None and not lost:
+            losses.append(trial.score.loss)
+    return Observation(
+        task=task,
+        configuration=complete(group[0][0].configuration),
+        steps=steps,
+        gain=float(np.mean(gains)),
+        error=float(np.mean(errors)),
+        repeats=len(group),
+        score=float(np.mean(scores)) if scores else math.nan,
+        validation=float(np.mean(validations)) if validations else math.nan,
+        loss=float(np.mean(losses)) if losses else math.nan,
+        tests=max((t.score.n for t, _ in group if t.score), default=0),
+        status=group[0][0].status,
+    )
+
+
+def _finite(measured: Score | None) -> bool:
+    return measured is not None and math.isfinite(measured.value) and math.isfinite(measured.standard_error)
+
+
+@lru_cache(maxsize=1)
+def families() -> dict[str, str]:
+    """Catalog name -> family."""
+    from metapeft.data import catalog
+
+    return {entry.name: entry.family for entry in catalog.entries()}
+
+
+def without(observations: Sequence[Observation], families: set[str]) -> list[Observation]:
+    return [o for o in observations if o.task.family not in families]

@@ -1,0 +1,140 @@
+"""Fitting the meta-model to the experience: `fit(observations) -> Model`.
+
+The metric and the deviations come from all observations. How far similar tasks may teach, and by how much the
+uncertainty is too small, come from families of tasks that were left out: five times, a fifth of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+
+import numpy as np
+
+from metapeft.meta.embedding import Metric, learn
+from metapeft.meta.evidence import Known, Observation, without
+from metapeft.meta.model import Conditioned, Model, Places, fit_deviations, noise, terms
+from metapeft.meta.threads import one_thread
+
+FOLDS = 5
+LEAST_TASKS = 5  # tasks with at least LEAST_TRIED configurations before anything is fitted
+LEAST_TRIED = 3
+REACHES = (0.0, 0.25, 0.5, 0.75, 1.0)
+LENGTHS = (0.7, 1.4)
+HESITATION = 0.5  # standard errors
+NOMINAL = 5  # tasks on which the uncertainty is believed to have been right, before any was checked
+
+Group = list[Observation]
+
+
+def fit(observations: Sequence[Observation]) -> Model:
+    """The beliefs themselves when there are too few tasks."""
+    if len(groups(observations)) < LEAST_TASKS:
+        return Model()
+    with one_thread():
+        model = fit_deviations(observations, Model(metric=learn(observations), reach=1.0))
+        splits = [Split.of(observations, part) for part in folds(observations)]
+        return _calibrated(_reaching(model, splits), splits)
+
+
+def groups(observations: Sequence[Observation], least: int = LEAST_TRIED) -> list[Group]:
+    """What can be compared: the scored observations of one task at one budget, where there are at least `least`."""
+    found: dict[tuple[Known, int], Group] = {}
+    for o in observations:
+        if math.isfinite(o.score):
+            found.setdefault((o.task, o.steps), []).append(o)
+    return [group for group in found.values() if len(group) >= least]
+
+
+def folds(observations: Sequence[Observation]) -> list[set[str]]:
+    """Families in FOLDS parts, the largest first to the emptiest; a new family does not change much."""
+    sizes: dict[str, int] = {}
+    for o in observations:
+        sizes[o.task.family] = sizes.get(o.task.family, 0) + 1
+    parts: list[set[str]] = [set() for _ in range(min(FOLDS, len(sizes)))]
+    filled = [0] * len(parts)
+    for family in sorted(sizes, key=lambda f: (-sizes[f], hashlib.sha256(f.encode()).hexdigest())):
+        emptiest = filled.index(min(filled))
+        parts[emptiest].add(family)
+        filled[emptiest] += sizes[family]
+    return [part for part in parts if part]
+
+
+@dataclass
+class Split:
+    """Families left out, and what is known without them."""
+
+    known: list[Observation]
+    asked: list[Group]
+    metric: Metric
+    _terms: dict[float, list[dict[str, np.ndarray]]]  # by length
+
+    @classmethod
+    def of(cls, observations: Sequence[Observation], families: set[str]) -> Split:
+        known = without(observations, families)
+        return cls(known, groups([o for o in observations if o.task.family in families]), learn(known), {})
+
+    def predict(self, model: Model) -> list[tuple[Group, np.ndarray, np.ndarray]]:
+        """Every group with the mean and covariance of its gains, from the other families alone."""
+        if not self.asked:
+            return []
+        model = replace(model, metric=self.metric)
+        points = [o for group in self.asked for o in group]
+        here, there = Places.seen(points), Places.seen(self.known)
+        if model.length not in self._terms:
+            self._terms[model.length] = [
+                terms(model, *sides) for sides in ((there, there), (here, here), (there, here))
+            ]
+        evidence, inside, across = self._terms[model.length]
+        mean, covariance = Conditioned(model, self.known, evidence).at(here, inside, across)
+        found, start = [], 0
+        for group in self.asked:
+            own = slice(start, start := start + len(group))
+            found.append((group, mean[own], covariance[own, own]))
+        return found
+
+
+def _reaching(model: Model, splits: list[Split]) -> Model:
+    """The smallest reach that is as good as the best, within HESITATION: zero unless tasks left out say more."""
+    choices = [(0.0, LENGTHS[-1])] + [(reach, length) for length in LENGTHS for reach in REACHES if reach]
+    losses = np.array([_losses(replace(model, reach=reach, length=length), splits) for reach, length in choices])
+    best = int(losses.mean(axis=1).argmin())
+    worse = losses - losses[best]
+    error = worse.std(axis=1) / math.sqrt(losses.shape[1])
+    good = [i for i in range(len(choices)) if worse[i].mean() <= HESITATION * error[i] + 1e-12]
+    chosen = min(good, key=lambda i: (choices[i][0], losses[i].mean()))
+    return replace(model, reach=choices[chosen][0], length=choices[chosen][1])
+
+
+def _losses(model: Model, splits: list[Split]) -> list[float]:
+    """Of every task left out: the mean squared error of the differences between its configurations."""
+    predicted = [found for split in splits for found in split.predict(model)]
+    return [float(np.var(np.array([o.gain for o in group]) - mean)) for group, mean, _ in predicted]
+
+
+def _calibrated(model: Model, splits: list[Split]) -> Model:
+    levels, choices = [], []
+    for group, mean, covariance in (found for split in splits for found in split.predict(model)):
+        covariance = covariance + np.diag(noise(model, group))
+        error = np.array([o.gain for o in group]) - mean
+        centre = np.eye(len(group)) - 1 / len(group)
+        choices.append(np.abs(centre @ error) / np.sqrt(np.maximum(np.diag(centre @ covariance @ centre), 1e-9)))
+        levels.append(np.array([abs(error.mean()) / math.sqrt(max(covariance.mean(), 1e-9))]))
+    return replace(model, level_scale=_scale(levels), choice_scale=_scale(choices))
+
+
+def _scale(surprises: list[np.ndarray]) -> float:
+    """By how much standard deviations must grow for 80 and 90 % intervals to hold what they promise. Every task counts
+    alike, and so do NOMINAL tasks on which they did. surprises: errors in standard deviations, one array per task."""
+    normal = NormalDist()
+    nominal = np.array([normal.inv_cdf((1 + p / 100) / 2) for p in range(1, 100)])
+    every = [*surprises, *([nominal] * NOMINAL)]
+    values, weights = np.concatenate(every), np.concatenate([np.full(len(s), 1 / len(s)) for s in every])
+    order = np.argsort(values)
+    share = np.cumsum(weights[order]) / weights.sum()
+    at = {level: values[order][min(len(values) - 1, int(np.searchsorted(share, level)))] for level in (0.8, 0.9)}
+    ratios = [max(1e-3, value) / normal.inv_cdf((1 + level) / 2) for level, value in at.items()]
+    return float(np.exp(np.mean(np.log(ratios))))
