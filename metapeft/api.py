@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapeft import stages
-from metapeft.settings import Settings, home, load_settings
+from metapeft.settings import DEFAULT_BACKBONE, Settings, home, load_settings
 from metapeft.stages.files import read_trials
 from metapeft.stages.stage import read_json
 from metapeft.training.trial import Trial
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from metapeft.meta import Recommendation
     from metapeft.profiling import Profile
     from metapeft.search import Sweep
+    from metapeft.search.grow import Grown
 
 PROFILED = ("version", "validate", "profile")
 BEFORE_SWEEP = (*PROFILED, "recommend")
@@ -117,6 +119,45 @@ def train(
     work = work or work_folder(settings)
     stages.run((*BEFORE_SWEEP, "train", "evaluate", "register"), settings, work)
     return read_trial(work)
+
+
+def grow(
+    tasks: Sequence[str] | None = None,
+    *,
+    backbone: str | None = None,
+    max_seconds: float | None = None,
+    max_trials: int | None = None,
+) -> Grown:
+    """Grow the experience on these tasks (default: the catalog), saying on stderr what is expected and what was done."""
+    from metapeft import backbones
+    from metapeft.data import catalog
+    from metapeft.progress import progress, say
+    from metapeft.search import grow as growth
+
+    names = list(tasks or (entry.name for entry in catalog.entries()))
+    base = backbones.load(backbone or DEFAULT_BACKBONE)
+
+    def planned(grown: growth.Grown) -> None:
+        for name, reason in grown.skipped.items():
+            say(f"grow: {name} left out: {reason}")
+        left = grown.cells - grown.known
+        hours = grown.predicted_seconds / 3600
+        say(f"grow: {left} of {grown.cells} trials are not known yet, about {hours:.1f} hours of work here")
+
+    with progress("grow", max_seconds or 1.0) as advance:
+
+        def ended(grown: growth.Grown, trial: Trial) -> None:
+            untuned, score = trial.untuned_score, trial.score
+            result = f"{untuned.value:.3f} -> {score.value:.3f}" if untuned and score else trial.status
+            left = max_seconds - grown.seconds if max_seconds else grown.predicted_seconds
+            note = f"trial {grown.trials}: {trial.task} {trial.train_examples} {trial.method} {result}"
+            done = grown.seconds / max_seconds if max_seconds else grown.seconds / (grown.seconds + left)
+            note += f" in {trial.seconds:.1f} s; about {max(0.0, left) / 60:.0f} minutes left"
+            advance(min(1.0, done) * (max_seconds or 1.0), note, line=True)
+
+        return growth.grow(
+            names, base, max_seconds=max_seconds, max_trials=max_trials, on_plan=planned, on_trial=ended
+        )
 
 
 def settings_for(task: str | Path, *, params: Path | None = None, **given: Any) -> Settings:

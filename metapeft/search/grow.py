@@ -1,0 +1,279 @@
+"""Growing the experience: runs the trials of the plan (`metapeft.meta.plan`) one visit of a task after another.
+
+A trial that is in the experience is never run again; one that is being run is claimed by a lock that dies with its
+process. So growing may be killed, repeated, and done by several processes at once, which share the work. A trial that
+was cut goes on where its last state was saved.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from metapeft.data.task import Task
+from metapeft.errors import MetapeftError, UserError
+from metapeft.meta.experience import Experience
+from metapeft.meta.plan import Cell, Place, Plan, configurations
+from metapeft.search.locks import FileLocks
+from metapeft.settings import DataSettings, home
+from metapeft.training.trial import Trial, trial_id
+
+if TYPE_CHECKING:
+    from metapeft.backbones import Backbone
+
+STEPS = 40
+DATA = DataSettings(max_train=600, max_validation=64, max_test=300)
+SMALL = DATA.model_copy(update={"max_train": 64})  # two in five of the tasks that are much larger are measured so too
+REPEATED_SEED = 1  # every fourth task is measured with this seed too
+FAILURES = 4  # errors in a row that end the growth: something other than the configurations is broken
+SKETCHED = 64  # rows whose tokens tell what a task will cost
+PROBED = 400  # examples that a profile and the untuned score look at, about
+
+Load = Callable[[str, DataSettings], Task]
+Report = Callable[["Grown", Trial], None]
+
+
+@dataclass
+class Grown:
+    """What a call of `grow` did, and what it expects."""
+
+    cells: int = 0  # of the whole plan
+    known: int = 0  # of them, how many were in the experience before
+    predicted_seconds: float = 0.0  # for the rest
+    trials: int = 0  # run by this call
+    seconds: float = 0.0
+    statuses: dict[str, int] = field(default_factory=dict)
+    tasks: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)  # task -> why it cannot be used
+    complete: bool = False  # nothing of the plan is left
+    interrupted: bool = False
+    slowness: float = 1.0  # measured seconds of a trial over predicted ones
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def grow(
+    tasks: Sequence[str],
+    backbone: Backbone,
+    *,
+    max_seconds: float | None = None,
+    max_trials: int | None = None,
+    steps: int = STEPS,
+    sizes: tuple[DataSettings, DataSettings] = (DATA, SMALL),
+    load: Load | None = None,
+    on_plan: Callable[[Grown], None] | None = None,
+    on_trial: Report | None = None,
+) -> Grown:
+    """Runs what teaches most per second until the time, the trials or the plan are at their end.
+
+    on_plan: called once, when the costs are known; on_trial: after every trial. Ctrl-C ends it early, and is no error:
+    `interrupted` says so. Raises UserError when no task can be used, MetapeftError when several trials in a row fail.
+    """
+    from metapeft.data import load_task
+
+    begin = time.monotonic()
+    load = load or load_task
+    grown = Grown()
+    store = Experience()
+    work = _Work(tasks, backbone, steps, sizes, load, grown)
+    try:
+        places, cells = work.table()
+        plan = Plan(places, cells)
+        done = {trial.id for trial in store.trials()}
+        grown.cells, grown.known = len(cells), sum(cell.id in done for cell in cells)
+        grown.predicted_seconds = plan.seconds(done)
+        if on_plan is not None:
+            on_plan(grown)
+        visits = failures = 0
+        while max_trials is None or grown.trials < max_trials:
+            left = float("inf") if max_seconds is None else max_seconds - (time.monotonic() - begin)
+            with _claimed(plan, store, left / grown.slowness, visits) as visit:
+                if visit is None:
+                    grown.complete = all(cell.id in {t.id for t in store.trials()} for cell in cells)
+                    break
+                visits += 1
+                for trial in work.run(visit, store):
+                    failures = failures + 1 if trial.status == "failed" else 0
+                    grown.trials += 1
+                    grown.seconds = time.monotonic() - begin
+                    grown.statuses[trial.status] = grown.statuses.get(trial.status, 0) + 1
+                    if trial.task not in grown.tasks:
+                        grown.tasks.append(trial.task)
+                    grown.predicted_seconds = plan.seconds({t.id for t in store.trials()}) * grown.slowness
+                    if on_trial is not None:
+                        on_trial(grown, trial)
+                    if failures == FAILURES:
+                        raise MetapeftError(f"{FAILURES} trials failed in a row, the last one with: {trial.error}")
+                    if max_trials is not None and grown.trials >= max_trials:
+                        break
+                    if max_seconds is not None and time.monotonic() - begin >= max_seconds:
+                        break
+    except KeyboardInterrupt:
+        grown.interrupted = True
+    grown.seconds = time.monotonic() - begin
+    return grown
+
+
+@contextmanager
+def _claimed(plan: Plan, store: Experience, remaining: float, visits: int) -> Iterator[list[Cell] | None]:
+    """The next visit, held for this process until the block ends; None when there is none."""
+    locks = FileLocks(home() / "experience" / "claims")
+    try:
+        with locks.exclusive():
+            taken = {cell.id for cell in plan.cells if locks.held(cell.id)}
+            taken |= {trial.id for trial in store.trials()}  # read after the claims: what ends in between is in one
+            visit = plan.visit(taken, remaining, visits)
+            for cell in visit:
+                locks.hold(cell.id)
+        yield visit or None
+    finally:
+        locks.close()
+
+
+class _Work:
+    """Tasks and the backbone: what the table is made of, and how its cells are run."""
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        backbone: Backbone,
+        steps: int,
+        sizes: tuple[DataSettings, DataSettings],
+        load: Load,
+        grown: Grown,
+    ):
+        self.tasks, self.backbone, self.steps, self.sizes, self.load = tasks, backbone, steps, sizes, load
+        self.grown = grown
+        self.origin: list[tuple[str, DataSettings]] = []  # of each place
+        self.ratios: list[float] = []
+
+    def table(self) -> tuple[list[Place], list[Cell]]:
+        """Every place and cell, with predicted seconds."""
+        from metapeft.backbones.forward import anatomy
+
+        rows = configurations(anatomy(self.backbone.model).depth)
+        places: list[Place] = []
+        cells: list[Cell] = []
+        large = 0
+        for number, name in enumerate(self.tasks):
+            full, small = self.sizes
+            try:
+                task = self.load(name, full)
+            except UserError as error:
+                self.grown.skipped[name] = str(error)
+                continue
+            self._add(task, full, rows, number % 4 == 1, places, cells)
+            if len(task.train) >= 4 * small.max_train:
+                if large % 5 in (0, 3):
+                    self._add(self.load(name, small), small, rows, False, places, cells)
+                large += 1
+        if not places:
+            raise UserError("no task can be used: " + "; ".join(self.grown.skipped.values()))
+        return places, cells
+
+    def _add(
+        self,
+        task: Task,
+        data: DataSettings,
+        rows: list[dict[str, Any]],
+        repeat: bool,
+        places: list[Place],
+        cells: list[Cell],
+    ) -> None:
+        from metapeft.meta.costs import cost
+        from metapeft.profiling import speed
+
+        profile, rate = sketch(task, self.backbone), speed.of(self.backbone)
+        features = profile.features
+        tokens = features["prompt_tokens_mean"] + features["completion_tokens_mean"] - features["shared_tokens"]
+        untuned = rate.forward * tokens * (PROBED + len(task.test))
+        place = len(places)
+        places.append(Place(task.name, task.family or task.name, len(task.train), len(task.test), 2.0 + untuned))
+        self.origin.append((task.name, data))
+        for row in rows:
+            seconds = cost(row, profile, rate, self.steps).seconds
+            for seed in (0, REPEATED_SEED) if repeat else (0,):
+                identity = trial_id(task.name, task.version, self.backbone.id, row, seed, self.steps, len(task.train))
+                cells.append(Cell(identity, place, row, seed, seconds, repeats=seed != 0))
+
+    def run(self, visit: Sequence[Cell], store: Experience) -> Iterator[Trial]:
+        """Runs and records the cells of one place."""
+        from metapeft.profiling import profile
+        from metapeft.training.session import Session
+
+        name, data = self.origin[visit[0].place]
+        task = self.load(name, data)
+        measured = profile(task, self.backbone)
+        session = Session(self.backbone, task)
+        for trial in store.trials():
+            if (trial.task_version, trial.backbone) == (task.version, self.backbone.id) and trial.untuned_score:
+                session.untuned["test"] = trial.untuned_score
+        for cell in visit:
+            trial = self._trial(session, cell)
+            trial.profile_version = measured.version
+            store.append(trial)
+            if trial.status == "ok":
+                self.ratios.append(trial.seconds / cell.seconds)
+                self.grown.slowness = statistics.median(self.ratios[-50:])
+            yield trial
+
+    def _trial(self, session: Any, cell: Cell) -> Trial:
+        from metapeft.training.trainer import run_trial
+
+        folder = home() / "growing" / cell.id  # its state, while it runs; adapters of the table are not kept
+        try:
+            trial = run_trial(session, cell.configuration, steps=self.steps, seed=cell.seed, folder=folder)
+        except Exception as error:  # the growth outlives a broken trial, and keeps it
+            trial = self._failed(session.task, cell, f"{type(error).__name__}: {error}")
+        shutil.rmtree(folder, ignore_errors=True)
+        trial.adapter = ""
+        return trial
+
+    def _failed(self, task: Task, cell: Cell, error: str) -> Trial:
+        """The record of a trial that left none itself."""
+        from metapeft.runtime import device, versions
+
+        return Trial(
+            id=cell.id,
+            task=task.name,
+            task_version=task.version,
+            backbone=self.backbone.id,
+            method=cell.configuration["method"],
+            configuration=cell.configuration,
+            seed=cell.seed,
+            budget=self.steps,
+            status="failed",
+            error=error,
+            device=device(),
+            versions=versions(),
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            train_examples=len(task.train),
+        )
+
+
+def sketch(task: Task, backbone: Backbone) -> Any:
+    """A Profile with what predicting costs needs and no more, from a sample of the rows: no pass of the backbone."""
+    from metapeft.profiling import text
+    from metapeft.profiling.profiles import VERSION, Profile
+    from metapeft.profiling.shapes import shapes
+    from metapeft.training.encode import encode
+
+    encoded = [encode(example, backbone.tokenizer) for example in task.train[:SKETCHED]]
+    return Profile(
+        version=VERSION,
+        task=task.name,
+        task_version=task.version,
+        backbone=backbone.id,
+        backbone_content=backbone.content_id,
+        features=text.size(task, encoded),
+        names=(),
+        embedding=(),
+        shapes=shapes(backbone.model),
+    )
