@@ -128,7 +128,7 @@ def grow(
     max_seconds: float | None = None,
     max_trials: int | None = None,
 ) -> Grown:
-    """Grow the experience on these tasks (default: the catalog), saying on stderr what is expected and what was done."""
+    """Grow the experience on these tasks (default: the catalog); on stderr: what is expected and what was done."""
     from metapeft import backbones
     from metapeft.data import catalog
     from metapeft.progress import progress, say

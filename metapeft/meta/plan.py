@@ -23,8 +23,8 @@ import numpy as np
 from metapeft.training.configuration import full
 
 VISIT = 5  # trials of one task in a row: five, so that all methods can meet
-# Standard deviations of gains (the share of the untuned backbone's errors that tuning puts right), believed: SEED is what
-# another seed changes, SAMPLING is to be divided by the root of the number of test examples.
+# Standard deviations of gains (the share of the untuned backbone's errors that tuning puts right), believed. SEED is
+# what another seed changes; SAMPLING is to be divided by the root of the number of test examples.
 METHOD, CONFIGURATION, TASK_METHOD, TASK_CONFIGURATION, SEED, SAMPLING = 0.1, 0.15, 0.1, 0.1, 0.05, 0.5
 RATE_STEP = np.log(3.0)  # learning rates a factor of 3 apart share 60 % of their variance
 DIFFERENT = 0.6  # what configurations that differ in one more hyperparameter still share
