@@ -37,14 +37,14 @@ class Result:
 
     stage: str
     folder: Path
-    summary: dict[str, Any]
+    summary: Any
     cached: bool
     seconds: float
 
     @property
     def warnings(self) -> list[str]:
         """What a person should know, though it stops nothing (`warnings` in the summary)."""
-        return list(self.summary.get("warnings", ()))
+        return list(self.summary.get("warnings", ())) if isinstance(self.summary, dict) else []
 
 
 @dataclass(frozen=True)
@@ -92,30 +92,13 @@ class Stage:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
-        """The stage as a process: log on stderr, the summary as one JSON line on stdout; exit code 0, 1 or 2."""
-        parser = argparse.ArgumentParser(prog=f"python -m metapeft.stages.{self.name}", description=self.body.__doc__)
-        parser.add_argument("--params", type=Path, help="settings file (default: params.yaml where there is one)")
-        parser.add_argument("--work", type=Path, default=Path("artifacts"), help="folder of all stages' outputs")
-        parser.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, e.g. sweep.trials=4"
-        )
-        parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-        given = parser.parse_args(arguments)
-        end_with_parent()
-        quiet()
-        try:
-            params = given.params or (Path("params.yaml") if Path("params.yaml").exists() else None)
-            result = self.run(load_settings(params, **nested(assignments(given.set))), given.work)
-        except Exception as error:
-            return report_failure(error, given.debug)
-        except KeyboardInterrupt:
-            print("error: interrupted", file=sys.stderr)
-            return 130
-        for warning in result.warnings:
-            print(f"{self.name}: {warning}", file=sys.stderr)
-        print(f"{self.name}: {'unchanged' if result.cached else f'done in {result.seconds:.1f} s'}", file=sys.stderr)
-        print(json.dumps(result.summary), flush=True)
-        return 0
+        """The stage as a process."""
+        parser = options(self.name, self.body.__doc__)
+        return process(parser, lambda settings, given: self.run(settings, given.work), arguments)
+
+    def current(self, settings: Settings, work: Path) -> bool:
+        """Whether the output is there and of these very inputs."""
+        return self._finished(work, self.fingerprint(settings, work)) is not None
 
     def _finished(self, work: Path, inputs: str) -> dict[str, Any] | None:
         """The summary of a current output, or None. The record counts only for the very files it was written for."""
@@ -149,6 +132,42 @@ class Stage:
 
     def _record(self, work: Path) -> Path:
         return work / ".stages" / f"{self.name}.json"
+
+
+def options(name: str, description: str | None) -> argparse.ArgumentParser:
+    """What every process of the pipeline understands."""
+    parser = argparse.ArgumentParser(prog=f"python -m metapeft.stages.{name}", description=description)
+    parser.add_argument("--params", type=Path, help="settings file (default: params.yaml where there is one)")
+    parser.add_argument("--work", type=Path, default=Path("artifacts"), help="folder of all stages' outputs")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, e.g. sweep.trials=4"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    return parser
+
+
+def process(
+    parser: argparse.ArgumentParser,
+    run: Callable[[Settings, argparse.Namespace], Result],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """`run(settings, options)` as a process: log on stderr, summary as one JSON line on stdout; exit code 0, 1 or 2."""
+    given = parser.parse_args(arguments)
+    end_with_parent()
+    quiet()
+    try:
+        params = given.params or (Path("params.yaml") if Path("params.yaml").exists() else None)
+        result = run(load_settings(params, **nested(assignments(given.set))), given)
+    except Exception as error:
+        return report_failure(error, given.debug)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    for warning in result.warnings:
+        print(f"{result.stage}: {warning}", file=sys.stderr)
+    print(f"{result.stage}: {'unchanged' if result.cached else f'done in {result.seconds:.1f} s'}", file=sys.stderr)
+    print(json.dumps(result.summary), flush=True)
+    return 0
 
 
 def locked(work: Path, name: str) -> Any:

@@ -5,14 +5,23 @@ Writes trials.jsonl, sweep.json (front, named points, why others are not on it),
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from metapeft.data.task import Task
 from metapeft.progress import progress
 from metapeft.settings import Settings
 from metapeft.stages.files import read_task, write_csv, write_trials
 from metapeft.stages.stage import Stage, read_json, write_json
 from metapeft.stages.trainer import ENGINE, Trainer, engine_version
+from metapeft.training.trial import Trial
+
+if TYPE_CHECKING:
+    from metapeft.search import Limits, Sweep
+    from metapeft.search.spaces import Space
+    from metapeft.search.sweep import Run
 
 NAMED = {"accuracy": "most accurate", "balanced": "balanced", "speed": "fastest", "memory": "smallest"}
 POINT = ["trial", "method", "score", "standard_error", "seconds", "peak_memory_mb", "front", "status"]
@@ -21,43 +30,13 @@ CURVE = ["trial", "method", "step", "seconds", "train_loss", "validation_loss", 
 
 def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     """Run or continue the task's study until it has its trials."""
-    from metapeft.search import sweep as search
     from metapeft.search.pareto import judged
     from metapeft.stages.tracked import pipeline_run
 
-    task = read_task(work / "version")
-    recommended = read_json(work / "recommend" / "configurations.json")
-    profile = read_json(work / "profile" / "profile.json")
-    train = Trainer(settings.backbone, task, profile["version"])
-    limits = search.Limits(settings.recommend.max_seconds, settings.recommend.max_memory_mb)
-    space = _space(settings, train)
-    study = f"{search.study_name(task, settings, space, limits)}-{engine_version()}"
-    total = settings.sweep.trials
-    with pipeline_run(settings, work, task) as tracker, progress("sweep", total) as advance:
-        ended = 0
-
-        def on_event(event: dict[str, Any]) -> None:
-            advance(min(ended + event["step"] / event["steps"], total), f"trial {ended + 1} of {total}")
-
-        def on_trial(trial: Any, done: int, will: int) -> None:
-            nonlocal ended
-            ended = done
-            found = judged(trial)
-            result = f"{found.metric} {found.value:.3f}" if found else trial.status
-            advance(done, f"trial {done} of {will}: {trial.method} {result}, {trial.seconds:.0f} s", line=True)
-            tracker.log_trial(trial, task)
-
-        train.on_event = on_event
-        result = search.sweep(
-            train,
-            task,
-            settings,
-            warm_start=warm_start(recommended, total),
-            space=space,
-            limits=limits,
-            study=study,
-            on_trial=on_trial,
-        )
+    prepared = prepare(settings, work)
+    task = prepared.task
+    with pipeline_run(settings, work, task) as tracker:
+        result = prepared.run(lambda trial: tracker.log_trial(trial, task))
     for trial in result.trials:  # in DVC's cache a path of this machine would be a lie
         trial.adapter = ""
     record = result.to_json() | {"task": task.name, "backbone": settings.backbone, "engine": engine_version()}
@@ -78,6 +57,72 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         "best": best.method if best else None,
         "front": len(front),
     }
+
+
+@dataclass
+class Prepared:
+    """The task's study, ready to be worked on: by the stage, or by one of several workers."""
+
+    settings: Settings
+    task: Task
+    train: Trainer
+    space: Space
+    limits: Limits
+    recommended: list[dict[str, Any]]
+
+    @property
+    def study(self) -> str:
+        from metapeft.search.sweep import study_name
+
+        return f"{study_name(self.task, self.settings, self.space, self.limits)}-{engine_version()}"
+
+    def run(self, ended: Callable[[Trial], object], label: str = "sweep", train: Run | None = None) -> Sweep:
+        """Claims and trains trials until the study has enough, whoever else works on it; `ended` gets every new one."""
+        from metapeft.search.pareto import judged
+        from metapeft.search.sweep import sweep as search
+
+        total, done = self.settings.sweep.trials, 0
+        with progress(label, total) as advance:
+
+            def on_event(event: dict[str, Any]) -> None:
+                advance(min(done + event["step"] / event["steps"], total), f"trial {done + 1} of {total}")
+
+            def on_trial(trial: Trial, now: int, will: int) -> None:
+                nonlocal done
+                done = now
+                found = judged(trial)
+                result = f"{found.metric} {found.value:.3f}" if found else trial.status
+                advance(done, f"trial {done} of {will}: {trial.method} {result}, {trial.seconds:.0f} s", line=True)
+                ended(trial)
+
+            self.train.on_event = on_event
+            return search(
+                train or self.train,
+                self.task,
+                self.settings,
+                warm_start=warm_start(self.recommended, total),
+                space=self.space,
+                limits=self.limits,
+                study=self.study,
+                on_trial=on_trial,
+            )
+
+
+def prepare(settings: Settings, work: Path) -> Prepared:
+    """From what the earlier stages left in `work`. Raises UserError for a search space that makes no sense."""
+    from metapeft.search import Limits
+
+    task = read_task(work / "version")
+    profile = read_json(work / "profile" / "profile.json")
+    train = Trainer(settings.backbone, task, profile["version"])
+    return Prepared(
+        settings,
+        task,
+        train,
+        _space(settings, train),
+        Limits(settings.recommend.max_seconds, settings.recommend.max_memory_mb),
+        read_json(work / "recommend" / "configurations.json"),
+    )
 
 
 def warm_start(ranked: list[dict[str, Any]], trials: int) -> list[dict[str, Any]]:

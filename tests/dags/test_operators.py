@@ -137,7 +137,9 @@ def test_silent_work_is_heard_of_now_and_then(
 def test_commands_print_one_json_value_and_take_options_from_the_form(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (project / "metapeft" / "cli.py").write_text("import json, sys; print(json.dumps({'words': sys.argv[1:]}, indent=2))")
+    (project / "metapeft" / "cli.py").write_text(
+        "import json, sys; print(json.dumps({'words': sys.argv[1:]}, indent=2))"
+    )
     task = CommandOperator(
         task_id="grow",
         arguments=["experience", "grow"],
