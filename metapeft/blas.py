@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from metapeft.progress import say
 
 FORWARDED = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 FORWARDER = Path(__file__).with_name("blas_forwarder.c")
-COMPILERS = ("cc", "gcc", "clang", "c++", "g++", "clang++")
+COMPILERS = ("cc", "gcc", "clang", "c++", "g++", "clang++")  # the last three compile C++
 SYSTEM = "libopenblas.so.0"  # found by ld.so
 REMEDY = "install scipy-openblas32 and a C++ compiler (Debian: apt-get install g++), or Debian's libopenblas0-pthread"
 
@@ -104,10 +105,11 @@ def usable_cores() -> int:
     return cores
 
 
-def compiler() -> str | None:
-    """The C or C++ compiler on this machine, if any."""
-    named = os.environ.get("CC", "").split()
-    return next((found for name in (*named[:1], *COMPILERS) if (found := shutil.which(name))), None)
+def compiler(plus: bool = False) -> str | None:
+    """The C or C++ compiler on this machine, if any. plus: for C++."""
+    named = os.environ.get("CXX" if plus else "CC", "").split()
+    names = COMPILERS[-3:] if plus else COMPILERS
+    return next((found for name in (*named[:1], *names) if (found := shutil.which(name))), None)
 
 
 def _open() -> Blas:
@@ -184,30 +186,47 @@ def _expose(path: Path) -> ctypes.CDLL:
     pointers = [ctypes.cast(function, ctypes.c_void_p) for function in prefixed if function is not None]
     if len(pointers) < len(FORWARDED):
         raise OSError(f"{path} has no cblas_sgemm")
-    forwarder = _forwarder()
+    # It is given addresses at run time: one file serves every version of the library it forwards to.
+    forwarder = compiled(FORWARDER, mode=ctypes.RTLD_GLOBAL)
     forwarder.metapeft_forward_to.argtypes = [ctypes.c_void_p] * len(pointers)
     forwarder.metapeft_forward_to(*pointers)
     return library
 
 
-def _forwarder() -> ctypes.CDLL:
-    """The compiled forwarder, from the per-user cache or compiled now, opened with RTLD_GLOBAL.
+def address(name: str) -> int | None:
+    """Where the fast BLAS has this function; None without one."""
+    open_fast()
+    function = None if _library is None else _function(_library, name)
+    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
-    It is given addresses at run time, so one file serves every version of the library it forwards to.
+
+def compiled(source: Path, flags: Sequence[str] = ("-O2",), mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
+    """The library that a source file of ours compiles to, from the per-user cache or compiled now (seconds).
+
+    Raises OSError without a compiler that compiles it.
     """
-    prefix = f"forwarder-{platform.machine()}-{_digest(FORWARDER)}"
+    prefix = f"{source.stem}-{platform.machine()}-{_digest(source, ' '.join(flags), _processor())}"
     folder = _cache_folder()
     if folder is None:  # nowhere to keep it: compile for this process alone
-        with tempfile.TemporaryDirectory(prefix="metapeft-blas-") as private:
-            return _compile(Path(private), prefix)
+        with tempfile.TemporaryDirectory(prefix="metapeft-native-") as private:
+            return ctypes.CDLL(str(_compile(source, flags, Path(private), prefix)), mode)
     for kept in folder.glob(f"{prefix}-*.so"):
         if kept.stem.endswith(_digest(kept)):  # opening a library that was cut short kills the process
-            return ctypes.CDLL(str(kept), ctypes.RTLD_GLOBAL)
-    return _compile(folder, prefix)
+            return ctypes.CDLL(str(kept), mode)
+    return ctypes.CDLL(str(_compile(source, flags, folder, prefix)), mode)
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+def _digest(file: Path, *more: str) -> str:
+    return hashlib.sha256(b"\0".join([file.read_bytes(), *(text.encode() for text in more)])).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def _cache_folder() -> Path | None:
@@ -223,24 +242,27 @@ def _cache_folder() -> Path | None:
     return folder if private and os.access(folder, os.W_OK | os.X_OK) else None
 
 
-def _compile(folder: Path, prefix: str) -> ctypes.CDLL:
-    """Compile the forwarder, then rename it after its content: two processes at once end with the same file."""
-    found = compiler()
+def _compile(source: Path, flags: Sequence[str], folder: Path, prefix: str) -> Path:
+    """Compile, then rename the result after its content: two processes at once end with the same file."""
+    found = compiler(source.suffix == ".cpp")
     if found is None:
-        raise OSError("no C compiler")
-    handle, temporary = tempfile.mkstemp(prefix=".forwarder-", suffix=".so", dir=folder)
+        raise OSError("no C compiler" if source.suffix == ".c" else "no C++ compiler")
+    handle, temporary = tempfile.mkstemp(prefix=".compiled-", suffix=".so", dir=folder)
     os.close(handle)
     try:
-        command = [found, "-O2", "-shared", "-fPIC", "-o", temporary, str(FORWARDER)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        command = [found, *flags, "-shared", "-fPIC", "-o", temporary, str(source)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        except subprocess.SubprocessError as error:
+            raise OSError(str(error)) from error
         if done.returncode:
             raise OSError(f"{found} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
         target = folder / f"{prefix}-{_digest(Path(temporary))}.so"
         os.replace(temporary, target)
+        return target
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
-    return ctypes.CDLL(str(target), ctypes.RTLD_GLOBAL)
 
 
 def _function(library: ctypes.CDLL, name: str, prefixes: tuple[str, ...] = ("", "scipy_")) -> Any | None:

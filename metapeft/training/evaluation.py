@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from metapeft.backbones.forward import Prefix, PrefixCache, RecordingCache, run
+from metapeft.kernels.decoder import Decoder
 from metapeft.peft.base import Adapter
 from metapeft.runtime import mx
+from metapeft.training import native
 from metapeft.training.encode import Encoded, encode
 from metapeft.training.session import Session, completion_logits
 from metapeft.training.trial import Score
@@ -62,10 +65,17 @@ def predict(session: Session, adapter: Adapter | None, split: str, indices: Sequ
         np.zeros(len(examples), dtype=bool),
         np.zeros((len(examples), len(session.task.labels))) if labels else None,
     )
-    [prefix] = session.workers.map([lambda: session.prefix(adapter, start)])
+    view = native.usable(session, adapter)
+    if view is not None:
+        known = partial(native.known_prefix, session, view, adapter, start)
+    else:
+        known = partial(session.prefix, adapter, start)
+    [prefix] = session.workers.map([known])
 
-    def run_chunk(chunk: list[int]) -> tuple[mx.array, mx.array, mx.array]:
+    def run_chunk(chunk: list[int]) -> Any:
         """Per completion token its loss and whether it was hit; per example each label's first log-likelihood."""
+        if view is not None:
+            return run_natively(view, chunk)
         shard = session.shard(split, [places[i] for i in chunk], start)
         logits = completion_logits(session.model, prefix, shard, start).astype(mx.float32)
         total = mx.logsumexp(logits, axis=-1)
@@ -75,6 +85,18 @@ def predict(session: Session, adapter: Adapter | None, split: str, indices: Sequ
             return total - gold, hit, gold
         firsts = mx.array(np.cumsum([0, *shard.spans[:-1]]))
         return total - gold, hit, logits[firsts][:, labels.roots] - total[firsts][:, None]
+
+    def run_natively(view: Decoder, chunk: list[int]) -> Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        roots = labels.roots_list if labels else []
+        call = native.predicted(session, view, prefix, split, [places[i] for i in chunk], start, roots)
+        spans = [len(examples[i].ids) - examples[i].start for i in chunk]
+        firsts = np.cumsum([0, *spans[:-1]])
+
+        def compute() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            found = call()
+            return found.loss, found.hit, found.root_scores[firsts]
+
+        return compute
 
     chunks = chunked([e.length for e in examples])
     found = session.workers.map([partial(run_chunk, chunk) for chunk in chunks])
@@ -163,7 +185,8 @@ class Labels:
             encoded = encode(seen[label], tokenizer)
             sequences.append(encoded.ids[encoded.start :])
         self.sequences = sequences
-        self.roots = mx.array([s[0] for s in sequences])
+        self.roots_list = [s[0] for s in sequences]
+        self.roots = mx.array(self.roots_list)
         self.decided = [
             next(d for d in range(1, len(s) + 1) if sum(o[:d] == s[:d] for o in sequences) == 1) for s in sequences
         ]

@@ -11,6 +11,7 @@ import numpy as np
 
 from metapeft.backbones.forward import Prefix, PrefixCache, anatomy, extended, run
 from metapeft.data.task import Task
+from metapeft.kernels.decoder import decoder
 from metapeft.peft.base import Adapter
 from metapeft.runtime import mx, nn
 from metapeft.training.encode import Encoded, encode_task, shared_beginning
@@ -21,6 +22,7 @@ from metapeft.training.workers import workers
 if TYPE_CHECKING:
     from metapeft.backbones import Backbone
 
+VIRTUAL = 512  # no method adds more virtual tokens than this
 PASS_TOKENS = 48  # one more pass through the layers costs about as much as these tokens in a pass that is made anyway
 
 
@@ -57,6 +59,10 @@ class Session:
         self._trunks: dict[tuple[str, int], Trunk] = {}
         # Models hold lazy constants (rotary frequencies): computed here, every thread may use them.
         mx.eval(run(self.model, mx.array([[0]])))
+        longest = len(self.shared) + max(e.length for examples in self.encoded.values() for e in examples)
+        view = decoder(self.model)
+        # None where MLX computes: on a GPU, without a compiler, and for architectures that are not like Llama.
+        self.decoder = view if view is None or view.window is None or longest + VIRTUAL <= view.window else None
 
     def trunk(self, split: str, depth: int) -> Trunk:
         """The hidden states that enter layer `depth`; what a shallower trunk of the split knows is its start."""
@@ -64,7 +70,8 @@ class Session:
         if key not in self._trunks:
             below = [t for (name, d), t in self._trunks.items() if name == split and d < depth]
             lower = max(below, key=lambda t: t.depth, default=None)
-            self._trunks[key] = Trunk(self.model, depth, self.encoded[split], self.shared, self._room, lower)
+            examples = self.encoded[split]
+            self._trunks[key] = Trunk(self.model, depth, examples, self.shared, self._room, lower, self.decoder)
         return self._trunks[key]
 
     def whole(self, examples: int) -> bool:
@@ -80,7 +87,7 @@ class Session:
         virtual = adapter.prefix(self.model) if adapter is not None else None
         if whole or not self.shared:
             return virtual
-        return extended(self.model, virtual, self.shared, start, self._beginning(start) if start > 0 else None)
+        return extended(self.model, virtual, self.shared, start, self.beginning(start) if start > 0 else None)
 
     def shard(self, split: str, indices: Sequence[int], start: int, whole: bool = False) -> Shard:
         """Pads and places examples. With start > 0 the trunk below layer `start` must be prepared for them.
@@ -94,14 +101,14 @@ class Session:
             examples = [e.behind(self.shared) for e in examples]
             longest += len(self.shared)
             if hidden is not None:
-                beginning = self._beginning(start)
+                beginning = self.beginning(start)
                 beginning = mx.broadcast_to(beginning, (len(indices), *beginning.shape[1:]))
                 hidden = mx.concatenate([beginning, hidden], axis=1)
         rows, targets, spans = rows_targets(examples, longest)
         ids = np.array([pad(e.ids[:-1], longest) for e in examples])
         return Shard(mx.array(ids), hidden, mx.array(rows), mx.array(targets), spans)
 
-    def _beginning(self, depth: int) -> mx.array:
+    def beginning(self, depth: int) -> mx.array:
         """The input of layer `depth` at the shared tokens, (1, tokens, width), from any trunk that knows it."""
         known = (trunk.beginning for (_, d), trunk in self._trunks.items() if d == depth)
         return next(found for found in known if found is not None)[1]

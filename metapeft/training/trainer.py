@@ -25,6 +25,7 @@ from metapeft.peft import create
 from metapeft.peft.adalora import AdaLoRA
 from metapeft.peft.base import Adapter
 from metapeft.runtime import MB, device, mx, nn, optim, require_memory, versions
+from metapeft.training import native
 from metapeft.training.batches import batch_at, shards
 from metapeft.training.configuration import TrainConfig, full, split
 from metapeft.training.encode import text_ids
@@ -77,6 +78,8 @@ def run_trial(
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         train_examples=len(task.train),
     )
+    if session.decoder is not None:
+        session.decoder.release()
     mx.clear_cache()
     mx.reset_peak_memory()
     begin = time.perf_counter()
@@ -152,6 +155,10 @@ class _Run:
             adapter.schedule(steps)
         every = max(1, round(steps / config.evaluations))
         self.evaluate_at = {s for s in range(every, steps, every) if steps - s >= every / 2} | {steps}
+        view = native.usable(session, adapter)
+        self.native = None
+        if view is not None:
+            self.native = native.Loss(session, view, adapter, self.layout, self.start, config.checkpoint)
         self._set(self.layout.join(adapter.module.trainable_parameters()))
         self.optimizer.init({"all": self.vector})
 
@@ -206,12 +213,17 @@ class _Run:
         total = sum(len(self.examples[i].ids) - self.examples[i].start for i in indices)
         # One shard per worker runs at the same time; micro-batches are more of them, one after another.
         parts = shards([self.lengths[i] for i in indices], self.session.workers.count * self.config.accumulate)
-        jobs: list[Callable[[], tuple[mx.array, mx.array]]] = [
-            partial(self._gradient, n, [indices[i] for i in part], total) for n, part in enumerate(parts)
-        ]
-        if isinstance(self.adapter, AdaLoRA):
-            jobs.append(self._extra_gradient)
-        losses, gradients = zip(*self.session.workers.map(jobs), strict=True)
+        wanted = [[indices[i] for i in part] for part in parts]
+        seeds = [((self.seed * 1_000_003 + self.step) * 1_009 + n) % 2**63 for n in range(len(parts))]
+        jobs: list[Callable[[], Any]]
+        if self.native is not None:
+            jobs = self.native.jobs(wanted, total, seeds)
+        else:
+            jobs = [partial(self._gradient, *each, total) for each in zip(seeds, wanted, strict=True)]
+        extra = [self._extra_gradient] if isinstance(self.adapter, AdaLoRA) else []
+        losses, gradients = zip(*self.session.workers.map([*jobs, *extra]), strict=True)
+        if self.native is not None:
+            gradients = (self.native.gradient(self.parameters, gradients[: len(jobs)]), *gradients[len(jobs) :])
         gradient: mx.array = sum(gradients[1:], gradients[0])
         if self.config.clip > 0:
             gradient, _ = optim.clip_grad_norm(gradient, self.config.clip)
@@ -226,11 +238,11 @@ class _Run:
         self.trial.tokens += sum(self.lengths[i] for i in indices)
         return sum(float(loss.item()) for loss in losses)
 
-    def _gradient(self, part: int, indices: list[int], total: int) -> tuple[mx.array, mx.array]:
+    def _gradient(self, seed: int, indices: list[int], total: int) -> tuple[mx.array, mx.array]:
         """A shard's token losses over the batch's number of tokens, summed, and the gradient of that as a vector."""
         whole = self.session.whole(len(indices))
         shard = self.session.shard("train", indices, self.start, whole)
-        mx.random.seed(((self.seed * 1_000_003 + self.step) * 1_009 + part) % 2**63)  # each thread has its own state
+        mx.random.seed(seed)  # each thread has its own state
 
         def loss(parameters: Any) -> mx.array:
             self.adapter.module.update(parameters)
@@ -254,7 +266,9 @@ class _Run:
             assert value is not None
             return value
 
-        return mx.array(0.0), self.layout.join(mx.grad(loss)(self.parameters))
+        gradient = mx.grad(loss)(self.parameters)
+        self.adapter.module.update(self.parameters)
+        return mx.array(0.0), self.layout.join(gradient)
 
     def _check(self, loss: float) -> None:
         """Raises Diverged on NaN, and when the loss rose far above its lowest or back to that of guessing."""

@@ -11,7 +11,7 @@ are padded to the same multiple of ALIGN, which depends on the example alone.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import IO
@@ -19,6 +19,7 @@ from typing import IO
 import numpy as np
 
 from metapeft.backbones.forward import Prefix, PrefixCache, RecordingCache, anatomy, run
+from metapeft.kernels.decoder import Decoder, Rows
 from metapeft.runtime import mx, nn
 from metapeft.training.encode import Encoded
 from metapeft.training.workers import Workers
@@ -46,11 +47,16 @@ class Trunk:
         shared: Sequence[int] = (),
         room: Room | None = None,
         lower: Trunk | None = None,
+        decoder: Decoder | None = None,
     ):
-        """shared: tokens that come before every example (see Session). lower: a trunk of less depth to go on from."""
+        """shared: tokens that come before every example (see Session). lower: a trunk of less depth to go on from.
+
+        decoder: the model's native view, if it has one.
+        """
         self.model, self.depth, self.examples, self.shared = model, depth, examples, shared
         self.room = Room() if room is None else room
         self.lower = lower
+        self.decoder = decoder
         # Of the shared tokens: keys and values by layer, and the input of layer `depth`, (1, tokens, width).
         self.beginning: tuple[Prefix, mx.array] | None = None
         self._memory: dict[int, mx.array] = {}
@@ -76,7 +82,13 @@ class Trunk:
         """(examples, length, width), zeros after the end of an example."""
         return mx.stack([mx.pad(h, [(0, length - h.shape[0]), (0, 0)]) for h in map(self.get, indices)])
 
+    def _native(self) -> Decoder | None:
+        return self.decoder if self.decoder is not None and self.decoder.covers(stop=self.depth) else None
+
     def _begin(self) -> tuple[Prefix, mx.array]:
+        if (view := self._native()) is not None:
+            rows = Rows(view.embed(self.shared), [len(self.shared)], stop=self.depth)
+            return view.record(rows), mx.array(rows.hidden[None])
         caches = [RecordingCache() for _ in range(anatomy(self.model).depth)]
         hidden = run(self.model, mx.array([list(self.shared)]), cache=caches, stop=self.depth, logits=False)
         known = [cache.held() for cache in caches[: self.depth]]
@@ -112,12 +124,28 @@ class Trunk:
     def _padded(self, index: int) -> int:
         return -(-self.examples[index].length // ALIGN) * ALIGN
 
-    def _compute(self, chunk: list[int]) -> list[mx.array]:
+    def _compute(self, chunk: list[int]) -> list[mx.array] | Callable[[], list[mx.array]]:
         start, length = self._from(chunk[0]), self._padded(chunk[0])
+        if (view := self._native()) is not None:
+            return partial(self._compute_natively, view, chunk, start, length)
         ids = mx.array([pad(self.examples[i].ids[:-1], length) for i in chunk])
         hidden = self.lower.stack(chunk, length) if start and self.lower is not None else None
         hidden = run(self.model, ids, cache=self._caches(), start=start, hidden=hidden, stop=self.depth, logits=False)
         return [mx.contiguous(hidden[row, : self.examples[i].length]) for row, i in enumerate(chunk)]
+
+    def _compute_natively(self, view: Decoder, chunk: list[int], start: int, length: int) -> list[mx.array]:
+        rows = np.zeros((len(chunk), length, view.width), np.float32)
+        for row, index in zip(rows, chunk, strict=True):
+            own = self.examples[index].length
+            if start and self.lower is not None:
+                row[:own] = self.lower.get(index)
+            else:
+                row[:own] = view.embed(self.examples[index].ids[:-1])
+        prefix = None if self.beginning is None else self.beginning[0]
+        ends = range(length, len(chunk) * length + 1, length)
+        found = Rows(rows.reshape(-1, view.width), list(ends), prefix=prefix, start=start, stop=self.depth)
+        hidden = view.forward(found).reshape(rows.shape)
+        return [mx.array(hidden[row, : self.examples[i].length]) for row, i in enumerate(chunk)]
 
     def _caches(self) -> list[PrefixCache] | None:
         if self.beginning is None:

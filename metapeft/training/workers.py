@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from functools import lru_cache
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 
 from metapeft import blas
 from metapeft.runtime import device, mx
 
-T = TypeVar("T")
 MOST = 8  # more parts of a batch would be too small for fast matrix products
 
 
@@ -36,19 +35,20 @@ class Workers:
         for thread in self._threads:
             thread.start()
 
-    def map(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
+    def map(self, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
         """What the jobs return, computed, in their order.
 
         A job builds arrays (or a list or tuple of them) from arrays that are computed already; one job builds at a
-        time, so it may change the model while it does. On a CPU every product runs on one core: what a job computes
-        does not depend on how many others there are.
+        time, so it may change the model while it does. It may return a function instead, which is called while others
+        build or compute. On a CPU every product runs on one core: what a job computes does not depend on how many
+        others there are.
         """
         if not self._threads:
             return _one_after_another(jobs)
         threads = blas.get_threads()
         blas.set_threads(1)
         try:
-            futures: list[Future[T]] = [Future() for _ in jobs]
+            futures: list[Future[Any]] = [Future() for _ in jobs]
             for job, future in zip(jobs, futures, strict=True):
                 self._jobs.put((job, future))
             wait(futures)
@@ -71,6 +71,8 @@ class Workers:
             try:
                 with self._building:
                     result = job()
+                if callable(result):
+                    result = result()
                 mx.eval(result)
                 future.set_result(result)
             except BaseException as error:  # whoever waits for it raises it
@@ -87,10 +89,12 @@ def workers() -> Workers:
     return found
 
 
-def _one_after_another(jobs: Sequence[Callable[[], T]]) -> list[T]:
-    results: list[T] = []
+def _one_after_another(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    results: list[Any] = []
     for job in jobs:
         result = job()
+        if callable(result):
+            result = result()
         mx.async_eval(result)  # while this computes, the next one is built
         if results:
             mx.eval(results[-1])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from metapeft.backbones.forward import run
+from metapeft.kernels.decoder import Decoder
 from metapeft.runtime import device, mx, nn
 from metapeft.training.session import Session, completion_logits
 from metapeft.training.trunk import Room, Trunk
@@ -22,6 +23,7 @@ def session(request: pytest.FixtureRequest) -> Session:
 
 
 def fresh(session: Session, depth: int, **arguments: object) -> Trunk:
+    arguments = {"decoder": session.decoder} | arguments
     return Trunk(session.model, depth, session.encoded["train"], session.shared, **arguments)
 
 
@@ -96,6 +98,8 @@ def test_a_session_goes_on_from_a_shallower_trunk(session: Session, monkeypatch:
 
     session.trunk("train", 1).prepare(range(5), session.workers)
     monkeypatch.setattr("metapeft.training.trunk.run", counted)
+    prepared = Decoder._prepared
+    monkeypatch.setattr(Decoder, "_prepared", lambda view, rows, **named: starts.append(rows.start) or prepared(view, rows, **named))
     session.trunk("train", 3).prepare(range(5), session.workers)
     assert starts.count(1) > 0 and starts.count(0) == (1 if session.shared else 0)
     session.trunk("train", 3).prepare(range(5), session.workers)
