@@ -373,11 +373,12 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def _save(adapter: Adapter, folder: Path, trial: Trial, task: Task) -> None:
-    """With what serving needs to ask as training did."""
+    """With what serving needs to ask as training did; no template: it was trained on conversations."""
     from metapeft.peft import adapters
 
     trial.adapter = str(folder)
-    form = {"name": task.name, "kind": task.kind, "labels": list(task.labels), "template": task.template}
+    template = task.template if isinstance(task.train[0].prompt, str) else ""
+    form = {"name": task.name, "kind": task.kind, "labels": list(task.labels), "template": template}
     metadata = {"trial": trial.to_json(), "backbone": trial.backbone, "steps": trial.budget, "task": form}
     adapters.save(adapter, folder, metadata)
     trial.adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size

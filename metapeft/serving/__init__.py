@@ -1,0 +1,1 @@
+"""The HTTP service: one resident backbone, adapters from the registry, recommendations."""

@@ -1,0 +1,460 @@
+"""The one owner of the device: a thread that reads prompts, writes tokens and weighs answers for all requests.
+
+Requests come through a bounded queue. Every turn of the loop admits what fits, reads one piece of the prompts that were
+admitted last, writes one token for every row in flight, and answers what is to be classified. Rows of different
+adapters share one forward pass. Adapters are kept by use within a bound in bytes; one that rows are using stays.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+
+from metapeft.errors import MetapeftError, UserError
+from metapeft.runtime import free_memory_mb, mx
+from metapeft.serving.generate import Batch, Row, Sampling, Text, Token, check, write
+from metapeft.serving.mixed import Mixture, Resident, read
+from metapeft.serving.score import Answers, Question, score
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from metapeft.backbones import Backbone
+
+T = TypeVar("T")
+READ_TOKENS = 256  # prompt tokens between two steps: what a row in flight waits for at most
+READ_ROWS = 16  # prompts read together
+SCORE_ROWS = 32  # questions answered together
+
+
+class Busy(MetapeftError):
+    """The queue is full. `seconds`: when to try again."""
+
+    def __init__(self, seconds: float):
+        super().__init__(f"the server is busy; try again in {seconds:.0f} s")
+        self.seconds = seconds
+
+
+class TooSlow(MetapeftError):
+    """The request's time is over."""
+
+
+class Source(Protocol):
+    """What the engine must know of an adapter version to load it."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def folder(self) -> Path: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that is ready, and the tokens behind it. `finished`: "stop", "length", or None while more comes."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finished: str | None = None
+
+
+@dataclass(eq=False)
+class Generation:
+    """A request to write. `deliver` is called on the engine's thread with a Piece or an exception; it must not block.
+
+    stream: a piece per step; otherwise one with everything. `deadline`: time.monotonic() at which it fails.
+    """
+
+    source: Source | None
+    prompt: list[int]
+    limit: int
+    deliver: Callable[[Piece | Exception], None]
+    deadline: float
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+    stream: bool = False
+    cancelled: bool = False
+    row: Row | None = None
+    text: Text | None = None
+    told: int = 0
+
+    @property
+    def places(self) -> int:
+        """Prompt and answer together, in tokens."""
+        return len(self.prompt) + self.limit
+
+
+@dataclass(eq=False)
+class Classification:
+    """A request to weigh answers: `deliver` gets one array of log-likelihoods per prompt, or an exception."""
+
+    source: Source | None
+    prompts: list[list[int]]
+    answers: Answers
+    deliver: Callable[[list[np.ndarray] | Exception], None]
+    deadline: float
+    cancelled: bool = False
+
+
+Job = Generation | Classification
+
+
+@dataclass
+class Limits:
+    """rows: written at the same time. queue: requests that may wait. adapter_mb: adapters kept in memory."""
+
+    rows: int = 64
+    queue: int = 256
+    adapter_mb: float = 512.0
+    cache_mb: float | None = None  # keys and values; None: a quarter of the free memory
+
+
+@dataclass
+class Counts:
+    """What has happened since the start."""
+
+    prompt_tokens: int = 0
+    written_tokens: int = 0
+    steps: int = 0
+    step_rows: int = 0
+    step_seconds: float = 0.0
+    read_seconds: float = 0.0
+    mixed_steps: int = 0  # steps with more than one adapter
+    loads: int = 0
+    evictions: int = 0
+    refused: int = 0
+    questions: int = 0
+    failures: int = 0
+
+
+@dataclass
+class _Held:
+    resident: Resident
+    pins: int = 0
+
+
+class Engine:
+    """`start` loads nothing: the backbone is given. `submit` and `call` may be used from any thread."""
+
+    def __init__(self, backbone: Backbone, limits: Limits | None = None):
+        check(backbone.model)
+        self.backbone, self.limits = backbone, limits or Limits()
+        self.counts = Counts()
+        self.mixture = Mixture(backbone.model)
+        self.held: OrderedDict[str, _Held] = OrderedDict()
+        self.pending: deque[Generation] = deque()
+        self.questions: deque[Classification] = deque()
+        self.reading: Batch | None = None
+        self.writing = Batch(backbone.model, self.mixture, [])
+        self.jobs: dict[Row, Generation] = {}
+        self._inbox: queue.SimpleQueue[Job | tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._waiting = 0  # submitted and not yet admitted
+        self._lock = threading.Lock()
+        self._closing = False
+        self._rate = 0.5  # requests finished a second, averaged: for Retry-After
+        self._finished_at = time.monotonic()
+        self.places = self._cache_places()
+        self._thread = threading.Thread(target=self._run, name="metapeft-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        return self._waiting
+
+    @property
+    def flying(self) -> int:
+        """Rows being read or written."""
+        return len(self.jobs)
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(held.resident.bytes for held in list(self.held.values()))
+
+    def submit(self, job: Job) -> None:
+        """Queue a request. Raises Busy when the queue is full, UserError when the request can never fit."""
+        if isinstance(job, Generation) and job.places > self.places:
+            raise UserError(f"{job.places} tokens do not fit into the server's cache of {self.places} tokens")
+        with self._lock:
+            if self._closing:
+                raise Busy(5.0)
+            if self._waiting >= self.limits.queue:
+                self.counts.refused += 1
+                raise Busy(max(1.0, min(60.0, self._waiting / max(self._rate, 0.1))))
+            self._waiting += 1
+        self._inbox.put(job)
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function on the engine's thread, between two steps."""
+        future: Future[T] = Future()
+        self._inbox.put((function, future))
+        return future
+
+    def stop(self, seconds: float = 30.0) -> None:
+        """Finish what was accepted, for at most so long, then end the thread."""
+        with self._lock:
+            self._closing = True
+        self._inbox.put(None)
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            for job in [*self.jobs.values(), *self.pending, *self.questions]:
+                job.cancelled = True
+            self._thread.join(10)
+
+    # On the engine's thread from here on.
+
+    def load(self, source: Source) -> Resident:
+        """The adapter, from memory or from its folder. Raises UserError when it is damaged or does not fit."""
+        if source.key in self.held:
+            self.held.move_to_end(source.key)
+            return self.held[source.key].resident
+        resident = read(source.folder, self.backbone.model, source.key)
+        self.counts.loads += 1
+        self.held[source.key] = _Held(resident)
+        self._evict()
+        return resident
+
+    def unload(self, key: str) -> None:
+        """Forget an adapter that no row is using."""
+        held = self.held.get(key)
+        if held is not None and not held.pins:
+            del self.held[key]
+            self.mixture.forget(held.resident)
+
+    def _evict(self) -> None:
+        bound = self.limits.adapter_mb * 2**20
+        newest = next(reversed(self.held), None)
+        for key in list(self.held):
+            if self.resident_bytes <= bound:
+                return
+            if not self.held[key].pins and key != newest:
+                self.unload(key)
+                self.counts.evictions += 1
+
+    def _cache_places(self) -> int:
+        """Tokens whose keys and values fit into the cache's share of memory."""
+        from metapeft.backbones.forward import keys_values
+
+        per_token = sum(part.nbytes for pair in keys_values(self.backbone.model, mx.array([[0]])) for part in pair)
+        share = self.limits.cache_mb if self.limits.cache_mb is not None else free_memory_mb() / 4
+        return max(1, int(share * 2**20 / per_token))
+
+    def _run(self) -> None:
+        while True:
+            self._receive()
+            try:
+                self._turn()
+            except Exception as error:  # whatever a step failed with: those rows fail, the server goes on
+                self.counts.failures += 1
+                self._fail_all(error)
+            if self._closing and not self._busy():
+                break
+        mx.clear_streams()
+
+    def _busy(self) -> bool:
+        return bool(self.pending or self.questions or self.jobs) or not self._inbox.empty()
+
+    def _receive(self) -> None:
+        block = not (self.pending or self.questions or self.jobs)
+        while True:
+            try:
+                item = self._inbox.get(block=block and not self._closing, timeout=None)
+            except queue.Empty:
+                return
+            block = False
+            if isinstance(item, Generation):
+                self.pending.append(item)
+            elif isinstance(item, Classification):
+                self.questions.append(item)
+            elif item is not None:
+                function, future = item
+                try:
+                    future.set_result(function())
+                except BaseException as error:  # whoever waits for it raises it
+                    future.set_exception(error)
+
+    def _turn(self) -> None:
+        self._drop()
+        if self.reading is None:
+            self._admit()
+        if self.questions:
+            self._answer()
+        if self.reading is not None:
+            self._read()
+        if self.writing.rows:
+            self._write()
+
+    def _drop(self) -> None:
+        """Requests that were given up or whose time is over leave."""
+        now = time.monotonic()
+        for waiting in (self.pending, self.questions):
+            for job in [job for job in waiting if job.cancelled or job.deadline < now]:
+                waiting.remove(job)  # type: ignore[arg-type]
+                self._left()
+                job.deliver(TooSlow("the request waited longer than its time limit"))
+        for row in list(self.writing.rows):
+            job = self.jobs[row]
+            if job.cancelled or job.deadline < now:
+                job.deliver(TooSlow("the request took longer than its time limit"))
+                self._finish(row)
+        self._keep_unfinished()
+
+    def _admit(self) -> None:
+        """Start to read the oldest requests that fit: rows, cache, and no more padding than text."""
+        rows: list[Row] = []
+        while self.pending and len(rows) < READ_ROWS:
+            job = self.pending[0]
+            everyone = [*self.writing.rows, *rows]
+            longest = max((row.length for row in everyone), default=0)
+            if len(everyone) >= self.limits.rows:
+                break
+            if everyone and (len(everyone) + 1) * max(longest, job.places) > self.places:
+                break
+            if rows and len(job.prompt) > 2 * max(len(r.prompt) for r in rows) + 16:
+                break
+            if rows and 2 * len(job.prompt) + 16 < max(len(r.prompt) for r in rows):
+                break
+            self.pending.popleft()
+            self._left()
+            try:
+                row = Row(job.prompt, self._pin(job.source), job.limit, job.sampling)
+            except Exception as error:
+                job.deliver(error)
+                continue
+            job.row, job.text = row, Text(self._decode, job.stop)
+            self.jobs[row] = job
+            rows.append(row)
+        if rows:
+            self.reading = Batch(self.backbone.model, self.mixture, rows)
+
+    def _read(self) -> None:
+        batch = self.reading
+        assert batch is not None
+        begin = time.perf_counter()
+        logits = batch.advance(max(16, READ_TOKENS // len(batch.rows)))
+        self.counts.read_seconds += time.perf_counter() - begin
+        if logits is None:
+            return
+        self.reading = None
+        self.counts.prompt_tokens += sum(len(row.prompt) for row in batch.rows)
+        write(batch.rows, logits)
+        self.writing.extend(batch)
+        self._tell(batch.rows)
+
+    def _write(self) -> None:
+        begin = time.perf_counter()
+        rows = list(self.writing.rows)
+        write(rows, self.writing.step())
+        self.counts.steps += 1
+        self.counts.step_rows += len(rows)
+        self.counts.mixed_steps += len({row.resident for row in rows}) > 1
+        self.counts.step_seconds += time.perf_counter() - begin
+        self._tell(rows)
+
+    def _tell(self, rows: Sequence[Row]) -> None:
+        """Hand out what was just written; rows that are complete leave the batch."""
+        ends = self.backbone.tokenizer.eos_token_ids
+        self.counts.written_tokens += len(rows)
+        for row in rows:
+            job = self.jobs[row]
+            assert job.text is not None
+            over = row.last in ends
+            stopped = False if over else job.text.add(row.last)
+            reason = "stop" if over or stopped else "length" if len(row.written) >= job.limit else None
+            if reason or job.stream:
+                piece = job.text.ready(final=reason is not None)
+                if piece or reason:
+                    tokens = tuple(row.written[job.told : len(row.written) - over])
+                    job.told = len(row.written)
+                    job.deliver(Piece(piece, tokens, reason))
+            if reason:
+                self._finish(row)
+        self._keep_unfinished()
+
+    def _finish(self, row: Row) -> None:
+        job = self.jobs.pop(row)
+        self._unpin(job.source)
+        now = time.monotonic()
+        self._rate = 0.9 * self._rate + 0.1 / max(now - self._finished_at, 0.01)
+        self._finished_at = now
+
+    def _keep_unfinished(self) -> None:
+        self.writing.keep([i for i, row in enumerate(self.writing.rows) if row in self.jobs])
+
+    def _answer(self) -> None:
+        """Classify what waits, as many prompts at once as fit."""
+        jobs: list[Classification] = []
+        while self.questions and (not jobs or sum(len(j.prompts) for j in jobs) < SCORE_ROWS):
+            jobs.append(self.questions.popleft())
+            self._left()
+        questions: list[Question] = []
+        owners: list[Classification] = []
+        for job in jobs:
+            try:
+                resident = self._pin(job.source)
+            except Exception as error:
+                job.deliver(error)
+                continue
+            owners.append(job)
+            questions += [Question(prompt, job.answers, resident) for prompt in job.prompts]
+        try:
+            found = self._scores(questions)
+        except Exception as error:
+            for job in owners:
+                job.deliver(error)
+            return
+        finally:
+            for job in owners:
+                self._unpin(job.source)
+        self.counts.questions += len(questions)
+        for job in owners:
+            mine, found = found[: len(job.prompts)], found[len(job.prompts) :]
+            job.deliver(mine)
+
+    def _scores(self, questions: list[Question]) -> list[np.ndarray]:
+        """In groups of similar length."""
+        result: dict[int, np.ndarray] = {}
+        order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
+        for begin in range(0, len(order), READ_ROWS):
+            part = order[begin : begin + READ_ROWS]
+            values = score(self.backbone.model, self.mixture, [questions[i] for i in part], READ_TOKENS)
+            result |= dict(zip(part, values, strict=True))
+        return [result[i] for i in range(len(questions))]
+
+    def _pin(self, source: Source | None) -> Resident | None:
+        if source is None:
+            return None
+        resident = self.load(source)
+        self.held[source.key].pins += 1
+        return resident
+
+    def _unpin(self, source: Source | None) -> None:
+        if source is not None:
+            self.held[source.key].pins -= 1
+            self._evict()
+
+    def _left(self) -> None:
+        with self._lock:
+            self._waiting -= 1
+
+    def _fail_all(self, error: Exception) -> None:
+        for row in list(self.jobs):
+            self.jobs[row].deliver(error)
+            self._finish(row)
+        self.reading = None
+        self.writing = Batch(self.backbone.model, self.mixture, [])
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.backbone.tokenizer.decode(ids) if ids else ""
