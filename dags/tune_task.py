@@ -5,17 +5,26 @@ evaluate → register → report**. Trigger it by hand: *Trigger DAG w/ config* 
 
 Every stage runs in a fresh process and writes into the folder of this run, `METAPEFT_HOME/airflow/tune_task/RUN_ID`.
 A cleared task whose inputs have not changed ends at once with the same result. Wrong input fails at once; anything else
-is tried again. The outcome is in MLflow, the adapter in its registry.
+is tried again.
+
+The sweep is fanned out: `sweep_plan` says how many workers are worth starting, each `sweep_worker` trains trials of
+the one study until it is complete, and `sweep` gathers them, or finishes what a killed worker left. Each takes a slot
+of the pool `mlx`, as every training does: more slots, more at the same time.
+
+The outcome is in MLflow, the adapter in its registry: it is served (alias `champion`) if it scores no worse than the
+one before. The run updates the asset `experience`.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from airflow.sdk import DAG, Param
+from airflow.sdk import DAG, Param, chain
 
+from metapeft.airflow.assets import EXPERIENCE
+from metapeft.airflow.defaults import deadline, on_mlx, task_defaults
 from metapeft.airflow.operators import StageOperator
 from metapeft.settings import load_settings
 
@@ -33,7 +42,6 @@ FORM = {  # parameter -> the setting it sets
     "steps": "train.steps",
     "seed": "seed",
 }
-HOURS = {"sweep": 12, "train": 6}  # the longest a stage may take, where it is not one hour
 
 with DAG(
     "tune_task",
@@ -44,12 +52,8 @@ with DAG(
     tags=["metapeft", "tuning"],
     max_active_runs=4,
     dagrun_timeout=timedelta(hours=24),
-    default_args={
-        "owner": "metapeft",
-        "retries": 2,
-        "retry_delay": timedelta(seconds=30),
-        "retry_exponential_backoff": True,
-    },
+    deadline=deadline(hours=12),
+    default_args=task_defaults(),
     params={
         "task": Param(
             defaults.task,
@@ -101,6 +105,14 @@ with DAG(
             title="Steps per trial",
             description="Optimizer steps of one trial",
         ),
+        "workers": Param(
+            defaults.sweep.workers,
+            type="integer",
+            minimum=1,
+            maximum=64,
+            title="Workers",
+            description="Processes that share the trials; the pool mlx says how many run at the same time",
+        ),
         "steps": Param(
             defaults.train.steps,
             type="integer",
@@ -113,16 +125,28 @@ with DAG(
         ),
     },
 ) as dag:
-    stages = [
-        StageOperator(
-            task_id=name,
-            stage=name,
-            work="{{ dag.dag_id }}/{{ run_id }}",
-            form=FORM,
-            project=str(PROJECT),
-            execution_timeout=timedelta(hours=HOURS.get(name, 1)),
-        )
-        for name in ("version", "validate", "profile", "recommend", "sweep", "train", "evaluate", "register", "report")
-    ]
-    for before, after in pairwise(stages):
-        before >> after
+    common = {"form": FORM, "project": str(PROJECT), "work": "{{ dag.dag_id }}/{{ run_id }}"}
+
+    def stage(name: str, **more: Any) -> StageOperator:
+        return StageOperator(**{"task_id": name, "stage": name, **common, **more})
+
+    version = stage("version")
+    validate = stage("validate")
+    profile = stage("profile", **on_mlx())
+    recommend = stage("recommend")
+    plan = stage("sweep_plan", arguments=["--workers", "{{ params.workers }}"], **on_mlx())
+    workers = StageOperator.partial(
+        task_id="sweep_worker",
+        stage="sweep_worker",
+        map_index_template="{{ task.arguments[1] }}",
+        execution_timeout=timedelta(hours=12),
+        **common,
+        **on_mlx(),
+    ).expand(arguments=plan.output)
+    # No worker is started when the sweep is done already; what killed ones left undone, this stage does itself.
+    sweep = stage("sweep", trigger_rule="none_failed", execution_timeout=timedelta(hours=12), **on_mlx())
+    train = stage("train", execution_timeout=timedelta(hours=6), **on_mlx())
+    evaluate = stage("evaluate", **on_mlx())
+    register = stage("register", outlets=[EXPERIENCE])
+    report = stage("report")
+    chain(version, validate, profile, recommend, plan, workers, sweep, train, evaluate, register, report)
