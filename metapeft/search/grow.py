@@ -8,7 +8,9 @@ was cut goes on where its last state was saved.
 from __future__ import annotations
 
 import shutil
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -73,8 +75,9 @@ def grow(
 ) -> Grown:
     """Runs what teaches most per second until the time, the trials or the plan are at their end.
 
-    on_plan: called once, when the costs are known; on_trial: after every trial. Ctrl-C ends it early, and is no error:
-    `interrupted` says so. Raises UserError when no task can be used, MetapeftError when several trials in a row fail.
+    on_plan: called once, when the costs are known; on_trial: after every trial. Ctrl-C and SIGTERM end it early, which
+    is no error: `interrupted` says so. Raises UserError when no task can be used, MetapeftError when several trials in
+    a row fail.
     """
     from metapeft.data import load_task
 
@@ -83,7 +86,7 @@ def grow(
     grown = Grown()
     store = Experience()
     work = _Work(tasks, backbone, steps, sizes, load, grown)
-    try:
+    with _stoppable(grown):
         places, cells = work.table()
         plan = Plan(places, cells)
         done = {trial.id for trial in store.trials()}
@@ -115,10 +118,24 @@ def grow(
                         break
                     if max_seconds is not None and time.monotonic() - begin >= max_seconds:
                         break
-    except KeyboardInterrupt:
-        grown.interrupted = True
     grown.seconds = time.monotonic() - begin
     return grown
+
+
+@contextmanager
+def _stoppable(grown: Grown) -> Iterator[None]:
+    """SIGINT and SIGTERM end the block (a shell starts background work with SIGINT ignored)."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        grown.interrupted = True
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -1,0 +1,138 @@
+"""Growing the experience: nothing twice, nothing lost, in the time that was given."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from metapeft.errors import MetapeftError, UserError
+from metapeft.meta.experience import Experience
+from metapeft.meta.plan import CONFIGURATIONS
+from metapeft.training import trainer
+from metapeft.training.trial import Trial
+from tests.backbones.tiny import tiny_folder
+from tests.search.growing import grown
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model() -> str:
+    return str(tiny_folder("llama"))
+
+
+def recorded(home: Path) -> list[str]:
+    """Every id as often as it was written."""
+    lines = [line for path in (home / "experience" / "segments").glob("*.jsonl") for line in path.open()]
+    return [json.loads(line)["id"] for line in lines]
+
+
+def start(model: str, trials: int = 1000) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.search.growing", model, str(trials)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+
+
+def test_a_task_is_grown_once_at_both_sizes(model: str, home: Path) -> None:
+    seen: list[Trial] = []
+    first = grown(model, ["t1"], on_trial=lambda _, trial: seen.append(trial))
+    trials = Experience(shipped=None).trials()
+    assert first.complete and not first.skipped and first.trials == first.cells == 2 * len(CONFIGURATIONS)
+    assert {t.id for t in trials} == {t.id for t in seen} and len(recorded(home)) == len(trials)
+    assert {t.train_examples for t in trials} == {10, 40}
+    assert all(t.status in ("ok", "diverged") and t.untuned_score for t in trials)
+    assert sum(t.status == "ok" for t in trials) > 40
+    assert all(t.score and t.adapter_bytes > 0 and t.adapter == "" and t.curve for t in trials if t.status == "ok")
+    assert all(t.profile_version and t.budget == 3 for t in trials)
+    assert len(list((home / "profiles").glob("*.json"))) == 2
+    assert list((home / "growing").iterdir()) == []
+    again = grown(model, ["t1"])
+    assert again.complete and again.trials == 0 and again.known == first.cells
+
+
+def test_trials_are_as_many_as_asked_for_and_unusable_tasks_are_left_out(model: str) -> None:
+    found = grown(model, ["nonsense", "t3"], max_trials=3)
+    assert found.trials == 3 and not found.complete and found.skipped == {"nonsense": "no task nonsense"}
+    assert len(Experience(shipped=None).trials()) == 3
+    with pytest.raises(UserError, match="no task nonsense"):
+        grown(model, ["nonsense"])
+
+
+def test_every_fourth_task_is_repeated_with_another_seed(model: str) -> None:
+    found = grown(model, ["t1", "t2"])
+    trials = [t for t in Experience(shipped=None).trials() if t.task == "t2"]
+    assert found.complete and {t.seed for t in trials} == {0, 1}
+    pairs = {json.dumps(t.configuration, sort_keys=True): {t.seed for t in trials} for t in trials}
+    assert len(pairs) == len(CONFIGURATIONS) and all(seeds == {0, 1} for seeds in pairs.values())
+
+
+def test_time_is_kept(model: str) -> None:
+    begin = time.monotonic()
+    found = grown(model, ["t1", "t2"], max_seconds=4.0)
+    assert not found.complete and time.monotonic() - begin < 15.0
+    assert grown(model, ["t1", "t2"], max_seconds=0.0).trials == 0
+
+
+def test_broken_trials_are_kept_and_too_many_end_it(model: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = trainer.run_trial
+
+    def breaks(session: object, configuration: dict[str, object], **options: object) -> Trial:
+        if configuration["method"] == "prefix" or everything:
+            raise RuntimeError("kaputt")
+        return real(session, configuration, **options)  # type: ignore[arg-type]
+
+    everything = False
+    monkeypatch.setattr(trainer, "run_trial", breaks)
+    found = grown(model, ["t1"], max_trials=12)
+    failed = [t for t in Experience(shipped=None).trials() if t.status == "failed"]
+    assert found.trials == 12 and found.statuses["failed"] == len(failed) > 0
+    assert all(t.method == "prefix" and "kaputt" in t.error and t.device for t in failed)
+    everything = True
+    with pytest.raises(MetapeftError, match=r"4 trials failed in a row.*kaputt"):
+        grown(model, ["t1"])
+    assert len(set(recorded(home))) == len(recorded(home)) == 16
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_says_what_was_done(model: str, home: Path, stop: signal.Signals) -> None:
+    child = start(model)
+    assert child.stdout is not None
+    lines = [child.stdout.readline() for _ in range(3)]
+    child.send_signal(stop)
+    last = child.communicate(timeout=60)[0].splitlines()[-1]
+    assert child.returncode == 0 and last.split()[0] == "interrupted"
+    assert int(last.split()[1]) == len(recorded(home)) >= sum(line.startswith("trial") for line in lines)
+
+
+def test_killed_at_any_moment_it_goes_on(model: str, home: Path) -> None:
+    said: set[str] = set()
+    for lines in (2, 4):
+        child = start(model)
+        assert child.stdout is not None
+        for _ in range(lines):
+            said |= {word for word in child.stdout.readline().split()[1:2] if word}
+        child.kill()
+        child.wait()
+        assert said <= set(recorded(home))
+    found = grown(model, ["t1", "t2"], max_trials=8)
+    assert found.known >= len(said) and found.trials == 8
+    assert len(recorded(home)) == len(set(recorded(home)))  # nothing was run twice, nothing stays claimed
+    assert not list((home / "growing").iterdir())
+
+
+def test_two_growers_share_the_work(model: str, home: Path) -> None:
+    growers = [start(model), start(model)]
+    counts = []
+    for grower in growers:
+        out = grower.communicate(timeout=240)[0].splitlines()
+        assert grower.returncode == 0 and out[-1].startswith("end")
+        counts.append(int(out[-1].split()[1]))
+    assert min(counts) > 0 and sum(counts) == len(recorded(home)) == len(set(recorded(home)))
+    assert grown(model, ["t1", "t2"]).complete
+    assert sum(counts) == len(recorded(home))
