@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from metapeft.backbones import Backbone
 
 T = TypeVar("T")
+GREEDY = Sampling()
+BUFFER_MB = 512  # freed arrays that MLX keeps for the next step
 READ_TOKENS = 256  # prompt tokens between two steps: what a row in flight waits for at most
 READ_ROWS = 16  # prompts read together
 SCORE_ROWS = 32  # questions answered together
@@ -77,7 +79,7 @@ class Generation:
     limit: int
     deliver: Callable[[Piece | Exception], None]
     deadline: float
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
     stream: bool = False
     cancelled: bool = False
@@ -252,6 +254,7 @@ class Engine:
         return max(1, int(share * 2**20 / per_token))
 
     def _run(self) -> None:
+        mx.set_cache_limit(BUFFER_MB * 2**20)
         while True:
             self._receive()
             try:

@@ -21,7 +21,7 @@ from metapeft.serving.mixed import Mixture, Resident
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. seed None: another one each time. logprobs: how many alternatives to tell (None: none)."""
+    """temperature 0 is greedy; seed None: another each time; logprobs: how many alternatives to tell, None: nothing."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -194,7 +194,7 @@ def check(model: nn.Module) -> None:
 
 
 class Text:
-    """Tokens into text as they come: only whole characters leave, and nothing that may be the start of a stop string."""
+    """Tokens into text as they come: whole characters only, and nothing that may be the start of a stop string."""
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()):
         self.decode, self.stop = decode, [s for s in stop if s]

@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlparse
 from metapeft.data.task import Task
 from metapeft.errors import UserError
 from metapeft.settings import Settings, home
+from metapeft.tracking import servers
 from metapeft.tracking.client import connect, failures, lock
 from metapeft.training.trial import Trial
 
@@ -60,6 +61,7 @@ class Model:
     source: str
     created: int  # milliseconds since 1970, UTC
     expected: dict[str, Any] | None = None  # the recommendation's entry for this configuration
+    weights: str = ""  # sha256 of its weights, see `weights_digest`
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,7 +105,7 @@ def register(
         )
     _check_folder(adapter)
     name = registered_name(task.name, trial.backbone)
-    tags = {**_tags(trial, task, recommendation), "weights": _digest(adapter)}
+    tags = {**_tags(trial, task, recommendation), "weights": weights_digest(adapter)}
     with failures(settings.tracking), lock("registry"):
         same = ("trial", "weights", "score")
         version = next((v for v in _versions(client, name) if all(v.tags.get(key) == tags[key] for key in same)), None)
@@ -124,7 +126,9 @@ def register(
         else:
             client.set_registered_model_alias(name, alias, version.version)
         client.set_model_version_tag(name, version.version, _SETTLED, alias)
-        return Registration(_model(client, client.get_model_version(name, version.version)), alias, reason)
+        done = Registration(_model(client, client.get_model_version(name, version.version)), alias, reason)
+    servers.tell(name)
+    return done
 
 
 def list_models(settings: Settings) -> list[Model]:
@@ -142,7 +146,9 @@ def promote(settings: Settings, name: str, version: int) -> Model:
         name = _find(client, name)
         chosen = _version(client, name, str(version))
         _crown(client, name, int(chosen.version))
-        return _model(client, client.get_model_version(name, chosen.version))
+        model = _model(client, client.get_model_version(name, chosen.version))
+    servers.tell(name)
+    return model
 
 
 def rollback(settings: Settings, name: str) -> Model:
@@ -159,7 +165,9 @@ def rollback(settings: Settings, name: str) -> Model:
             raise UserError(f"{name} has had no earlier champion to go back to; see `metapeft models list`")
         client.set_registered_model_alias(name, CHAMPION, str(earlier[-1]))
         client.set_registered_model_tag(name, _HISTORY, json.dumps(earlier))
-        return _model(client, client.get_model_version(name, str(earlier[-1])))
+        model = _model(client, client.get_model_version(name, str(earlier[-1])))
+    servers.tell(name)
+    return model
 
 
 def resolve(settings: Settings, reference: str) -> tuple[Path, Model]:
@@ -186,8 +194,8 @@ def _check_folder(adapter: Path) -> None:
         raise UserError(f"{adapter} holds no weights (.safetensors); give the folder that training wrote")
 
 
-def _digest(adapter: Path) -> str:
-    """sha256 of the weights."""
+def weights_digest(adapter: Path) -> str:
+    """sha256 of all weights in an adapter folder."""
     digest = hashlib.sha256()
     for path in sorted(adapter.rglob("*.safetensors")):
         digest.update(path.relative_to(adapter).as_posix().encode() + b"\0" + path.read_bytes())
@@ -342,6 +350,7 @@ def _model(client: MlflowClient, version: MlflowVersion) -> Model:
         source=version.source or "",
         created=int(version.creation_timestamp),
         expected=json.loads(tags["expected"]) if tags.get("expected") else None,
+        weights=tags.get("weights", ""),
     )
 
 
