@@ -77,6 +77,19 @@ def tasks_fetch(names: Annotated[list[str], Argument(help="Catalog names.")], as
     show([{"name": name, "path": str(catalog.fetch(name))} for name in names], as_json)
 
 
+@tasks.command("version")
+def tasks_version(
+    files: Annotated[list[Path], Argument(help="Task files or folders in a DVC repository.")], as_json: Json = False
+) -> None:
+    """Check task files and put them under DVC, with a copy in its remote."""
+    from metapeft.data import incoming
+
+    found = [incoming.version(file).to_json() for file in files]
+    columns = ("file", "rows", "version", "dvc_id", "changed")
+    rows = [{key: entry[key] for key in columns} for entry in found]
+    show(found if len(found) > 1 else found[0], as_json, rows)
+
+
 @app.command()
 def profile(
     task: Task,

@@ -7,9 +7,13 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError, UserError
+
+T = TypeVar("T")
 
 LOCK_SECONDS = 60.0
 log = logging.getLogger(__name__)
@@ -29,6 +33,96 @@ def track(path: Path) -> str:
         return computed
 
     from dvc.exceptions import DvcException
+
+    try:
+        return with_repository(root, lambda repo: str(repo.add(str(path))[0].outs[0].hash_info.value))
+    except DvcException as error:
+        log.info("not added to DVC: %s", error)
+        return computed
+    except OSError as error:
+        log.warning("%s was not added to DVC (%s); its content id is recorded all the same", path, error)
+        return computed
+
+
+def tracked(path: Path) -> str | None:
+    """The content id in the path's .dvc file, what DVC has of it. None: there is no such file."""
+    import yaml
+
+    file = path.with_name(path.name + ".dvc")
+    try:
+        (out,) = yaml.safe_load(file.read_text(encoding="utf-8"))["outs"]
+        return str(out["md5"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {file} ({error}); restore it from Git, or delete it and try again") from error
+
+
+def push(path: Path) -> int:
+    """Copies what DVC tracks at `path` to the repository's default remote; returns how many files were new there.
+
+    0 where no remote is configured. Raises MetapeftError when the remote cannot be written.
+    """
+    root = repository(path.absolute())
+    if root is None:
+        return 0
+    from dvc.exceptions import DvcException
+
+    def do(repo: Any) -> int:
+        if not repo.config["core"].get("remote"):
+            return 0
+        return int(repo.push(targets=[f"{path.absolute()}.dvc"]))
+
+    try:
+        return with_repository(root, do)
+    except (DvcException, OSError) as error:
+        raise MetapeftError(f"DVC could not push {path}: {error}; see `dvc remote list`") from error
+
+
+def restore(path: Path, identity: str) -> None:
+    """Puts the content with that id at `path`, from DVC's cache or remote. Raises UserError when neither has it.
+
+    The .dvc file says so afterwards, as `dvc add` would have written it.
+    """
+    path = path.absolute()
+    root = repository(path)
+    if root is None:
+        raise UserError(f"{path} is in no DVC repository; run `dvc init` there, or choose another folder")
+    import yaml
+    from dvc.exceptions import DvcException
+
+    if path.exists() and content_id(path) not in (identity, tracked(path)):
+        raise UserError(f"{path} holds changes that DVC does not have; run `dvc add {path.name}`, or move it away")
+    record = path.with_name(path.name + ".dvc")
+    before = record.read_bytes() if record.exists() else None
+    wanted = {"outs": [{"md5": identity, "hash": "md5", "path": path.name}]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(record, yaml.safe_dump(wanted, sort_keys=False).encode())
+
+    def check_out(repo: Any) -> None:
+        repo.checkout(targets=[str(record)], force=True)
+
+    def fetch(repo: Any) -> None:
+        if repo.config["core"].get("remote"):
+            repo.fetch(targets=[str(record)])
+        check_out(repo)
+
+    try:
+        with_repository(root, fetch)
+    except (DvcException, OSError) as error:
+        if before is None:
+            record.unlink()
+        else:
+            _replace(record, before)
+            with_repository(root, check_out)
+        raise UserError(f"neither DVC's cache nor its remote has {identity}; `dvc push` it from where it is") from error
+
+
+def with_repository(root: Path, do: Callable[[Any], T]) -> T:
+    """`do(dvc.repo.Repo)`, one after another with whoever else wants the repository.
+
+    Raises UserError when a `dvc` command keeps it locked for a minute.
+    """
     from dvc.lock import LockError
     from dvc.repo import Repo
     from filelock import FileLock, Timeout
@@ -36,21 +130,21 @@ def track(path: Path) -> str:
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            # DVC's own lock makes all but one of several adds fail: ours queues them.
+            # DVC's own lock makes all but one of several commands fail: ours queues them.
             with FileLock(root / ".dvc" / "tmp" / "metapeft-add.lock", timeout=LOCK_SECONDS), Repo(str(root)) as repo:
-                return str(repo.add(str(path))[0].outs[0].hash_info.value)
+                return do(repo)
         except (LockError, Timeout):  # a `dvc` command is at work
             if time.monotonic() > deadline:
                 raise UserError(
                     f"the DVC repository {root} stays locked; wait for the running dvc command, then try again"
                 ) from None
             time.sleep(0.2)
-        except DvcException as error:
-            log.info("not added to DVC: %s", error)
-            return computed
-        except OSError as error:
-            log.warning("%s was not added to DVC (%s); its content id is recorded all the same", path, error)
-            return computed
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
 
 
 def content_id(path: Path) -> str:
