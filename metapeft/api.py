@@ -68,14 +68,13 @@ def recommend(
     (The pipeline's own recommendation, made before its sweep, does not change because of the sweep's trials.) options:
     backbone, seed, params.
     """
-    from metapeft.meta.experience import Experience
     from metapeft.stages.recommend import ranked
 
     wanted = {"prefer": prefer, "max_seconds": max_seconds, "max_memory_mb": max_memory_mb}
     settings = settings_for(task, recommend=wanted, **options)
     work = work or work_folder(settings)
     stages.run(PROFILED, settings, work)
-    return ranked(settings, work, Experience())
+    return ranked(settings, work)
 
 
 def sweep(

@@ -8,7 +8,10 @@ peak; bytes are exact for a fixed rank (AdaLoRA's ranks end up different per lay
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from metapeft.peft.adalora import AdaLoRAConfig
@@ -19,8 +22,11 @@ from metapeft.profiling import Profile
 from metapeft.profiling.shapes import Shapes
 from metapeft.profiling.speed import Speed
 from metapeft.training.configuration import TrainConfig, split
+from metapeft.training.trial import Trial
 
 MB = 2**20
+RECENT = 200  # trials that costs are corrected by
+SHRINK = 1.0
 PADDING = 1.2  # time per token: padding within groups of similar length, and workers that wait for each other
 SAMPLE = 64  # validation examples scored during training
 CHUNK_TOKENS = 288  # tokens evaluated at once, per worker
@@ -52,6 +58,59 @@ def cost(configuration: dict[str, Any], profile: Profile, speed: Speed, steps: i
         adapter_bytes=adapter_bytes(method, profile.shapes, matrices),
         trained_parameters=parameters,
     )
+
+
+def corrected(
+    configurations: Sequence[dict[str, Any]],
+    profile: Profile,
+    speed: Speed,
+    steps: int,
+    trials: Sequence[Trial],
+    profiles: Mapping[tuple[str, str], Profile],
+) -> list[Cost]:
+    """Costs, corrected by how long trials on this kind of device really took and what memory they had.
+
+    Of all trials, then of the method's, then of the task's, in turn: what is left to correct is the median ratio, drawn
+    towards none as if SHRINK more trials had gone as predicted.
+    """
+    ratios = []
+    for trial in [t for t in trials if t.status == "ok" and t.device == speed.measured.get("device") and t.seconds > 0][
+        -RECENT:
+    ]:
+        known = (
+            profile
+            if trial.task_version == profile.task_version
+            else profiles.get((trial.task_version, trial.backbone))
+        )
+        if known is not None and trial.backbone == known.backbone:
+            before = cost(trial.configuration, known, speed, trial.budget)
+            took = (
+                math.log(trial.seconds / before.seconds),
+                math.log(max(1.0, trial.peak_memory_mb) / before.peak_memory_mb),
+            )
+            ratios.append((trial.method, trial.task_version, took))
+
+    def factors(method: str) -> tuple[float, float]:
+        logs = [0.0, 0.0]
+        subsets = (
+            [took for _, _, took in ratios],
+            [took for m, _, took in ratios if m == method],
+            [took for _, version, took in ratios if version == profile.task_version],
+        )
+        for subset in subsets:
+            for k in range(2):
+                left = sorted(took[k] - logs[k] for took in subset)
+                if left:
+                    logs[k] += median(left) * len(left) / (len(left) + SHRINK)
+        return math.exp(logs[0]), math.exp(logs[1])
+
+    by_method = {method: factors(method) for method in {c["method"] for c in configurations}}
+    found = []
+    for configuration in configurations:
+        c = cost(configuration, profile, speed, steps)
+        time, memory = by_method[configuration["method"]]
+        found.append(Cost(c.seconds * time, c.peak_memory_mb * memory, c.adapter_bytes, c.trained_parameters))
+    return found
 
 
 def adapted(method: Any, shapes: Shapes) -> dict[str, tuple[int, int]]:

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
+from metapeft.meta.gains import gain, room
+from metapeft.meta.unfinished import Remaining, fraction
 from metapeft.peft import METHODS
 from metapeft.profiling.profiles import SCALES
 from metapeft.training.configuration import full
 from metapeft.training.trial import Score, Trial
 
 FEATURES = ("hint", *SCALES)
-FLOOR = 0.05  # of a range: keeps gains finite where the backbone is nearly perfect already (or nearly always wrong)
 
 Configuration = dict[str, Any]
 
@@ -82,26 +83,6 @@ class Observation:
         return key(self.configuration)
 
 
-def gain(score: float, untuned: float) -> float:
-    """The share of the untuned backbone's errors that are gone, or (below 0) of its hits that are lost; in [-1, 1]."""
-    change = score - untuned
-    return min(1.0, max(-1.0, change / room(untuned, change >= 0)))
-
-
-def room(untuned: float, up: bool = True) -> float:
-    """How much score there is to win, or to lose."""
-    return max(FLOOR, 1 - untuned if up else untuned)
-
-
-def score(gains: np.ndarray, untuned: np.ndarray | float) -> np.ndarray:
-    """The inverse of `gain`, in [0, 1]."""
-    untuned = np.asarray(untuned)
-    up = np.clip(gains, 0, 1) * np.maximum(FLOOR, 1 - untuned)
-    down = np.clip(-gains, 0, 1) * np.maximum(FLOOR, untuned)
-    clipped: np.ndarray = np.clip(untuned + up - down, 0, 1)
-    return clipped
-
-
 @lru_cache(maxsize=1)
 def _defaults() -> dict[str, Configuration]:
     return {method: full({"method": method}) for method in METHODS}
@@ -119,13 +100,17 @@ def key(configuration: Configuration) -> str:
 
 
 def gather(
-    trials: Iterable[Trial], features: dict[tuple[str, str], dict[str, float]], untuned: dict[str, float] | None = None
+    trials: Iterable[Trial],
+    features: Mapping[tuple[str, str], dict[str, float]],
+    untuned: Mapping[str, float] | None = None,
+    remaining: Remaining | None = None,
 ) -> list[Observation]:
     """One observation per (task, backbone, configuration, steps), in an order that the trials' order does not change.
 
     features: by (task version, backbone). untuned: scores of the untuned backbone by task version, for trials that do
-    not carry their own.
+    not carry their own. remaining: what trials that were stopped would have gained still.
     """
+    remaining = remaining or Remaining()
     groups: dict[tuple[Any, ...], list[tuple[Trial, float]]] = {}
     for trial in trials:
         base = trial.untuned_score.value if trial.untuned_score else (untuned or {}).get(trial.task_version)
@@ -150,19 +135,20 @@ def gather(
                 features.get((version, backbone)),
             ),
         )
-        found.append(_averaged(task, steps, group))
+        found.append(_averaged(task, steps, group, remaining))
     return found
 
 
-def _averaged(task: Known, steps: int, group: Sequence[tuple[Trial, float]]) -> Observation:
+def _averaged(task: Known, steps: int, group: Sequence[tuple[Trial, float]], remaining: Remaining) -> Observation:
     gains, errors, scores, validations, losses = [], [], [], [], []
     for trial, base in group:
         measured = trial.score or trial.validation
         lost = trial.status == "diverged" or measured is None
         value = base if lost or measured is None else measured.value
         error = 0.0 if lost or measured is None else measured.standard_error
-        gains.append(gain(value, base))
-        errors.append(error / room(base))
+        more, unsure = remaining.at(fraction(trial)) if trial.status == "stopped" else (0.0, 0.0)
+        gains.append(min(1.0, gain(value, base) + more))
+        errors.append(math.hypot(error / room(base), unsure))
         if lost or trial.score is not None:
             scores.append(value)
         if trial.validation is not None and not lost:

@@ -78,6 +78,18 @@ class Experience:
         """Every trial once, in the order in which they started."""
         return [_trial(record) for record in self._records()]
 
+    def state(self) -> tuple[tuple[str, int, int], ...]:
+        """Changes whenever the trials may have changed: cheap to ask, for whoever keeps what was made of them."""
+        beneath = sorted(self.shipped.glob("*.parquet")) if self.shipped is not None else []
+        found = []
+        for path in (*self._segments(), *self._tables(), *beneath):
+            try:
+                looks = path.stat()
+            except FileNotFoundError:
+                continue  # compacted since
+            found.append((str(path), looks.st_size, looks.st_mtime_ns))
+        return tuple(found)
+
     def frame(self) -> pd.DataFrame:
         """One row per trial. Scores become columns such as `score`, `score_standard_error`, `score_loss`; every
         hyperparameter a column such as `configuration.learning_rate`; `curve` and `versions` hold Python objects."""

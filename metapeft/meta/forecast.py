@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metapeft.meta import evidence
+from metapeft.meta import gains as scale
 from metapeft.meta.evidence import Configuration, Known, Observation
 from metapeft.meta.model import Conditioned, Model
 
@@ -22,9 +22,11 @@ CLOSE = 0.01  # of the score: as good as the best
 
 @dataclass(frozen=True)
 class Forecast:
-    """draws: (DRAWS, n) test scores in [0, 1]; the arrays below have one entry per configuration."""
+    """draws: (DRAWS, n) test scores in [0, 1]; start: (DRAWS,) those of the untuned backbone; the arrays below have one
+    entry per configuration."""
 
     draws: np.ndarray
+    start: np.ndarray
     mean: np.ndarray
     p_best: np.ndarray
     p_within: np.ndarray  # within CLOSE of the best of those listed
@@ -58,17 +60,18 @@ def drawn(
     # A training's own luck, and which examples the test split has: partly the same for all configurations.
     value, error = untuned
     start = np.clip(value + error * random.standard_normal((DRAWS, 1)), 0, 1)
-    expected = evidence.score(mean, np.clip(value, 0, 1))
-    examples = np.sqrt(expected * (1 - expected) / max(1, tests)) / evidence.room(value)
+    expected = scale.score(mean, np.clip(value, 0, 1))
+    examples = np.sqrt(expected * (1 - expected) / max(1, tests)) / scale.room(value)
     own = min(1.0, model.deviations["sampling"])
     luck = np.sqrt(model.deviations["seed"] ** 2 + (own * examples) ** 2) * random.standard_normal(away.shape)
     common = np.sqrt(1 - own**2) * examples * random.standard_normal((DRAWS, 1))
     gains = mean + scaled(model, away + luck + common)
-    scores = evidence.score(gains, start)
+    scores = scale.score(gains, start)
     top = scores.max(axis=1, keepdims=True)
     ties = scores == top
     return Forecast(
         draws=scores,
+        start=start[:, 0],
         mean=scores.mean(axis=0),
         p_best=(ties / ties.sum(axis=1, keepdims=True)).mean(axis=0),
         p_within=(scores >= top - CLOSE).mean(axis=0),

@@ -23,6 +23,7 @@ import numpy as np
 from metapeft.meta import prior
 from metapeft.meta.embedding import Metric, plain
 from metapeft.meta.evidence import FEATURES, Configuration, Known, Observation, key
+from metapeft.meta.unfinished import Remaining
 
 MOST = 1200  # observations that variances are fitted to
 STEPS = 40  # of the optimizer
@@ -53,6 +54,7 @@ class Model:
     length: float = 1.0  # of the similarity kernel, in the metric's distances
     level_scale: float = 1.0  # factors by which uncertainty is too small, found on tasks left out: of a task's level,
     choice_scale: float = 1.0  # and of how configurations differ on it
+    remaining: Remaining = field(default_factory=Remaining)  # what a learning curve that broke off leaves open
 
     def variance(self, name: str) -> float:
         """Of a term; what similar tasks may not teach (1 - reach) is the task's own."""
@@ -69,6 +71,7 @@ class Model:
             "length": self.length,
             "level_scale": self.level_scale,
             "choice_scale": self.choice_scale,
+            "remaining": self.remaining.to_json(),
         }
 
     @classmethod
@@ -76,7 +79,12 @@ class Model:
         """Raises KeyError, TypeError or ValueError for a record that is none."""
         numbers = {name: float(record[name]) for name in ("reach", "length", "level_scale", "choice_scale")}
         deviations = {name: float(record["deviations"][name]) for name in prior.DEVIATIONS}
-        return cls(deviations=deviations, metric=Metric.from_json(record["metric"]), **numbers)
+        return cls(
+            deviations=deviations,
+            metric=Metric.from_json(record["metric"]),
+            remaining=Remaining.from_json(record["remaining"]),
+            **numbers,
+        )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ DEVIATIONS = {
     "overall": 0.2,  # everywhere: the portfolio may be too hopeful, or not hopeful enough
     "method": 0.1,
     "configuration": 0.15,
-    "task": 0.2,  # the level of one task
+    "task": 0.3,  # the level of one task
     "task_linear": 0.2,  # of that level, what the profile says
     "task_similar": 0.1,  # and what similar tasks say
     "task_method": 0.1,

@@ -1,45 +1,54 @@
 """Which configurations to use on a task, how good they will be, how sure that is, and what they cost.
 
-Scores. What is measured is the untuned backbone's score, what a linear probe reaches, and, where there are any, trials.
-Everything else is the belief of `metapeft.meta.beliefs` about gains, drawn from DRAWS times together for all
-configurations: a draw's score lies between 0 and 1, the untuned score being where gain 0 is, so the interval is as wide
-as the range that is left and the belief allow. `low` and `high` bound the score to be measured on the task's test split
-with probability `level`, its sampling error included; `p_best` and `p_within_1pct` are shares of draws in which the
-configuration is the best of those listed, and within 0.01 of the best.
+Scores are those that `metapeft.meta.forecast` draws from the meta-model: what would be measured on the task's test split
+if every configuration were trained once. `score` holds the 90 % interval and `likely` the 80 % one; `p_best` and
+`p_within_1pct` are the chances to be the best of those listed, and within 0.01 of the best.
 
-Evidence. Trials of the same task and backbone always count; trials of other tasks once there are LEAST_TASKS of them.
-With neither the basis is "portfolio": the intervals then say how little is known.
+Evidence. Trials of the same task always count; trials of other tasks once there are LEAST_TASKS of them. With neither
+the basis is "portfolio": too little evidence, the intervals say how little is known. Evidence on another backbone counts
+for less, and the intervals are wider by what backbones may differ in. Where tuning has an even chance to win nothing that
+matters over the untuned backbone, the advice is to leave it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from metapeft.data.task import Task
 from metapeft.errors import UserError
-from metapeft.meta import beliefs
-from metapeft.meta.costs import Cost, cost
+from metapeft.meta import costs, versions
+from metapeft.meta.costs import Cost
+from metapeft.meta.evidence import Configuration, Known, Observation, complete, families, key
 from metapeft.meta.experience import Experience
+from metapeft.meta.forecast import CLOSE, Forecast, forecast
+from metapeft.meta.knowledge import Knowledge, knowledge
+from metapeft.meta.model import Conditioned, Model
 from metapeft.meta.portfolio import portfolio
+from metapeft.meta.threads import one_thread
 from metapeft.peft import METHODS
-from metapeft.profiling import Profile, known_profiles
+from metapeft.profiling import Profile
 from metapeft.profiling import speed as speeds
 from metapeft.profiling.speed import Speed
 from metapeft.settings import Prefer, Settings
 from metapeft.training.trial import Trial
 
 Basis = Literal["experience", "portfolio"]
-LEVEL = 0.9
-DRAWS = 4000
+LEVEL, LIKELY = 0.9, 0.8
 LEAST_TASKS = 5  # other tasks with trials before they say anything about this one
 LEAST_SEEN = 3  # other tasks on which a configuration was tried before it is recommended
 MOST_TRIED = 20  # configurations tried on this task that are listed beside the portfolio
+MOST_OFTEN = 40  # and configurations tried on other tasks, the most often tried first
+MOST_KNOWN = 2500  # observations of other tasks that a recommendation rests on
 NEIGHBOURS = 5
+ENOUGH = 0.5  # chance that tuning gains nothing that matters, from which on it is not advised
 # What a tenfold saving of (seconds, memory) is worth, in score.
 WORTH: dict[Prefer, tuple[float, float]] = {
     "accuracy": (0.0, 0.0),
@@ -47,6 +56,15 @@ WORTH: dict[Prefer, tuple[float, float]] = {
     "speed": (0.2, 0.0),
     "memory": (0.0, 0.2),
 }
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Holds the score to be measured with probability `level`."""
+
+    low: float
+    high: float
+    level: float
 
 
 @dataclass(frozen=True)
@@ -65,8 +83,9 @@ class Recommended:
 
     rank: int
     method: str
-    configuration: dict[str, Any]
+    configuration: Configuration
     score: Prediction
+    likely: Interval
     p_best: float
     p_within_1pct: float
     seconds: float
@@ -75,17 +94,37 @@ class Recommended:
 
 
 @dataclass(frozen=True)
+class Untuned:
+    """The backbone as it is. p_enough: the chance that the first choice does not beat it by 0.01."""
+
+    score: float
+    standard_error: float
+    p_enough: float
+
+
+@dataclass(frozen=True)
 class Neighbour:
-    """A known task; similarity 1 is the same profile, 0 is nothing in common."""
+    """A known task; similarity 1 fares like this one with every configuration, 0 says nothing. `best`: what worked there."""
 
     task: str
     similarity: float
+    best: dict[str, Any]  # method, configuration, score, untuned
 
 
 @dataclass(frozen=True)
 class Recommendation:
+    """`advice`: the answer in a sentence or two. `model`: version of the meta-model; `tasks`, `trials`: what it rests on."""
+
+    id: str
     task: str
+    task_version: str
+    backbone: str
     basis: Basis
+    advice: str
+    model: int
+    tasks: int
+    trials: int
+    untuned: Untuned
     recommendations: tuple[Recommended, ...]
     neighbours: tuple[Neighbour, ...]
 
@@ -95,9 +134,19 @@ class Recommendation:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Recommendation:
-        entries = [Recommended(**{**r, "score": Prediction(**r["score"])}) for r in record["recommendations"]]
-        neighbours = [Neighbour(**n) for n in record["neighbours"]]
-        return cls(record["task"], record["basis"], tuple(entries), tuple(neighbours))
+        parts = {"score": Prediction, "likely": Interval}
+        entries = [
+            Recommended(**{**r, **{name: part(**r[name]) for name, part in parts.items()}})
+            for r in record["recommendations"]
+        ]
+        return cls(
+            **{
+                **record,
+                "untuned": Untuned(**record["untuned"]),
+                "recommendations": tuple(entries),
+                "neighbours": tuple(Neighbour(**n) for n in record["neighbours"]),
+            }
+        )
 
 
 def recommend(
@@ -106,108 +155,165 @@ def recommend(
     settings: Settings,
     experience: Experience | None = None,
     speed: Speed | None = None,
+    own: bool = True,
 ) -> Recommendation:
     """Ranked configurations, by expected score less what the preference makes of their cost.
 
     experience: None is the one in METAPEFT_HOME. speed: this machine's; None is the one that was measured together with
-    the profile. Raises UserError when the budgets exclude every configuration.
+    the profile. own: whether trials of this very task count. Raises UserError when the budgets exclude every configuration.
     """
     speed = speed or speeds.read(profile.backbone_content) or nominal_speed(profile)
-    trials = [
-        t for t in (experience or Experience()).trials() if t.backbone == profile.backbone and t.method in METHODS
-    ]
-    own = [t for t in trials if t.task_version == task.version]
-    others = [t for t in trials if t.task_version != task.version]
-    if len({t.task_version for t in others}) < LEAST_TASKS:
-        others = []
-    steps = settings.train.steps
-    untuned = profile.features["zero_shot_score"]
-    observations = observe([*own, *others], steps, {task.version: untuned})
-    seen = {o.task for o in observations}
-
-    candidates = _candidates(profile.shapes.depth, own, others)
-    costs = _corrected([cost(c, profile, speed, steps) for c in candidates], own, profile, speed)
-    feasible = _feasible(candidates, costs, settings)
-    candidates, costs = [candidates[i] for i in feasible], [costs[i] for i in feasible]
-
-    known = [*observations, *hint(profile, task)]
-    mean, covariance = beliefs.posterior(task.version, [beliefs.complete(c) for c in candidates], known)
-    predictions, best, within = _predict(mean, covariance, untuned, profile, len(task.test))
-    worth = _utility(predictions, costs, settings.recommend.prefer)
-    order = sorted(range(len(candidates)), key=lambda i: (-worth[i], costs[i].seconds))
-    return Recommendation(
-        task=task.name,
-        basis="experience" if seen else "portfolio",
-        recommendations=tuple(
-            Recommended(
-                rank=rank,
-                method=candidates[i]["method"],
-                configuration=candidates[i],
-                score=predictions[i],
-                p_best=round(float(best[i]), 4),
-                p_within_1pct=round(float(within[i]), 4),
-                seconds=round(costs[i].seconds, 1),
-                peak_memory_mb=round(costs[i].peak_memory_mb, 1),
-                adapter_bytes=costs[i].adapter_bytes,
-            )
-            for rank, i in enumerate(order, 1)
-        ),
-        neighbours=neighbours(profile, {t.task_version: t.task for t in trials if t.task_version in seen}),
+    version = versions.champion()
+    known = knowledge(experience)
+    place = (task.version, profile.backbone)
+    trials = [t for t in known.trials if t.method in METHODS and (own or t.task_version != task.version)]
+    mine = [t for t in trials if (t.task_version, t.backbone) == place]
+    here = Known(
+        task.version,
+        profile.backbone,
+        task.name,
+        families().get(task.name, task.name),
+        len(task.train),
+        profile.features,
     )
+    evidence = _evidence(known, version.model, here, own)
+    with one_thread():
+        conditioned = _conditioned(version.model, evidence)
+        others = [t for t in trials if t.task_version != task.version and t.backbone == profile.backbone]
+        candidates = _candidates(profile.shapes.depth, mine, others if len(evidence) else [])
+        needs = costs.corrected(candidates, profile, speed, settings.train.steps, trials, known.profiles)
+        feasible = _feasible(candidates, needs, settings)
+        candidates, needs = [candidates[i] for i in feasible], [needs[i] for i in feasible]
+        untuned = _untuned(mine, profile)
+        whole = [complete(c) for c in candidates]
+        told = forecast(conditioned, here, whole, settings.train.steps, untuned, len(task.test))
+    order = _ordered(told, needs, settings.recommend.prefer)
+    bounds = {level: told.interval(level) for level in (LEVEL, LIKELY)}
+    entries = tuple(
+        Recommended(
+            rank=rank,
+            method=candidates[i]["method"],
+            configuration=candidates[i],
+            score=Prediction(_r(told.mean[i]), _r(bounds[LEVEL][0][i]), _r(bounds[LEVEL][1][i])),
+            likely=Interval(_r(bounds[LIKELY][0][i]), _r(bounds[LIKELY][1][i]), LIKELY),
+            p_best=_r(told.p_best[i]),
+            p_within_1pct=_r(told.p_within[i]),
+            seconds=round(needs[i].seconds, 1),
+            peak_memory_mb=round(needs[i].peak_memory_mb, 1),
+            adapter_bytes=needs[i].adapter_bytes,
+        )
+        for rank, i in enumerate(order, 1)
+    )
+    enough = _r(float((told.draws[:, order[0]] <= told.start + CLOSE).mean()))
+    found = Recommendation(
+        id="",
+        task=task.name,
+        task_version=task.version,
+        backbone=profile.backbone,
+        basis="experience" if evidence else "portfolio",
+        advice="",
+        model=version.number,
+        tasks=len({o.task for o in evidence if o.task != here}),
+        trials=sum(o.repeats for o in evidence),
+        untuned=Untuned(_r(untuned[0]), _r(untuned[1]), enough),
+        recommendations=entries,
+        neighbours=neighbours(version.model, here, evidence, known),
+    )
+    found = replace(found, advice=_advice(found, evidence))
+    text = json.dumps(found.to_json(), sort_keys=True)
+    return replace(found, id=hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
-def observe(trials: Sequence[Trial], steps: int, untuned: dict[str, float]) -> list[beliefs.Observation]:
-    """What trials say about gains at a budget of `steps`, averaged over trials of one configuration on one task.
-
-    untuned: scores of the untuned backbone by task version, for trials that do not carry their own. A diverged training
-    leaves the backbone untuned: gain 0. Trials that failed for other reasons, or were never scored, say nothing.
-    """
-    groups: dict[tuple[str, str], list[tuple[dict[str, Any], float, float]]] = {}
-    for trial in trials:
-        base = trial.untuned_score.value if trial.untuned_score else untuned.get(trial.task_version)
-        found = trial.score or trial.validation
-        if (
-            base is None
-            or trial.status in ("out_of_memory", "failed")
-            or (found is None and trial.status != "diverged")
-        ):
-            continue
-        configuration = beliefs.complete(trial.configuration)
-        measured, error = 0.0, 0.0
-        if trial.status != "diverged" and found is not None:
-            measured = beliefs.gain(found.value, base)
-            error = found.standard_error / max(beliefs.FLOOR, 1 - base)
-        budget = beliefs.DOUBLING * math.log2(max(1, trial.budget) / steps)
-        noise = math.sqrt(error**2 + beliefs.SEED**2 + budget**2)
-        groups.setdefault((trial.task_version, beliefs.key(configuration)), []).append((configuration, measured, noise))
-    result = []
-    for (version, _), measurements in groups.items():
-        weights = np.array([1 / noise**2 for _, _, noise in measurements])
-        value = float(weights @ [m for _, m, _ in measurements] / weights.sum())
-        result.append(beliefs.Observation(version, measurements[0][0], value, float(1 / math.sqrt(weights.sum()))))
-    return result
+def _r(value: float) -> float:
+    return round(float(value), 4)
 
 
-def hint(profile: Profile, task: Task) -> list[beliefs.Observation]:
-    """What can be learned without tuning, as a vague observation of the task's level: the better of a linear probe on
-    frozen features and always naming the commonest label. Tuning can see more than they do: less than is expected
-    anyway says nothing. Only for tasks that are scored as they are, by accuracy."""
-    features = profile.features
-    reached = max(features["probe_accuracy"], features["majority_share"])
-    gain = beliefs.gain(reached, features["zero_shot_score"])
-    if task.metric != "accuracy" or gain <= beliefs.expected({}):
-        return []
-    return [beliefs.Observation(task.version, {}, gain, beliefs.HINT)]
+def _evidence(known: Knowledge, model: Model, here: Known, own: bool) -> list[Observation]:
+    """What counts for a task: its own observations, with its profile as it is now, and those of enough other tasks."""
+    observed = known.observations(model.remaining)
+    mine = [replace(o, task=here) for o in observed if o.task == here] if own else []
+    others = [o for o in observed if o.task.version != here.version]
+    if len({o.task.version for o in others}) < LEAST_TASKS:
+        others = []
+    if len(others) > MOST_KNOWN:  # the backbone's own first, then all tasks alike
+        order = np.random.default_rng(0).permutation(len(others))
+        first = sorted(order, key=lambda i: others[i].task.backbone != here.backbone)[:MOST_KNOWN]
+        others = [others[i] for i in sorted(first)]
+    return [*mine, *others]
 
 
-def neighbours(profile: Profile, known: dict[str, str]) -> tuple[Neighbour, ...]:
-    """The tasks (version -> name) with the most similar embeddings, of those whose profile is in METAPEFT_HOME."""
-    here = np.array(profile.embedding)
-    found = []
-    for other in known_profiles(profile.backbone_content):
-        if other.task_version in known and other.task_version != profile.task_version:
-            distance = float(np.mean((here - np.array(other.embedding)) ** 2))
-            found.append(Neighbour(known[other.task_version], round(math.exp(-0.5 * distance), 4)))
+_last: list[tuple[Model, list[Observation], Conditioned]] = []
+
+
+def _conditioned(model: Model, evidence: list[Observation]) -> Conditioned:
+    """The last few are kept: a server is asked about one new task after another, by the same evidence."""
+    for before, same, found in _last:
+        if before is model and same == evidence:
+            return found
+    found = Conditioned(model, evidence)
+    _last.insert(0, (model, evidence, found))
+    del _last[2:]
+    return found
+
+
+def _untuned(own: Sequence[Trial], profile: Profile) -> tuple[float, float]:
+    """The untuned backbone's score and its standard error: measured on the test split, else by the profile."""
+    for trial in own:
+        if trial.untuned_score is not None:
+            return trial.untuned_score.value, 0.0
+    return profile.features["zero_shot_score"], profile.features["zero_shot_standard_error"]
+
+
+def _ordered(told: Forecast, needs: list[Cost], prefer: Prefer) -> list[int]:
+    time, memory = WORTH[prefer]
+    worth = [
+        told.mean[i] - time * math.log10(max(c.seconds, 1e-3)) - memory * math.log10(max(c.peak_memory_mb, 1.0))
+        for i, c in enumerate(needs)
+    ]
+    return sorted(range(len(needs)), key=lambda i: (-worth[i], needs[i].seconds))
+
+
+def _advice(found: Recommendation, evidence: list[Observation]) -> str:
+    first, untuned = found.recommendations[0], found.untuned
+    said = []
+    if untuned.p_enough >= ENOUGH:
+        said.append(
+            f"The untuned backbone ({untuned.score:.3f}) is probably good enough: the chance that {first.method} does not"
+            f" beat it by 0.01 is {untuned.p_enough:.0%}."
+        )
+    else:
+        said.append(f"Use {first.method}; {first.p_within_1pct:.0%} sure that it is within 0.01 of the best listed.")
+    if found.basis == "portfolio":
+        said.append("There is too little evidence on other tasks: this is the portfolio, what usually does well.")
+    elif evidence and all(o.task.backbone != found.backbone for o in evidence):
+        said.append("All evidence is from other backbones: the intervals are wider for it.")
+    return " ".join(said)
+
+
+def neighbours(model: Model, here: Known, evidence: list[Observation], known: Knowledge) -> tuple[Neighbour, ...]:
+    """The tasks that are nearest by the learned metric, with the best that was measured there."""
+    best: dict[Known, Observation] = {}
+    for o in evidence:
+        profiled = o.task != here and o.task.features is not None and o.task.backbone == here.backbone
+        if profiled and math.isfinite(o.score) and (o.task not in best or o.score > best[o.task].score):
+            best[o.task] = o
+    if not best:
+        return ()
+    tasks = list(best)
+    similarity = model.metric.similarity([here], tasks, model.length)[0]
+    found = [
+        Neighbour(
+            task.name,
+            _r(similarity[i]),
+            {
+                "method": best[task].configuration["method"],
+                "configuration": short(best[task].configuration),
+                "score": _r(best[task].score),
+                "untuned": _r(known.untuned.get(task.version, math.nan)) if task.version in known.untuned else None,
+            },
+        )
+        for i, task in enumerate(tasks)
+    ]
     return tuple(sorted(found, key=lambda n: (-n.similarity, n.task))[:NEIGHBOURS])
 
 
@@ -219,47 +325,36 @@ def nominal_speed(profile: Profile) -> Speed:
     return Speed(forward, 2 * forward, head, 2 * head, 0.0, {})
 
 
-def _candidates(depth: int, own: list[Trial], others: list[Trial]) -> list[dict[str, Any]]:
+def _candidates(depth: int, own: list[Trial], others: list[Trial]) -> list[Configuration]:
     """The portfolio, what was tried on this task, and what was tried on enough others; short forms, each once."""
     tried = [t for t in own if t.score or t.validation]
-    tried = sorted(tried, key=lambda t: -(t.score or t.validation).value)[:MOST_TRIED]  # type: ignore[union-attr]
+    tried = sorted(tried, key=lambda t: (-(t.score or t.validation).value, t.id))[:MOST_TRIED]  # type: ignore[union-attr]
     tasks: dict[str, set[str]] = {}
+    configurations: dict[str, Configuration] = {}
     for trial in others:
-        tasks.setdefault(beliefs.key(trial.configuration), set()).add(trial.task_version)
-    often = [t for t in others if len(tasks[beliefs.key(t.configuration)]) >= LEAST_SEEN]
-    impossible = {beliefs.key(t.configuration) for t in own if t.status == "out_of_memory"}
-    found: dict[str, dict[str, Any]] = {}
-    for configuration in (*portfolio(depth), *(t.configuration for t in (*tried, *often))):
-        key = beliefs.key(configuration)
-        if key not in impossible:
-            found.setdefault(key, short(configuration))
+        place = key(trial.configuration)
+        tasks.setdefault(place, set()).add(trial.task_version)
+        configurations.setdefault(place, trial.configuration)
+    counts = Counter({place: len(seen) for place, seen in tasks.items() if len(seen) >= LEAST_SEEN})
+    often = [configurations[place] for place in sorted(counts, key=lambda p: (-counts[p], p))[:MOST_OFTEN]]
+    impossible = {key(t.configuration) for t in own if t.status == "out_of_memory"}
+    found: dict[str, Configuration] = {}
+    for configuration in (*portfolio(depth), *(t.configuration for t in tried), *often):
+        place = key(configuration)
+        if place not in impossible:
+            found.setdefault(place, short(configuration))
     return list(found.values())
 
 
-def short(configuration: dict[str, Any]) -> dict[str, Any]:
+def short(configuration: Configuration) -> Configuration:
     """Without the values that are defaults anyway, except method, learning rate and batch size."""
-    usual = beliefs.complete({"method": configuration["method"]})
+    usual = complete({"method": configuration["method"]})
     named = ("method", "learning_rate", "batch_size")
-    chosen = beliefs.complete(configuration)
+    chosen = complete(configuration)
     return {key: chosen[key] for key in chosen if key in named or chosen[key] != usual[key]}
 
 
-def _corrected(predicted: list[Cost], own: list[Trial], profile: Profile, speed: Speed) -> list[Cost]:
-    """Predicted costs, corrected by how long trials of this task really took and what memory they had."""
-    ratios = []
-    for trial in own:
-        if trial.status == "ok" and trial.device == speed.measured.get("device") and trial.seconds > 0:
-            before = cost(trial.configuration, profile, speed, trial.budget)
-            ratios.append((trial.seconds / before.seconds, trial.peak_memory_mb / before.peak_memory_mb))
-    if not ratios:
-        return predicted
-    # The median of few ratios is drawn towards 1: as if one more trial had gone as predicted.
-    share = len(ratios) / (len(ratios) + 1)
-    time, memory = (math.exp(share * float(np.median(np.log(r)))) for r in zip(*ratios, strict=True))
-    return [Cost(c.seconds * time, c.peak_memory_mb * memory, c.adapter_bytes, c.trained_parameters) for c in predicted]
-
-
-def _feasible(candidates: list[dict[str, Any]], costs: list[Cost], settings: Settings) -> list[int]:
+def _feasible(candidates: list[Configuration], costs: list[Cost], settings: Settings) -> list[int]:
     limits = (
         ("max_seconds", settings.recommend.max_seconds, [c.seconds for c in costs], "s"),
         ("max_memory_mb", settings.recommend.max_memory_mb, [c.peak_memory_mb for c in costs], "MB"),
@@ -282,32 +377,3 @@ def _feasible(candidates: list[dict[str, Any]], costs: list[Cost], settings: Set
                 " the task's size"
             )
     return left
-
-
-def _predict(
-    mean: np.ndarray, covariance: np.ndarray, untuned: float, profile: Profile, tests: int
-) -> tuple[list[Prediction], np.ndarray, np.ndarray]:
-    random = np.random.default_rng(0)
-    values, vectors = np.linalg.eigh(covariance)
-    root = vectors * np.sqrt(np.maximum(values, 0))
-    gains = mean + random.standard_normal((DRAWS, len(mean))) @ root.T
-    error = profile.features["zero_shot_standard_error"]
-    start = np.clip(untuned + error * random.standard_normal((DRAWS, 1)), 0, 1)
-    scores = beliefs.score(gains, start)
-    sampling = np.sqrt(scores * (1 - scores) / max(1, tests)) * random.standard_normal(scores.shape)
-    low, high = np.quantile(np.clip(scores + sampling, 0, 1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    top = scores.max(axis=1, keepdims=True)
-    ties = scores == top
-    best = (ties / ties.sum(axis=1, keepdims=True)).mean(axis=0)
-    within = (scores >= top - 0.01).mean(axis=0)
-    means = scores.mean(axis=0)
-    rounded = [[round(float(x), 4) for x in column] for column in (means, low, high)]
-    return [Prediction(*three) for three in zip(*rounded, strict=True)], best, within
-
-
-def _utility(predictions: list[Prediction], costs: list[Cost], prefer: Prefer) -> list[float]:
-    time, memory = WORTH[prefer]
-    return [
-        p.mean - time * math.log10(max(c.seconds, 1e-3)) - memory * math.log10(max(c.peak_memory_mb, 1.0))
-        for p, c in zip(predictions, costs, strict=True)
-    ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from metapeft.settings import home
 if TYPE_CHECKING:
     from metapeft.backbones import Backbone
 
+SHIPPED = Path(__file__).parent / "shipped"  # profiles of the tasks of the shipped experience
 VERSION = "1"  # a change of what is measured, or how, needs a new one
 
 
@@ -88,10 +90,20 @@ def measure(task: Task, backbone: Backbone) -> Profile:
     )
 
 
-def known_profiles(backbone_content: str) -> list[Profile]:
-    """All profiles in METAPEFT_HOME of this version and backbone."""
-    found = (_read(path) for path in sorted((home() / "profiles").glob(f"*-{backbone_content}-{VERSION}.json")))
-    return [p for p in found if p is not None]
+def every_profile() -> dict[tuple[str, str], Profile]:
+    """All profiles of this version that are known, by (task version, backbone): those that ship with the experience, and
+    on top of them those in METAPEFT_HOME."""
+    found: dict[tuple[str, str], Profile] = {}
+    for path in (*sorted(SHIPPED.glob("*.json")), *sorted((home() / "profiles").glob(f"*-{VERSION}.json"))):
+        profile = _remembered(path, path.stat().st_mtime_ns)
+        if profile is not None and profile.version == VERSION:
+            found[profile.task_version, profile.backbone] = profile
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _remembered(path: Path, changed: int) -> Profile | None:
+    return _read(path)
 
 
 def embed(features: dict[str, float]) -> tuple[float, ...]:

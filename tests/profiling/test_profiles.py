@@ -13,7 +13,7 @@ from metapeft import profiling
 from metapeft.backbones import Backbone
 from metapeft.data.task import Example, Task
 from metapeft.errors import UserError
-from metapeft.profiling import Profile, known_profiles, profile, profiles
+from metapeft.profiling import Profile, every_profile, profile, profiles
 from tests.backbones.tiny import CONTEXT, tiny
 from tests.profiling.tasks import chat, classification, generation
 
@@ -50,7 +50,7 @@ def test_it_is_measured_once_and_the_same_every_time(
     (path,) = (home / "profiles").glob("*.json")
     path.write_text(path.read_text()[:100])  # as a full disk would leave it
     assert profile(task, llama) == first
-    assert known_profiles(llama.content_id) == [first] and known_profiles("other") == []
+    assert list(every_profile().values()) == [first]
     assert not list((home / "profiles").glob(".*"))
 
 
@@ -60,7 +60,7 @@ def test_other_data_other_metric_other_backbone_are_other_profiles(llama: Backbo
     assert profile(classification(seed=1), llama).embedding != base.embedding
     assert profile(task, tiny("llama", seed=1)).features["zero_shot_loss"] != base.features["zero_shot_loss"]
     assert profile(replace(task, metric="macro_f1"), llama).embedding != base.embedding
-    assert len(known_profiles(llama.content_id)) == 3
+    assert len(every_profile()) == 3
 
 
 def test_rows_that_cannot_be_profiled(llama: Backbone) -> None:

@@ -1,0 +1,227 @@
+"""Versions of the fitted meta-model in METAPEFT_HOME/meta: every one is kept, one is champion, and that can be undone.
+
+    meta/versions/0001.json    a model with what it was fitted to and how it was judged; written once, never changed
+    meta/champion.json         {"champion": 1, "before": [...]}, replaced as a whole
+
+Version 0 is the model that ships with the package, or the beliefs where none ships. Plain JSON of some fifty numbers: the
+evidence itself is the experience, which a recommendation always reads as it is now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metapeft.errors import UserError
+from metapeft.meta.evaluate import OURS, Judged, judge, judge_on
+from metapeft.meta.evidence import Observation
+from metapeft.meta.experience import SHIPPED
+from metapeft.meta.fitting import LEAST_TASKS, fit, groups
+from metapeft.meta.model import Model
+from metapeft.profiling import cache
+from metapeft.settings import home
+
+TOLERANCE = 1.0  # standard errors by which a challenger may look worse than the champion
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Version:
+    """`judged`: how the version did on families left out, against the champion of its time."""
+
+    number: int
+    model: Model
+    made: str = ""  # ISO 8601, UTC
+    tasks: int = 0
+    observations: int = 0
+    judged: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self), "model": self.model.to_json()}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train` did: the new version, and whether it became champion, and why."""
+
+    version: int
+    promoted: bool
+    reason: str
+    tasks: int
+    observations: int
+    challenger: dict[str, float]
+    champion: dict[str, float]
+    model: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def champion() -> Version:
+    """The version in force. A version that cannot be read gives way to the one before it."""
+    record = cache.read(_folder() / "champion.json") or {}
+    for number in [record.get("champion"), *reversed(record.get("before", []))]:
+        found = _read(_path(number)) if isinstance(number, int) and number > 0 else None
+        if found is not None:
+            return found
+    return shipped()
+
+
+def shipped() -> Version:
+    """Version 0."""
+    return _read(SHIPPED / "model.json") or Version(0, Model())
+
+
+def versions() -> list[Version]:
+    """All, the oldest first."""
+    found = [_read(path) for path in sorted((_folder() / "versions").glob("*.json"))]
+    return [shipped(), *(v for v in found if v is not None)]
+
+
+def train(observations: Sequence[Observation]) -> Trained:
+    """Fit a new version, judge it beside the champion on families left out, promote it unless it is worse.
+
+    The champion may have been fitted to the very tasks that it is judged on; the challenger is refitted without them each
+    time. So the judgement favours the champion, and a challenger within TOLERANCE takes its place. Raises UserError when
+    there are too few tasks.
+    """
+    known = {group[0].task.name for group in groups(observations)}
+    if len(known) < LEAST_TASKS:
+        raise UserError(
+            f"the experience has {len(known)} tasks with 3 configurations or more, fitting needs {LEAST_TASKS}; "
+            "run `metapeft experience grow`, or import an experience"
+        )
+    before, model = champion(), fit(observations)
+    ours = judge(observations, rival=())
+    theirs = judge(observations, lambda known: before.model, rival=())
+    worse, why = compared(ours, theirs)
+    judged: dict[str, Any] = {
+        "challenger": _means(ours),
+        "champion": _means(theirs),
+        "against": before.number,
+        "verdict": why,
+    }
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    new = _add(Version(0, model, made, len(known), len(observations), judged))
+    if not worse:
+        promote(new.number)
+    return Trained(
+        version=new.number,
+        promoted=not worse,
+        reason=why,
+        tasks=len(known),
+        observations=len(observations),
+        challenger=judged["challenger"],
+        champion=judged["champion"],
+        model=model.to_json(),
+    )
+
+
+def compared(challenger: Sequence[Judged], champion: Sequence[Judged]) -> tuple[bool, str]:
+    """Whether the challenger is worse, by regret or by CRPS, and a sentence. The same groups, in the same order."""
+    for name, values in (
+        ("regret", [(a.regret[OURS], b.regret[OURS]) for a, b in zip(challenger, champion, strict=True)]),
+        ("CRPS", [(np.mean(a.crps), np.mean(b.crps)) for a, b in zip(challenger, champion, strict=True)]),
+    ):
+        if len(values) < 2:
+            continue
+        difference = np.array([a - b for a, b in values], dtype=float)
+        error = float(difference.std(ddof=1) / np.sqrt(len(difference)))
+        if difference.mean() > TOLERANCE * error + 1e-12:
+            return True, f"{name} is worse by {difference.mean():.4f} ± {error:.4f} on tasks left out"
+    return False, "no worse than the champion on tasks left out"
+
+
+def promote(number: int) -> Version:
+    """Make a version champion (0: the shipped one). Raises UserError when there is no such version."""
+    found = shipped() if number == 0 else _read(_path(number))
+    if found is None:
+        raise UserError(f"there is no readable version {number} of the meta-model; `metapeft meta versions` lists them")
+    record = cache.read(_folder() / "champion.json") or {}
+    now = record.get("champion", 0)
+    before = [n for n in record.get("before", []) if isinstance(n, int)]
+    if now != number:
+        before.append(now)
+    cache.write(_folder() / "champion.json", {"champion": number, "before": before})
+    return found
+
+
+def rollback() -> Version:
+    """Give the champion's place back to the version before. Raises UserError when there was none."""
+    record = cache.read(_folder() / "champion.json") or {}
+    before = record.get("before", [])
+    if not before:
+        raise UserError("there is no earlier version of the meta-model to go back to")
+    found = shipped() if before[-1] == 0 else _read(_path(before[-1]))
+    if found is None:
+        raise UserError(f"version {before[-1]} of the meta-model cannot be read; promote another one")
+    cache.write(_folder() / "champion.json", {"champion": before[-1], "before": before[:-1]})
+    return found
+
+
+def _means(judged: Sequence[Judged]) -> dict[str, float]:
+    if not judged:
+        return {}
+    inside = float(np.mean([np.mean(j.inside["0.9"]) for j in judged]))
+    return {
+        "regret": float(np.mean([j.regret[OURS] for j in judged])),
+        "crps": float(np.mean([np.mean(j.crps) for j in judged])),
+        "spearman": float(np.mean([j.spearman.get(OURS, 0.0) for j in judged])),
+        "coverage_90": inside,
+        "groups": float(len(judged)),
+    }
+
+
+def _add(version: Version) -> Version:
+    """Under the next free number, whole or not at all, whoever else adds one at the same time."""
+    folder = _folder() / "versions"
+    temporary = folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            number = 1 + max((int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit()), default=0)
+            new = Version(**{**version.__dict__, "number": number})
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(new.to_json(), file, indent=1, allow_nan=False)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(temporary, _path(number))  # unlike a rename it never takes another's place
+                return new
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise UserError(
+            f"cannot write in {folder} ({error.strerror}); set METAPEFT_HOME to a folder you may write in"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _read(path: Path) -> Version | None:
+    record = cache.read(path)
+    try:
+        if record is None or record["schema"] != SCHEMA:
+            return None
+        values = {name: record[name] for name in ("number", "made", "tasks", "observations", "judged")}
+        return Version(**{**values, "model": Model.from_json(record["model"])})
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _folder() -> Path:
+    return home() / "meta"
+
+
+def _path(number: int) -> Path:
+    return _folder() / "versions" / f"{number:04d}.json"
