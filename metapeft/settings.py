@@ -44,7 +44,14 @@ class SweepSettings(Section):
     steps: int = Field(40, ge=1, description="optimizer steps per trial")
     methods: list[str] | None = Field(None, description="None: all five")
     space: dict[str, Any] = Field(default_factory=dict, description="hyperparameter -> fixed value or list of choices")
-    workers: int = Field(1, ge=1)
+    workers: int = Field(1, ge=1, description="processes that train at the same time")
+    repeats: int | None = Field(
+        None, ge=0, description="of the trials, how many repeat the best with other seeds; None: a quarter, from 8 on"
+    )
+    warm: bool = Field(True, description="start with what is recommended and what was best on the most similar tasks")
+    stop: bool = Field(True, description="end hopeless trials early, once enough learning curves are known")
+    sampler: Literal["tpe", "gp", "nsga2", "random"] = Field("tpe", description="gp needs the extra metapeft[gp]")
+    adapters: bool = Field(False, description="small adapters are an objective too")
 
 
 class TrainSettings(Section):

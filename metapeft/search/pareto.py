@@ -1,8 +1,10 @@
 """The trade-offs among trials: which are Pareto-optimal, which of them have a name, and how much of the space they
 cover.
 
-Objectives are always (score up, training seconds down, peak memory down). The score is that of the validation split:
-the test split is for reporting, and choosing by it would flatter the choice.
+Objectives are (score up, training seconds down, peak memory down), and where it is asked for (adapter bytes down). The
+score is that of the validation split: the test split is for reporting, and choosing by it would flatter the choice.
+Trials that repeat a configuration with another seed count as one, their mean: a front of single trials would show the
+luckiest ones.
 """
 
 from __future__ import annotations
@@ -10,15 +12,16 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from metapeft.search import spaces
 from metapeft.settings import DEFAULT_BACKBONE
 from metapeft.training.trial import Score, Trial
 
-Point = tuple[float, float, float]
+Point = tuple[float, ...]
 NAMES = ("most accurate", "fastest", "smallest", "balanced")
 
 
@@ -27,27 +30,91 @@ def judged(trial: Trial) -> Score | None:
     return trial.validation or trial.score
 
 
-def objectives(trial: Trial) -> Point | None:
-    """(score, training seconds, peak memory in MiB), or None where the trial did not end well or a number is not
-    finite.
+@dataclass
+class Repeated(Trial):
+    """A configuration that ran with several seeds, as one trial: the first one's record with the mean of its scores,
+    seconds and memory. `runs` are the trials.
+
+    The standard error is that of the mean over seeds on this validation split, and of the split itself: repeating takes
+    out the luck of a seed, not that of a small split.
+    """
+
+    runs: tuple[Trial, ...] = ()
+
+
+def averaged(trials: Iterable[Trial]) -> list[Trial]:
+    """Each configuration (with its steps) once, in the order of their first trials. Only measured trials are joined."""
+    groups: list[list[Trial]] = []
+    known: dict[str, list[list[Trial]]] = {}
+    for trial in trials:
+        key = json.dumps([trial.task_version, trial.backbone, trial.configuration, trial.budget], sort_keys=True)
+        same = known.setdefault(key, []) if trial.status == "ok" and judged(trial) else []
+        group = next((g for g in same if all(t.seed != trial.seed for t in g)), None)
+        if group is None:
+            group = []
+            same.append(group)
+            groups.append(group)
+        group.append(trial)
+    return [_joined(group) if len(group) > 1 else group[0] for group in groups]
+
+
+def runs(trial: Trial) -> tuple[Trial, ...]:
+    """The trainings behind a trial: itself, or those that it is the mean of."""
+    return trial.runs if isinstance(trial, Repeated) else (trial,)
+
+
+def seed_deviation(trials: Iterable[Trial]) -> float:
+    """Standard deviation of a score between seeds, pooled over repeated configurations; NaN without any."""
+    squares, freedom = 0.0, 0
+    for trial in averaged(trials):
+        values = [found.value for run in runs(trial) if (found := judged(run)) is not None]
+        if len(values) > 1:
+            squares += statistics.variance(values) * (len(values) - 1)
+            freedom += len(values) - 1
+    return math.sqrt(squares / freedom) if freedom else math.nan
+
+
+def better(a: Trial, b: Trial, deviation: float = math.nan) -> float:
+    """The probability that `a` truly scores higher than `b`, from their standard errors.
+
+    deviation: between seeds, for configurations that ran with one (`seed_deviation`); NaN counts as none. Both errors
+    count as independent. They are not quite, on the same validation examples: the truth is rather more certain.
+    """
+    first, second = judged(a), judged(b)
+    if first is None or second is None:
+        return math.nan
+    variance = first.standard_error**2 + second.standard_error**2
+    variance += sum(deviation**2 for t in (a, b) if len(runs(t)) == 1 and math.isfinite(deviation))
+    if not variance > 0:
+        return 0.5 + 0.5 * ((first.value > second.value) - (first.value < second.value))
+    return 0.5 * (1 + math.erf((first.value - second.value) / math.sqrt(2 * variance)))
+
+
+def objectives(trial: Trial, adapters: bool = False) -> Point | None:
+    """(score, training seconds, peak memory in MiB), with `adapters` also (…, bytes of the adapter); None where the
+    trial did not end well or a number is not finite.
     """
     score = judged(trial)
     if trial.status != "ok" or score is None:
         return None
-    point = (score.value, trial.train_seconds or trial.seconds, trial.peak_memory_mb)
+    point: Point = (score.value, trial.train_seconds or trial.seconds, trial.peak_memory_mb)
+    point += (float(trial.adapter_bytes),) if adapters else ()
     return point if all(map(math.isfinite, point)) else None
 
 
 def dominates(a: Point, b: Point) -> bool:
     """At least as good everywhere and better somewhere."""
-    return a != b and a[0] >= b[0] and a[1] <= b[1] and a[2] <= b[2]
+    return a != b and a[0] >= b[0] and all(x <= y for x, y in zip(a[1:], b[1:], strict=True))
 
 
-def front(trials: Iterable[Trial]) -> list[Trial]:
-    """The non-dominated trials, best score first. Equal ones are all kept; failed and unmeasured ones are left out."""
-    points = [(point, trial) for trial in trials if (point := objectives(trial)) is not None]
+def front(trials: Iterable[Trial], adapters: bool = False) -> list[Trial]:
+    """The non-dominated trials, best score first. Equal ones are all kept; failed and unmeasured ones are left out.
+
+    Repeated configurations appear once (`averaged`). adapters: small adapters count too.
+    """
+    points = [(point, trial) for trial in averaged(trials) if (point := objectives(trial, adapters)) is not None]
     best = [(p, t) for p, t in points if not any(dominates(q, p) for q, _ in points)]
-    best.sort(key=lambda item: (-item[0][0], item[0][1], item[0][2], item[1].id))
+    best.sort(key=lambda item: (-item[0][0], *item[0][1:], item[1].id))
     return [trial for _, trial in best]
 
 
@@ -60,29 +127,31 @@ def staircase(points: Iterable[Point]) -> list[Point]:
     return best
 
 
-def named(trials: Iterable[Trial]) -> dict[str, Trial]:
+def named(trials: Iterable[Trial], adapters: bool = False) -> dict[str, Trial]:
     """Name -> trial of the front (see NAMES); one trial may have several names.
 
     A point that is no better than the untuned backbone gets no name while a better one exists. Ties are broken by
-    token-level loss for the score, by score for the others. "balanced" is the knee: nearest to the best of all three
-    at once, with seconds and memory as logarithms, each scaled to the front's extent. Extents below the noise do not
-    count in full: two standard errors of the score, a quarter more seconds or memory.
+    token-level loss for the score, by score for the others. "balanced" is the knee: nearest to the best of all
+    objectives at once, with costs as logarithms, each scaled to the front's extent. Extents below the noise do not
+    count in full: two standard errors of the score, a quarter more of a cost.
     """
-    candidates = front(trials)
-    useful = [t for t in candidates if t.score and t.untuned_score and t.score.value > t.untuned_score.value]
+    candidates = front(trials, adapters)
+    useful = [t for t in candidates if t.untuned_score and _reached(t) > t.untuned_score.value]
     candidates = useful or candidates
     if not candidates:
         return {}
     points = {t.id: _point(t) for t in candidates}
     accurate = min(candidates, key=lambda t: (-points[t.id][0], _loss(t), *points[t.id][1:]))
     error = judged(accurate).standard_error  # type: ignore[union-attr]
-    costs = {i: (-p[0], math.log(max(p[1], 1e-9)), math.log(max(p[2], 1e-9))) for i, p in points.items()}
-    floors = (2 * error if math.isfinite(error) else 0.0, math.log(1.25), math.log(1.25))
-    lows = [min(c[k] for c in costs.values()) for k in range(3)]
-    extents = [max(max(c[k] for c in costs.values()) - lows[k], floors[k], 1e-12) for k in range(3)]
+    sizes = {t.id: (float(t.adapter_bytes),) if adapters else () for t in candidates}
+    costs = {i: (-p[0], *(math.log(max(x, 1e-9)) for x in p[1:] + sizes[i])) for i, p in points.items()}
+    dimensions = range(4 if adapters else 3)
+    floors = (2 * error if math.isfinite(error) else 0.0, *[math.log(1.25)] * 3)
+    lows = [min(c[k] for c in costs.values()) for k in dimensions]
+    extents = [max(max(c[k] for c in costs.values()) - lows[k], floors[k], 1e-12) for k in dimensions]
 
     def distance(trial: Trial) -> float:
-        return math.hypot(*((costs[trial.id][k] - lows[k]) / extents[k] for k in range(3)))
+        return math.hypot(*((costs[trial.id][k] - lows[k]) / extents[k] for k in dimensions))
 
     return {
         "most accurate": accurate,
@@ -92,20 +161,20 @@ def named(trials: Iterable[Trial]) -> dict[str, Trial]:
     }
 
 
-def titles(trials: Iterable[Trial]) -> dict[str, str]:
+def titles(trials: Iterable[Trial], adapters: bool = False) -> dict[str, str]:
     """Trial id -> its names on the front, in one text: {"ab12…": "fastest, smallest"}."""
     found: dict[str, list[str]] = {}
-    for name, trial in named(trials).items():
+    for name, trial in named(trials, adapters).items():
         found.setdefault(trial.id, []).append(name)
     everything = len(NAMES)
     return {i: "best in everything" if len(names) == everything else ", ".join(names) for i, names in found.items()}
 
 
 def hypervolume(points: Iterable[Sequence[float]], reference: Sequence[float]) -> float:
-    """Exact volume that the points dominate up to `reference`; two or three objectives, all to be made small.
+    """Exact volume that the points dominate up to `reference`; two or more objectives, all to be made small.
 
-    Points that are not better than the reference everywhere add nothing. Three objectives are cut into slabs along the
-    last one, in which the volume is an area (Fonseca et al. 2006, in its simplest form).
+    Points that are not better than the reference everywhere add nothing. More than two objectives are cut into slabs
+    along the last one, in which there is one objective less (Fonseca et al. 2006, in its simplest form).
     """
     inside = [
         tuple(p) for p in points if all(map(math.isfinite, p)) and all(x < r for x, r in zip(p, reference, strict=True))
@@ -117,12 +186,12 @@ def hypervolume(points: Iterable[Sequence[float]], reference: Sequence[float]) -
                 area += (reference[0] - x) * (ceiling - y)
                 ceiling = y
         return area
-    if len(reference) != 3:
-        raise ValueError(f"hypervolume takes two or three objectives, not {len(reference)}")
-    levels = sorted({p[2] for p in inside})
+    if len(reference) < 2:
+        raise ValueError(f"hypervolume takes two objectives or more, not {len(reference)}")
+    levels = sorted({p[-1] for p in inside})
     return sum(
-        (top - low) * hypervolume([p[:2] for p in inside if p[2] <= low], reference[:2])
-        for low, top in zip(levels, [*levels[1:], *reference[2:]], strict=False)
+        (top - low) * hypervolume([p[:-1] for p in inside if p[-1] <= low], reference[:-1])
+        for low, top in zip(levels, [*levels[1:], reference[-1]], strict=False)
     )
 
 
@@ -137,7 +206,8 @@ def reference(trials: Iterable[Trial]) -> Point:
 def progress(trials: Sequence[Trial], worst: Point | None = None) -> list[float]:
     """Hypervolume after each trial, as a share of the box between `worst` and (score 1, no seconds, no memory).
 
-    Give the same `worst` to compare sweeps. The default is `reference(trials)`.
+    Give the same `worst` to compare sweeps. The default is `reference(trials)`. Every trial counts for itself, so a
+    repeat cannot make it fall.
     """
     worst = worst or reference(trials)
     shares: list[float] = []
@@ -152,7 +222,11 @@ def progress(trials: Sequence[Trial], worst: Point | None = None) -> list[float]
 
 @dataclass(frozen=True)
 class Row:
-    """One point of the front, for a table: what it is called, what it is, what it gives and costs, how to train it."""
+    """One point of the front, for a table: what it is called, what it is, what it gives and costs, how to train it.
+
+    `runs` seeds were averaged. `p_above_next` is the probability that it truly scores above the next row (None for the
+    last one).
+    """
 
     names: tuple[str, ...]
     trial: str
@@ -160,6 +234,8 @@ class Row:
     configuration: dict[str, Any]
     score: float
     standard_error: float
+    runs: int
+    p_above_next: float | None
     test_score: float | None
     untuned_score: float | None
     seconds: float
@@ -171,14 +247,15 @@ class Row:
         return asdict(self)
 
 
-def explain(trials: Iterable[Trial], task: str | None = None) -> list[Row]:
+def explain(trials: Iterable[Trial], task: str | None = None, adapters: bool = False) -> list[Row]:
     """The front as rows, best score first. task: what the user calls the task on the command line (default: its
-    name).
+    name). adapters: small adapters count too.
     """
-    best = front(trials)
-    names = named(best)
+    trials = list(trials)
+    best, deviation = front(trials, adapters), seed_deviation(trials)
+    names = named(best, adapters)
     rows = []
-    for trial in best:
+    for trial, following in zip(best, [*best[1:], None], strict=True):
         score, seconds, memory = _point(trial)
         rows.append(
             Row(
@@ -188,6 +265,8 @@ def explain(trials: Iterable[Trial], task: str | None = None) -> list[Row]:
                 configuration=trial.configuration,
                 score=score,
                 standard_error=judged(trial).standard_error,  # type: ignore[union-attr]
+                runs=len(runs(trial)),
+                p_above_next=better(trial, following, deviation) if following else None,
                 test_score=trial.score.value if trial.score else None,
                 untuned_score=trial.untuned_score.value if trial.untuned_score else None,
                 seconds=seconds,
@@ -223,10 +302,31 @@ def command(trial: Trial, task: str | None = None) -> str:
     return shlex.join(words)
 
 
-def _point(trial: Trial) -> Point:
+def _joined(group: Sequence[Trial]) -> Repeated:
+    """Trials of one configuration, as their mean."""
+    scores = [score for t in group if (score := judged(t)) is not None]
+    values = [score.value for score in scores]
+    sampling = statistics.fmean(score.standard_error for score in scores)
+    spread = statistics.stdev(values) / math.sqrt(len(values))
+    loss = statistics.fmean(score.loss for score in scores)
+    mean = Score(scores[0].metric, statistics.fmean(values), math.hypot(sampling, spread), scores[0].n, loss)
+    record = {f.name: getattr(group[0], f.name) for f in fields(Trial)}
+    record["validation"] = mean
+    for name in ("seconds", "train_seconds", "peak_memory_mb"):
+        record[name] = statistics.fmean(getattr(t, name) for t in group)
+    return Repeated(**record, runs=tuple(group))
+
+
+def _point(trial: Trial) -> tuple[float, float, float]:
     point = objectives(trial)
     assert point is not None, f"trial {trial.id} has no objectives"
-    return point
+    return point[0], point[1], point[2]
+
+
+def _reached(trial: Trial) -> float:
+    """The score to compare with the untuned backbone's, which is the test split's: of the same split where known."""
+    found = trial.score or judged(trial)
+    return found.value if found else -math.inf
 
 
 def _loss(trial: Trial) -> float:

@@ -12,12 +12,16 @@ What TPE is told. Optuna's TPE ignores trials in state FAIL, so that a region wh
 and draws it in: with one of five methods always failing, over half of all later trials went there. Trials that did not
 end well, or break a limit, are therefore told as complete with a positive constraint: TPE then puts them among the bad
 ones whatever their values, and Optuna keeps them off its front.
+
+Luck. The best of many noisy scores is too good to be true, so the last trials repeat the configurations on the front
+with other seeds, those with a name first; what is reported is their mean (`pareto.averaged`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import secrets
 import signal
@@ -34,6 +38,7 @@ from metapeft.data.task import Task
 from metapeft.errors import MetapeftError, UserError
 from metapeft.search import pareto, spaces
 from metapeft.search.locks import DatabaseLocks, FileLocks, Locks
+from metapeft.search.stopping import Forecast, StopRule
 from metapeft.settings import Settings, home
 from metapeft.training.configuration import full
 from metapeft.training.trial import Trial, trial_id
@@ -41,11 +46,16 @@ from metapeft.training.trial import Trial, trial_id
 if TYPE_CHECKING:
     import optuna
 
-Run = Callable[[dict[str, Any], int, int, str], Trial]  # (configuration, seed, steps, trial id)
+Watch = Callable[[dict[str, Any]], bool]  # gets a training's events; True stops it
+Run = Callable[[dict[str, Any], int, int, str, Watch | None], Trial]  # (configuration, seed, steps, trial id, watch)
 Report = Callable[[Trial, int, int], None]  # (the trial that ended, how many have, how many will)
-DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = ("maximize", "minimize", "minimize")
+REPEATED_FIRST = ("most accurate", "balanced", "fastest", "smallest")
+DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = ("maximize", "minimize", "minimize", "minimize")
+STORAGE = "METAPEFT_SWEEP_STORAGE"  # the environment, not params.yaml: a database's URL holds a password
 TRIES = 20  # proposals of a configuration that was tried before, until the space counts as exhausted
 FAILURES = 4  # errors in a row that end a sweep: something other than the configurations is broken
+MOST_SEEDS = 3  # trainings of one configuration
+STOPPED = 1.0  # how infeasible a stopped trial counts: bad, but not as bad as one that failed
 LOST = "its worker was killed twice while training it; often the machine ran out of memory"
 
 
@@ -69,6 +79,7 @@ class Sweep:
     front: list[Trial]
     points: dict[str, Trial]  # name -> trial of the front, see pareto.NAMES
     infeasible: dict[str, str] = field(default_factory=dict)  # trial id -> why it is not on the front
+    adapters: bool = False  # whether small adapters were an objective too
     reused: int = 0  # trials that were there before this call
     complete: bool = True  # False: the time ran out, or other workers are still training
 
@@ -82,6 +93,7 @@ class Sweep:
             "front": [trial.id for trial in self.front],
             "points": {name: trial.id for name, trial in self.points.items()},
             "infeasible": self.infeasible,
+            "adapters": self.adapters,
             "hypervolume": pareto.progress([t for t in self.trials if t.id not in self.infeasible]),
             "reused": self.reused,
             "complete": self.complete,
@@ -99,6 +111,9 @@ def sweep(
     storage: str | None = None,
     study: str | None = None,
     on_trial: Report | None = None,
+    rule: StopRule | None = None,
+    forecast: Forecast | None = None,
+    memory: Callable[[dict[str, Any], int], float] | None = None,
 ) -> Sweep:
     """Runs trials until the study has `settings.sweep.trials` of them or `settings.sweep.max_seconds` are over.
 
@@ -106,9 +121,14 @@ def sweep(
     be picklable (a function of a module, or an instance of a class of one).
     warm_start: configurations to run first, best first, moved into the space.
     space: what is searched (default: the settings' methods and narrowing).
-    storage: a SQLite or PostgreSQL URL (default: a database in METAPEFT_HOME/sweeps).
+    storage: a SQLite or PostgreSQL URL (default: METAPEFT_SWEEP_STORAGE, else a database in METAPEFT_HOME/sweeps).
     study: its name (default: made of all that defines the study, so that the same command continues it).
     on_trial: called in this process after every trial, whichever worker ran it.
+    rule: ends hopeless trials (status "stopped"); None: every trial gets its whole budget. forecast: configuration and
+    steps -> expected score with its standard deviation, which the rule weighs. memory: configuration and steps ->
+    predicted peak in MiB, which decides what trains beside other sweeps' trials. Picklable, all three.
+
+    One training at a time takes each of the machine's places (`metapeft.search.slots`), of all its sweeps together.
 
     The time is this call's own: no trial is started that by the others' median would end after `max_seconds`, except
     the first. Raises UserError on a wrong space or storage, MetapeftError when several trials in a row fail.
@@ -118,11 +138,13 @@ def sweep(
     url = _url(storage, name)
     deadline = time.time() + settings.sweep.max_seconds if settings.sweep.max_seconds else None
     book = _Book(url, name, task, settings, space, limits)
+    aids = _Aids(rule, forecast, memory)
     helpers: list[Any] = []
     try:
         book.open(warm_start)
         reused = len(book.finished())
-        helpers = _start_helpers(settings.sweep.workers - 1, run, deadline, url, name, task, settings, space, limits)
+        study_of = (url, name, task, settings, space, limits)
+        helpers = _start_helpers(settings.sweep.workers - 1, run, deadline, aids, *study_of)
         known = {trial.id for trial in book.finished()}
 
         def ended() -> None:
@@ -131,11 +153,11 @@ def sweep(
                     known.add(trial.id)
                     on_trial(trial, len(known), max(settings.sweep.trials, len(known)))
 
-        _work(book, run, deadline, ended)
+        _work(book, run, deadline, aids, ended)
         for helper in helpers:
             helper.join()
         if helpers:  # what a helper left behind when it was killed
-            _work(book, run, deadline, ended)
+            _work(book, run, deadline, aids, ended)
         ended()
         return book.result(reused)
     finally:
@@ -146,10 +168,28 @@ def sweep(
 
 
 def study_name(task: Task, settings: Settings, space: spaces.Space, limits: Limits = Limits()) -> str:
-    """The same for everything that may share trials: task version, backbone, space, steps, seed and limits."""
-    identity = [task.version, settings.backbone, settings.sweep.steps, settings.seed, space.to_json(), vars(limits)]
+    """The same for all that may share trials: task version, backbone, space, steps, seed, limits and strategy."""
+    identity = _identity(task, settings, space, limits)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
     return f"{re.sub(r'[^a-z0-9]+', '-', Path(task.name).stem.lower()).strip('-') or 'task'}-{digest}"
+
+
+def _identity(task: Task, settings: Settings, space: spaces.Space, limits: Limits) -> dict[str, Any]:
+    """What makes a study what it is, as JSON."""
+    chosen = settings.sweep
+    identity = {
+        "task": task.version,
+        "backbone": settings.backbone,
+        "steps": chosen.steps,
+        "seed": settings.seed,
+        "space": space.to_json(),
+        "limits": asdict(limits),
+        "sampler": chosen.sampler,
+        "start": "warm" if chosen.warm else "cold",
+        "stopping": chosen.stop,
+        "adapters": chosen.adapters,
+    }
+    return dict(json.loads(json.dumps(identity)))
 
 
 def load(name: str, task: Task, settings: Settings, *, storage: str | None = None) -> Sweep:
@@ -162,33 +202,52 @@ def load(name: str, task: Task, settings: Settings, *, storage: str | None = Non
         book.close()
 
 
-def _work(book: _Book, run: Run, deadline: float | None, ended: Callable[[], None]) -> None:
+@dataclass(frozen=True)
+class _Aids:
+    """What helps a worker: see `sweep`."""
+
+    rule: StopRule | None = None
+    forecast: Forecast | None = None
+    memory: Callable[[dict[str, Any], int], float] | None = None
+
+
+def _work(book: _Book, run: Run, deadline: float | None, aids: _Aids, ended: Callable[[], None]) -> None:
     """Claims, trains and records trials until there is nothing left to claim, or no time to train it."""
     import multiprocessing
 
+    from metapeft.search.slots import Slots
+
     parent = multiprocessing.parent_process()
+    slots = Slots(book.settings.sweep.workers)
     failures, first = 0, True
-    while True:
+    while book.wants():
         usual = statistics.median([trial.seconds for trial in book.finished()] or [0.0])
         if deadline is not None and not first and time.time() + usual >= deadline:
             return
         if parent is not None and not parent.is_alive():
             return  # a helper whose sweep was killed
-        claim = book.claim()
-        if claim is None:
-            return
-        first = False
-        try:
-            trial = run(claim.configuration, book.settings.seed, claim.steps, claim.id)
-        except UserError:
-            book.release(claim)
-            raise
-        except Exception as error:  # the sweep outlives a broken trial, and keeps it
-            trial = book.failed(claim, f"{type(error).__name__}: {error}")
-        except BaseException:  # Ctrl-C: nobody's fault, so it may run again as if it never had
-            book.release(claim)
-            raise
-        book.record(claim, trial)
+        with slots.place(deadline) as place:
+            claim = book.claim() if place is not None else None
+            if place is None or claim is None:
+                return
+            first = False
+            try:
+                needed = aids.memory(claim.configuration, claim.steps) if aids.memory else None
+                if not place.begin(needed, deadline):
+                    book.release(claim)
+                    return
+                repeats = claim.seed != book.settings.seed
+                watch = None if aids.rule is None or repeats else book.watch(claim, aids)
+                trial = run(claim.configuration, claim.seed, claim.steps, claim.id, watch)
+            except UserError:
+                book.release(claim)
+                raise
+            except Exception as error:  # the sweep outlives a broken trial, and keeps it
+                trial = book.failed(claim, f"{type(error).__name__}: {error}")
+            except BaseException:  # Ctrl-C: nobody's fault, so it may run again as if it never had
+                book.release(claim)
+                raise
+            book.record(claim, trial)
         ended()
         failures = failures + 1 if trial.status == "failed" else 0
         if failures == FAILURES:
@@ -206,13 +265,13 @@ def _start_helpers(count: int, *arguments: Any) -> list[Any]:
     return helpers
 
 
-def _help(run: Run, deadline: float | None, *arguments: Any) -> None:
+def _help(run: Run, deadline: float | None, aids: _Aids, *arguments: Any) -> None:
     """A helper process of `sweep`: one more worker on a study that is open already."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it gives its trial back
     book = _Book(*arguments)
     try:
         book.open()
-        _work(book, run, deadline, lambda: None)
+        _work(book, run, deadline, aids, lambda: None)
     except (MetapeftError, KeyboardInterrupt):
         pass  # the sweep itself meets the same error, or ended this helper
     finally:
@@ -227,15 +286,16 @@ class _Claim:
     id: str
     configuration: dict[str, Any]
     steps: int
+    seed: int
     asked: Any  # optuna.Trial
 
 
 class _Book:
     """The study's database: the only place that knows Optuna.
 
-    Attributes of an Optuna trial: `id`, `configuration`, `steps`, `worker` (at the claim), `record` (the Trial, when it
-    ended), `copy_of` and `retry_of` (number of the trial that it repeats; the second where that one was begun), `void`
-    (why it does not count: repeated, known, released).
+    Attributes of an Optuna trial: `id`, `configuration`, `steps`, `worker` (at the claim), `seed` (where it repeats a
+    configuration), `record` (the Trial, when it ended), `copy_of` and `retry_of` (number of the trial that it replaces;
+    the second where that one was begun), `void` (why it does not count: repeated, known, released).
     """
 
     def __init__(
@@ -250,6 +310,7 @@ class _Book:
         self.url, self.name, self.task, self.settings = url, name, task, settings
         self.space = space or spaces.Space({})
         self.limits = limits
+        self.adapters = settings.sweep.adapters
         self.worker = secrets.token_hex(8)
         self.locks: Locks | None = None
         self.database: optuna.storages.RDBStorage | None = None
@@ -293,17 +354,10 @@ class _Book:
     def _create(self) -> None:
         import optuna
 
-        identity = {
-            "task": self.task.version,
-            "backbone": self.settings.backbone,
-            "steps": self.settings.sweep.steps,
-            "seed": self.settings.seed,
-            "space": self.space.to_json(),
-            "limits": asdict(self.limits),
-        }
-        identity = json.loads(json.dumps(identity))
+        identity = _identity(self.task, self.settings, self.space, self.limits)
+        directions = DIRECTIONS[: 4 if self.adapters else 3]
         self.study = optuna.create_study(
-            study_name=self.name, storage=self.database, directions=DIRECTIONS, load_if_exists=True
+            study_name=self.name, storage=self.database, directions=directions, load_if_exists=True
         )
         stored = self.study.user_attrs.get("identity")
         if stored is None:
@@ -321,6 +375,7 @@ class _Book:
         except KeyError as error:
             raise self._missing() from error
         self.limits = Limits(**self.study.user_attrs["identity"]["limits"])
+        self.adapters = self.study.user_attrs["identity"]["adapters"]
 
     def _missing(self) -> UserError:
         return UserError(f"there is no sweep {self.name} in {shown(self.url)}; run `metapeft sweep` first")
@@ -332,37 +387,58 @@ class _Book:
         if self.locks is not None:
             self.locks.close()
 
+    def wants(self) -> bool:
+        """Whether trials are missing that nobody has begun (or that a dead worker left)."""
+        from optuna.trial import TrialState
+
+        counted = [t for t in self._all() if _counts(t) and _begun(t)]
+        return len(counted) < self.settings.sweep.trials or any(t.state == TrialState.RUNNING for t in counted)
+
     def claim(self) -> _Claim | None:
         """The next trial to run, or None when the study has enough or its space has nothing new."""
         with self._exclusive() as study:
             self._recover()
-            for tried in range(TRIES):
-                if sum(_counts(t) and _begun(t) for t in self._all()) >= self.settings.sweep.trials:
-                    return None
+            tried = 0
+            while sum(_counts(t) and _begun(t) for t in self._all()) < self.settings.sweep.trials:
+                if not any(t.state.name == "WAITING" for t in self._all()) and (tried >= TRIES or self._searched()):
+                    repeat = self._repeat() if tried < 2 * TRIES else None
+                    if repeat is not None:
+                        study.enqueue_trial(repeat[0], user_attrs=repeat[1])
+                    elif tried >= TRIES:
+                        return None
                 # A sampler per trial, seeded by its place: a sweep that was interrupted goes on as if it had not been.
                 study.sampler = self._sampler(len(self._all()), random=tried > TRIES // 2)
                 asked = study.ask()
                 configuration = spaces.suggest(asked, self.space) | asked.user_attrs.get("extra", {})
                 steps = int(configuration.pop("steps", self.settings.sweep.steps))
                 configuration = full(configuration)
-                identity = trial_id(
-                    self.task.name,
-                    self.task.version,
-                    self.settings.backbone,
-                    configuration,
-                    self.settings.seed,
-                    steps,
-                    len(self.task.train),
-                )
+                seed = asked.user_attrs.get("seed", self.settings.seed)
+                identity = self._id(configuration, seed, steps)
                 others = [t for t in self._all() if t.number != asked.number and _counts(t)]
                 if any(t.user_attrs.get("id") == identity for t in others):
                     self._void(asked, "known")
+                    tried += 1
                     continue
                 written = {"id": identity, "configuration": configuration, "steps": steps, "worker": self.worker}
                 for key, value in written.items():  # the worker last: it makes the claim
                     asked.set_user_attr(key, value)
-                return _Claim(asked.number, identity, configuration, steps, asked)
+                return _Claim(asked.number, identity, configuration, steps, seed, asked)
             return None
+
+    def watch(self, claim: _Claim, aids: _Aids) -> Watch:
+        """Asks the rule at every evaluation of a training, against what has ended until then."""
+        assert aids.rule is not None
+        rule = aids.rule
+        expected = aids.forecast(claim.configuration, claim.steps) if aids.forecast else None
+        curve: list[dict[str, Any]] = []
+
+        def watched(event: dict[str, Any]) -> bool:
+            if event.get("validation_score") is None or event["step"] >= event["steps"]:
+                return False
+            curve.append(event)
+            return rule.hopeless(curve, claim.steps, self.feasible(), expected)
+
+        return watched
 
     def record(self, claim: _Claim, trial: Trial) -> None:
         """Writes what became of a claimed trial. From here on it is never run again."""
@@ -387,7 +463,7 @@ class _Book:
             backbone=self.settings.backbone,
             method=claim.configuration["method"],
             configuration=claim.configuration,
-            seed=self.settings.seed,
+            seed=claim.seed,
             budget=claim.steps,
             status="failed",
             error=error,
@@ -399,10 +475,20 @@ class _Book:
         """The records, in the order of their claims."""
         return [Trial.from_json(t.user_attrs["record"]) for t in self._all() if t.state.is_finished() and _counts(t)]
 
+    def feasible(self) -> list[Trial]:
+        """The finished trials that ended well and keep the limits."""
+        return [trial for trial in self.finished() if not self._broken(trial)]
+
     def result(self, reused: int) -> Sweep:
         trials = self.finished()
         infeasible = {t.id: why for t in trials if (why := ", ".join(self._broken(t)))}
-        front = pareto.front(t for t in trials if t.id not in infeasible)
+        # What fails with one seed of several is not to be relied on.
+        unreliable = {self._id(t.configuration, 0, t.budget): t.status for t in trials if pareto.objectives(t) is None}
+        for trial in trials:
+            status = unreliable.get(self._id(trial.configuration, 0, trial.budget))
+            if status is not None and trial.id not in infeasible:
+                infeasible[trial.id] = f"{status} with another seed"
+        front = pareto.front((t for t in trials if t.id not in infeasible), self.adapters)
         return Sweep(
             study=self.name,
             storage=shown(self.url),
@@ -410,11 +496,51 @@ class _Book:
             task_version=self.task.version,
             trials=trials,
             front=front,
-            points=pareto.named(front),
+            points=pareto.named(front, self.adapters),
             infeasible=infeasible,
+            adapters=self.adapters,
             reused=reused,
             complete=len(trials) >= self.settings.sweep.trials,
         )
+
+    def _id(self, configuration: dict[str, Any], seed: int, steps: int) -> str:
+        examples = len(self.task.train)
+        return trial_id(self.task.name, self.task.version, self.settings.backbone, configuration, seed, steps, examples)
+
+    def _searched(self) -> bool:
+        """Whether as many configurations were begun as the sweep searches; the rest of its trials repeats."""
+        begun = [t for t in self._all() if _counts(t) and _begun(t) and "seed" not in t.user_attrs]
+        return len(begun) >= max(1, self.settings.sweep.trials - self._kept())
+
+    def _kept(self) -> int:
+        """How many trials are kept for repetitions."""
+        chosen = self.settings.sweep
+        return chosen.repeats if chosen.repeats is not None else chosen.trials // 4 if chosen.trials >= 8 else 0
+
+    def _repeat(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Optuna's parameters and attributes of the repetition that is worth most; None where none is.
+
+        The configuration of the front with the fewest seeds; of several, one with a name.
+        """
+        if not self._kept():
+            return None
+        result = self.result(0)
+        begun: dict[str, int] = {}
+        for t in self._all():
+            if _counts(t) and "id" in t.user_attrs:
+                key = self._id(t.user_attrs["configuration"], 0, t.user_attrs["steps"])
+                begun[key] = begun.get(key, 0) + 1
+        best = [result.points[n] for n in REPEATED_FIRST if n in result.points] + result.front
+        seeds = [begun.get(self._id(t.configuration, 0, t.budget), 1) for t in best]
+        if not best or min(seeds) >= MOST_SEEDS:
+            return None
+        least = seeds.index(min(seeds))
+        chosen = best[least]
+        original = next(t for t in self._all() if t.user_attrs.get("id") == chosen.id)
+        attributes = {"seed": self.settings.seed + seeds[least]}
+        if "extra" in original.user_attrs:
+            attributes["extra"] = original.user_attrs["extra"]
+        return dict(original.params), attributes
 
     def _recover(self) -> None:
         """Trials whose worker is dead: tells those that left a record, queues the others again, once."""
@@ -435,7 +561,9 @@ class _Book:
                 self._void(asked, "repeated")
             else:
                 attributes = trial.user_attrs
-                claim = _Claim(trial.number, attributes["id"], attributes["configuration"], attributes["steps"], asked)
+                seed = attributes.get("seed", self.settings.seed)
+                known = (attributes["id"], attributes["configuration"], attributes["steps"])
+                claim = _Claim(trial.number, *known, seed, asked)
                 record = self.failed(claim, LOST)
                 asked.set_user_attr("record", record.to_json())
                 self._tell(asked, record)
@@ -447,7 +575,7 @@ class _Book:
         assert self.study is not None
         if any(t.user_attrs.get("copy_of") == trial.number for t in self._all()):
             return  # a kill came between the copy and the end of the original
-        attributes = {k: v for k, v in trial.user_attrs.items() if k in ("extra", "retry_of")}
+        attributes = {k: v for k, v in trial.user_attrs.items() if k in ("extra", "seed", "retry_of")}
         attributes["copy_of"] = trial.number
         if attempt:
             attributes["retry_of"] = trial.number
@@ -468,7 +596,9 @@ class _Book:
         for name, violation in self._broken(trial).items():
             if name not in known:
                 asked.set_constraint(name, violation)
-        values = pareto.objectives(trial) or (0.0, max(trial.seconds, 1e-3), max(trial.peak_memory_mb, 1.0))
+        bytes_ = (float(max(trial.adapter_bytes, 1)),) if self.adapters else ()
+        worst = (0.0, max(trial.seconds, 1e-3), max(trial.peak_memory_mb, 1.0), *bytes_)
+        values = pareto.objectives(trial, self.adapters) or worst
         self.study.tell(asked, values)
 
     def _void(self, asked: optuna.Trial, why: str) -> None:
@@ -482,21 +612,33 @@ class _Book:
         """Constraint -> by how much it is broken, relative to the limit (without a result: by more than any)."""
         point = pareto.objectives(trial)
         if point is None:
-            return {trial.status if trial.status != "ok" else "no finite score": 10.0}
+            why = trial.status if trial.status != "ok" else "no finite score"
+            return {why: STOPPED if trial.status == "stopped" else 10.0}
         pairs = (("seconds", point[1], self.limits.seconds), ("memory", point[2], self.limits.memory_mb))
         return {name: value / limit - 1 for name, value, limit in pairs if limit is not None and value > limit}
 
     def _sampler(self, place: int, random: bool = False) -> optuna.samplers.BaseSampler:
-        """TPE after a third of the trials at random. Warm ones count as such, so that a warm sweep searches at once.
+        """By default TPE after a third of the trials at random. Warm ones count as such: a warm sweep searches at once.
 
         random: where TPE repeats itself, because it is sure or the space is small.
         """
         import optuna
 
         seed = int.from_bytes(hashlib.sha256(f"{self.settings.seed}/{place}".encode()).digest()[:4], "big")
-        if random:
+        kind = "random" if random else self.settings.sweep.sampler
+        if kind == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         startup = min(10, max(3, self.settings.sweep.trials // 3))
+        if kind == "nsga2":
+            return optuna.samplers.NSGAIISampler(population_size=startup, seed=seed)
+        if kind == "gp":
+            try:
+                import torch  # noqa: F401
+            except ImportError as error:
+                raise UserError(
+                    "the gp sampler needs torch: pip install 'metapeft[gp]', or use sweep.sampler=tpe"
+                ) from error
+            return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
         return optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed)
 
     def _enqueue(self, configurations: Sequence[dict[str, Any]]) -> None:
@@ -548,7 +690,8 @@ def shown(url: str) -> str:
 
 
 def _url(storage: str | None, study: str) -> str:
-    if storage is None:
+    storage = storage or os.environ.get(STORAGE)
+    if not storage:
         return f"sqlite:///{home() / 'sweeps' / f'{study}.db'}"
     if re.match(r"postgres(ql)?://", storage):
         return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", storage)

@@ -1,13 +1,17 @@
 """sweep: tries configurations on the task, the recommended ones first, and keeps the Pareto front.
 
-Writes trials.jsonl, sweep.json (front, named points, why others are not on it), and for plots front.csv and curves.csv.
+Trials are chosen by validation alone; at the end the points with a name are scored on the test split too. Writes
+trials.jsonl, sweep.json (front, named points, why others are not on it, how trials are stopped), and for plots front.csv
+and curves.csv.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from metapeft.data.task import Task
@@ -19,11 +23,15 @@ from metapeft.stages.trainer import ENGINE, Trainer, engine_version
 from metapeft.training.trial import Trial
 
 if TYPE_CHECKING:
+    from metapeft.profiling import Profile
+    from metapeft.profiling.speed import Speed
     from metapeft.search import Limits, Sweep
     from metapeft.search.spaces import Space
+    from metapeft.search.stopping import StopRule
     from metapeft.search.sweep import Run
 
 NAMED = {"accuracy": "most accurate", "balanced": "balanced", "speed": "fastest", "memory": "smallest"}
+NEAR = 1.5  # learning rates that differ by less train about alike
 POINT = ["trial", "method", "score", "standard_error", "seconds", "peak_memory_mb", "front", "status"]
 CURVE = ["trial", "method", "step", "seconds", "train_loss", "validation_loss", "validation_score"]
 
@@ -37,9 +45,18 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     task = prepared.task
     with pipeline_run(settings, work, task) as tracker:
         result = prepared.run(lambda trial: tracker.log_trial(trial, task))
+        chosen = {trial.id for trial in result.points.values()}
+        for trial in result.trials:
+            if trial.id in chosen:
+                prepared.train.tested(trial)
+        tracker.set_tags({"strategy": strategy(settings), "sweep": result.study})
+        spent = sum(trial.seconds for trial in result.trials)
+        tracker.log_metrics({"sweep.trials": len(result.trials), "sweep.seconds": spent})
     for trial in result.trials:  # in DVC's cache a path of this machine would be a lie
         trial.adapter = ""
     record = result.to_json() | {"task": task.name, "backbone": settings.backbone, "engine": engine_version()}
+    if prepared.rule is not None:
+        record["stopping"] = {"alpha": prepared.rule.alpha, **asdict(prepared.rule.replayed)}
     for volatile in ("trials", "storage", "reused"):  # the same trials must make the same files
         del record[volatile]
     write_trials(result.trials, out / "trials.jsonl")
@@ -52,6 +69,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     return {
         "trials": len(result.trials),
         "ok": sum(trial.status == "ok" for trial in result.trials),
+        "stopped": sum(trial.status == "stopped" for trial in result.trials),
         "reused": result.reused,
         "complete": result.complete,
         "best": best.method if best else None,
@@ -68,7 +86,9 @@ class Prepared:
     train: Trainer
     space: Space
     limits: Limits
-    recommended: list[dict[str, Any]]
+    start: list[dict[str, Any]]
+    expected: Expected
+    rule: StopRule | None
 
     @property
     def study(self) -> str:
@@ -100,39 +120,84 @@ class Prepared:
                 train or self.train,
                 self.task,
                 self.settings,
-                warm_start=warm_start(self.recommended, total),
+                warm_start=self.start,
                 space=self.space,
                 limits=self.limits,
                 study=self.study,
                 on_trial=on_trial,
+                rule=self.rule,
+                forecast=self.expected.score,
+                memory=self.expected.memory,
             )
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is known of a configuration before it is trained. (May be sent to other processes.)"""
+
+    profile: Profile
+    speed: Speed
+    recommendations: list[dict[str, Any]]
+
+    def memory(self, configuration: dict[str, Any], steps: int) -> float:
+        """Predicted peak in MiB."""
+        from metapeft.meta.costs import cost
+
+        return cost(configuration, self.profile, self.speed, steps).peak_memory_mb
+
+    def score(self, configuration: dict[str, Any], steps: int) -> tuple[float, float] | None:
+        """Mean and deviation, from the recommended configuration of the method with the nearest learning rate; None
+        where that is a factor of NEAR away."""
+        rate = math.log(configuration["learning_rate"])
+        same = [e for e in self.recommendations if e["method"] == configuration["method"]]
+        entry = min(same, key=lambda e: abs(math.log(e["configuration"]["learning_rate"]) - rate), default=None)
+        if entry is None or abs(math.log(entry["configuration"]["learning_rate"]) - rate) > math.log(NEAR):
+            return None
+        found = entry["score"]
+        half = NormalDist().inv_cdf(0.5 + found["level"] / 2)
+        return found["mean"], (found["high"] - found["low"]) / (2 * half)
 
 
 def prepare(settings: Settings, work: Path) -> Prepared:
     """From what the earlier stages left in `work`. Raises UserError for a search space that makes no sense."""
+    from metapeft.meta.recommendation import nominal_speed
+    from metapeft.profiling import Profile
+    from metapeft.profiling import speed as speeds
     from metapeft.search import Limits
+    from metapeft.search.warm import warm_start
 
     task = read_task(work / "version")
-    profile = read_json(work / "profile" / "profile.json")
-    train = Trainer(settings.backbone, task, profile["version"])
+    profile = Profile.from_json(read_json(work / "profile" / "profile.json"))
+    train = Trainer(settings.backbone, task, profile.version, test=False)
+    space = _space(settings, train)
+    recommended = read_json(work / "recommend" / "configurations.json")
+    nearest = read_json(work / "recommend" / "nearest.json")
+    speed = speeds.read(profile.backbone_content) or nominal_speed(profile)
+    recommendations = read_json(work / "recommend" / "recommendation.json")["recommendations"]
     return Prepared(
         settings,
         task,
         train,
-        _space(settings, train),
+        space,
         Limits(settings.recommend.max_seconds, settings.recommend.max_memory_mb),
-        read_json(work / "recommend" / "configurations.json"),
+        warm_start(recommended, nearest, settings.sweep.trials) if settings.sweep.warm else [],
+        Expected(profile, speed, recommendations),
+        _rule(settings, task) if settings.sweep.stop else None,
     )
 
 
-def warm_start(ranked: list[dict[str, Any]], trials: int) -> list[dict[str, Any]]:
-    """The first configuration of every method, then the others, in the order given: a short sweep sees all methods.
+def strategy(settings: Settings) -> str:
+    """How the sweep searches, as `metapeft compare` calls it: "warm tpe", "cold random", …"""
+    return f"{'warm' if settings.sweep.warm else 'cold'} {settings.sweep.sampler}"
 
-    The recommended ones take at most half of the trials (or one per method): the rest is for what nobody expected.
-    """
-    first = list({c["method"]: c for c in reversed(ranked)}.values())
-    ordered = [c for c in ranked if c in first] + [c for c in ranked if c not in first]
-    return ordered[: max(len(first), trials // 2)]
+
+def _rule(settings: Settings, task: Task) -> StopRule:
+    """When to stop, as far as recorded curves of other tasks teach it."""
+    from metapeft.meta.experience import Experience
+    from metapeft.search.stopping import calibrated
+
+    known = Experience().trials()
+    return calibrated(t for t in known if t.backbone == settings.backbone and t.task_version != task.version)
 
 
 def _space(settings: Settings, train: Any) -> Any:
@@ -160,7 +225,7 @@ STAGE = Stage(
     "sweep",
     body,
     settings=("backbone", "seed", "sweep", "recommend"),
-    needs=("version", "profile", "recommend/configurations.json"),
+    needs=("version", "profile", "recommend"),
     code=("metapeft/search", *ENGINE, "metapeft/stages/sweep.py", "metapeft/stages/trainer.py"),
 )
 run, main = STAGE.run, STAGE.main

@@ -40,7 +40,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
             note = f"loss {event['train_loss']:.3f}" + (f", validation {score:.3f}" if score is not None else "")
             advance(event["step"], f"step {event['step']} of {steps}: {note}", line=score is not None)
 
-        train = Trainer(settings.backbone, task, profile["version"], test=False, on_event=on_event)
+        train = Trainer(settings.backbone, task, profile["version"], test=False, record=False, on_event=on_event)
         with trial_lock(identity):
             trial = train(configuration, settings.seed, steps, identity)
             if trial.status in ("ok", "stopped"):

@@ -27,13 +27,15 @@ class Trainer:
     """Trains on one task and one backbone, loaded at the first call, and adds finished trials to the experience.
 
     Adapters go to METAPEFT_HOME/adapters/TRIAL_ID, where a training that was killed continues. A Trainer may be
-    pickled: the loaded model and `on_event` stay behind.
+    pickled: the loaded model and `on_event` stay behind. test: whether the test split is scored; without it the
+    experience gets the validation score. record: False where whoever scores the trial adds it to the experience.
     """
 
     backbone: str
     task: Task
     profile_version: str = ""
-    test: bool = True  # whether the test split is scored
+    test: bool = True
+    record: bool = True
     on_event: Event | None = None
     _session: Session | None = field(default=None, repr=False)
 
@@ -63,12 +65,26 @@ class Trainer:
         backbone = self.session().backbone.content_id
         return home() / "untuned" / f"{self.task.version}-{self.task.metric}-{backbone}-{engine_version()}.json"
 
-    def __call__(self, configuration: dict[str, Any], seed: int, steps: int, trial_id: str) -> Trial:
+    def __call__(
+        self,
+        configuration: dict[str, Any],
+        seed: int,
+        steps: int,
+        trial_id: str,
+        watch: Callable[[dict[str, Any]], bool] | None = None,
+    ) -> Trial:
+        """watch: gets every event of the training, and stops it by returning True."""
         from metapeft.meta.experience import Experience
+        from metapeft.runtime import MB, mx
         from metapeft.training.trainer import run_trial
 
-        if self.test:
-            self.untuned()
+        before = self.untuned()
+
+        def progress(event: dict[str, Any]) -> bool:
+            if self.on_event is not None:
+                self.on_event(event)
+            return watch is not None and watch(event | {"peak_memory_mb": mx.get_peak_memory() / MB})
+
         with trial_lock(trial_id):
             trial = run_trial(
                 self.session(),
@@ -76,12 +92,33 @@ class Trainer:
                 steps=steps,
                 seed=seed,
                 folder=home() / "adapters" / trial_id,
-                progress=self.on_event,  # returns None: never asks to stop
+                progress=progress,
                 test=self.test,
             )
         trial.profile_version = self.profile_version
-        if self.test or trial.status not in ("ok", "stopped"):
-            Experience().append(trial)  # without a test score it is not finished: whoever scores it adds it
+        trial.untuned_score = before
+        if self.record or trial.status not in ("ok", "stopped"):
+            Experience().append(trial)
+        return trial
+
+    def tested(self, trial: Trial) -> Trial:
+        """Scores a finished trial on the test split, where its adapter is still there, and tells the experience."""
+        from metapeft.meta.experience import Experience
+        from metapeft.peft import adapters
+        from metapeft.training.evaluation import evaluate
+
+        folder = home() / "adapters" / trial.id
+        if trial.score is not None or not folder.is_dir():
+            return trial
+        session = self.session()
+        with trial_lock(trial.id):
+            adapter = adapters.load(folder, session.model)
+        adapter.attach(session.model)
+        try:
+            trial.score = evaluate(session, adapter, "test")
+        finally:
+            adapter.detach(session.model)
+        Experience().append(trial)
         return trial
 
     def __getstate__(self) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Surrogate:
     log: Path | None = None
     seconds: float = 0.0
 
-    def __call__(self, configuration: dict[str, Any], seed: int, steps: int, key: str) -> Trial:
+    def __call__(self, configuration: dict[str, Any], seed: int, steps: int, key: str, watch: Any = None) -> Trial:
         self.note("begin", key)
         time.sleep(self.seconds)
         trial = train(configuration, seed, steps)

@@ -15,20 +15,21 @@ from typing import Any
 import pytest
 
 from metapeft.errors import MetapeftError, UserError
-from metapeft.search import pareto, spaces, sweep
+from metapeft.search import pareto, spaces, stopping, sweep
 from metapeft.search.sweep import Limits, Sweep
 from metapeft.settings import Settings, SweepSettings
 from metapeft.training.configuration import full
 from metapeft.training.trial import Trial
 from tests.search import surrogate
 from tests.search.surrogate import Surrogate
+from tests.search.test_stopping import recorded
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK = surrogate.task()
 
 
-def given(trials: int = 8, **options: Any) -> Settings:
-    return Settings(backbone=surrogate.BACKBONE, sweep=SweepSettings(trials=trials, **options))
+def given(trials: int = 8, *, repeats: int | None = 0, **options: Any) -> Settings:
+    return Settings(backbone=surrogate.BACKBONE, sweep=SweepSettings(trials=trials, repeats=repeats, **options))
 
 
 def identities(found: Sweep) -> list[str]:
@@ -139,7 +140,7 @@ class Failing:
 
     always: bool = False
 
-    def __call__(self, configuration: dict[str, Any], seed: int, steps: int, key: str) -> Trial:
+    def __call__(self, configuration: dict[str, Any], seed: int, steps: int, key: str, watch: Any = None) -> Trial:
         if self.always or configuration["method"] == "adalora":
             raise RuntimeError("a bug")
         return surrogate.train(configuration, seed, steps)
@@ -171,7 +172,7 @@ class Interrupted:
 
     mark: Path
 
-    def __call__(self, configuration: dict[str, Any], seed: int, steps: int, key: str) -> Trial:
+    def __call__(self, configuration: dict[str, Any], seed: int, steps: int, key: str, watch: Any = None) -> Trial:
         if not self.mark.exists():
             self.mark.write_text(key)
             raise KeyboardInterrupt
@@ -202,7 +203,8 @@ from tests.search import surrogate
 
 log, seconds, trials, workers = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 seed, storage = int(sys.argv[5]), sys.argv[6] if len(sys.argv) > 6 else None
-settings = Settings(backbone=surrogate.BACKBONE, seed=seed, sweep=SweepSettings(trials=trials, workers=workers))
+chosen = SweepSettings(trials=trials, workers=workers, repeats=0)
+settings = Settings(backbone=surrogate.BACKBONE, seed=seed, sweep=chosen)
 if __name__ == "__main__":
     run = surrogate.Surrogate(log, seconds)
     sweep.sweep(run, surrogate.task(), settings, storage=storage, on_trial=lambda t, n, of: print(n, of, flush=True))
@@ -363,3 +365,101 @@ def test_a_study_cannot_be_continued_as_another_one() -> None:
         sweep.sweep(Surrogate(), surrogate.task("weeds"), given(1), study="mine")
     with pytest.raises(UserError, match="there is no sweep yours"):
         sweep.load("yours", TASK, given(1))
+
+
+def test_the_best_are_repeated_with_other_seeds_and_reported_as_their_mean() -> None:
+    found = sweep.sweep(Surrogate(), TASK, given(20, repeats=6))
+    seeds = Counter(trial.seed for trial in found.trials)
+    assert len(found.trials) == 20 and seeds[0] == 14 and seeds[1] >= 2 and sum(seeds.values()) == 20
+    best = found.points["most accurate"]
+    assert len(pareto.runs(best)) >= 2, "the reported best is not one lucky training"
+    same = [t for t in found.trials if t.configuration == best.configuration]
+    assert best.validation is not None
+    assert best.validation.value == pytest.approx(sum(t.validation.value for t in same) / len(same))  # type: ignore[union-attr]
+    assert best.validation.standard_error > 0 and {t.seed for t in same} == set(range(len(same)))
+    assert len({t.id for t in found.trials}) == 20
+    assert [t.id for t in sweep.load(found.study, TASK, given(20, repeats=6)).front] == [t.id for t in found.front]
+
+
+def test_by_default_a_quarter_repeats_and_a_short_sweep_does_not() -> None:
+    assert sum(t.seed > 0 for t in sweep.sweep(Surrogate(), TASK, given(12, repeats=None)).trials) == 3
+    assert not any(t.seed for t in sweep.sweep(Surrogate(), TASK, given(7, repeats=None), study="short").trials)
+
+
+@dataclass(frozen=True)
+class Lucky:
+    """Prompt tuning diverges with every seed but 0, with which it is the best."""
+
+    def __call__(self, configuration: dict[str, Any], seed: int, steps: int, key: str, watch: Any = None) -> Trial:
+        trial = surrogate.train(configuration, seed, steps)
+        if trial.method == "prompt" and trial.validation is not None:
+            trial.validation.value = 1.0
+            if seed:
+                trial.status, trial.validation, trial.score = "diverged", None, None
+        return trial
+
+
+def test_what_diverges_with_another_seed_is_not_on_the_front() -> None:
+    warm = [{"method": m, "learning_rate": rate} for m, rate in surrogate.BEST_RATE.items()]
+    found = sweep.sweep(Lucky(), TASK, given(13, repeats=8), warm_start=warm)
+    lucky = next(t for t in found.trials if t.method == "prompt" and t.status == "ok")
+    if not any(t.status == "diverged" and t.configuration == lucky.configuration for t in found.trials):
+        pytest.fail("the best was not repeated")
+    assert found.infeasible[lucky.id] == "diverged with another seed"
+    assert lucky.id not in {t.id for t in found.front}
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Reports its learning curve as it goes, and stops where it is told to."""
+
+    def __call__(self, configuration: dict[str, Any], seed: int, steps: int, key: str, watch: Any = None) -> Trial:
+        trial = surrogate.train(configuration, seed, steps)
+        for index, row in enumerate(trial.curve if trial.status == "ok" and watch else ()):
+            if watch({"step": row["step"] - 1, "steps": steps, "train_loss": row["train_loss"]}):
+                raise AssertionError("only evaluations are judged")
+            if watch(row | {"steps": steps, "peak_memory_mb": trial.peak_memory_mb}):
+                trial.status, trial.curve = "stopped", trial.curve[: index + 1]
+                trial.train_seconds = row["seconds"]
+                break
+        return trial
+
+
+def test_hopeless_trials_stop_and_the_front_is_that_of_a_sweep_without_stopping() -> None:
+    rule = stopping.calibrated(recorded(8, 14))
+    assert rule.alpha > 0
+    found = sweep.sweep(Watched(), TASK, given(30), rule=rule)
+    stopped = [t for t in found.trials if t.status == "stopped"]
+    assert len(stopped) >= 3 and all(found.infeasible[t.id] == "stopped" for t in stopped)
+    whole = [point for t in found.trials if (point := pareto.objectives(surrogate.train(t.configuration)))]
+    for trial in stopped:
+        score, seconds, memory = pareto.objectives(surrogate.train(trial.configuration))  # type: ignore[misc]
+        cheap = [p[0] for p in whole if p[1] <= 1.1 * seconds and p[2] <= 1.1 * memory]
+        assert score < max(cheap) + 0.02, "run to its end it would not have been worth it"
+    repeated = sweep.sweep(Watched(), TASK, given(14, repeats=5), rule=rule, study="repeated")
+    assert all(t.status != "stopped" for t in repeated.trials if t.seed), "what was good once is not stopped"
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "random"])
+def test_other_samplers(sampler: str) -> None:
+    found = sweep.sweep(Surrogate(), TASK, given(10, sampler=sampler))
+    assert found.complete and len({t.id for t in found.trials}) == 10
+    assert found.study != sweep.study_name(TASK, given(10), spaces.space())
+
+
+def test_the_gp_sampler_says_what_it_needs() -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match=r"pip install 'metapeft\[gp\]'"):
+            sweep.sweep(Surrogate(), TASK, given(3, sampler="gp"))
+        return
+    found = sweep.sweep(Surrogate(), TASK, given(10, sampler="gp", methods=["prompt"]))
+    assert found.complete
+
+
+def test_small_adapters_may_be_an_objective() -> None:
+    settings = given(14, adapters=True)
+    found = sweep.sweep(Surrogate(), TASK, settings)
+    assert found.front == pareto.front([t for t in found.trials if t.id not in found.infeasible], adapters=True)
+    assert sweep.load(found.study, TASK, settings).adapters and found.to_json()["adapters"]
