@@ -39,6 +39,7 @@ def group(name: str, help: str) -> typer.Typer:
 
 tasks = group("tasks", "The catalog of public tasks.")
 experience = group("experience", "All trials ever run here.")
+meta = group("meta", "The model that recommends: fitted to the experience, judged on tasks never seen.")
 models = group("models", "The registry of adapters.")
 adapters = group("adapters", "Adapter folders.")
 
@@ -48,6 +49,7 @@ Backbone = Annotated[str | None, Option(help="Base model: packaged name, hub id,
 Seed = Annotated[int | None, Option(min=0, help="Of data order and initialisation.")]
 Params = Annotated[Path | None, Option(help="Settings file (default: params.yaml where there is one).")]
 Work = Annotated[Path | None, Option(help="Folder of the stages' outputs (default: one per task in METAPEFT_HOME).")]
+Sampler = Literal["tpe", "gp", "nsga2", "random"]
 Prefer = Literal["accuracy", "balanced", "speed", "memory"]
 
 
@@ -127,6 +129,11 @@ def recommend(
         task, prefer=prefer, max_seconds=max_seconds, max_memory_mb=max_memory_mb, **options
     ).to_json()
     show(found, as_json, recommended(found), title=f"Recommended for {found['task']} (basis: {found['basis']})")
+    if not as_json:
+        print(found["advice"])
+        for near in found["neighbours"]:
+            best = near["best"]
+            print(f"like {near['task']} ({near['similarity']:.2f}): there {best['method']} reached {best['score']:.3f}")
 
 
 @app.command()
@@ -167,6 +174,12 @@ def sweep(
         list[str] | None,
         Option("--set", metavar="KEY=VALUE", help="Fix a hyperparameter, or give choices: rank=[4,8]."),
     ] = None,
+    space: Annotated[Path | None, Option(help="YAML or JSON file that fixes or narrows hyperparameters.")] = None,
+    cold: Annotated[bool, Option("--cold", help="Start without what other tasks have taught.")] = False,
+    full_budget: Annotated[bool, Option("--full-budget", help="Never end a hopeless trial early.")] = False,
+    repeats: Annotated[int | None, Option(help="Of the trials, how many repeat the best with other seeds.")] = None,
+    sampler: Annotated[Sampler | None, Option(help="What proposes configurations (default: tpe).")] = None,
+    small_adapters: Annotated[bool, Option("--small-adapters", help="The adapter's size is an objective too.")] = False,
     backbone: Backbone = None,
     seed: Seed = None,
     params: Params = None,
@@ -176,6 +189,7 @@ def sweep(
     """Search configurations; show the Pareto front."""
     from metapeft import api
     from metapeft.search import pareto
+    from metapeft.search.spaces import read
     from metapeft.stages.stage import assignments
 
     found = api.sweep(
@@ -185,26 +199,27 @@ def sweep(
         max_seconds=max_seconds,
         workers=workers,
         methods=method,
-        space=assignments(set_ or []) or None,
+        space=((read(space) if space else {}) | assignments(set_ or [])) or None,
+        warm=False if cold else None,
+        stop=False if full_budget else None,
+        repeats=repeats,
+        sampler=sampler,
+        adapters=True if small_adapters else None,
         backbone=backbone,
         seed=seed,
         params=params,
         work=work,
     )
-    rows = [row.to_json() for row in pareto.explain(found.trials, task)]
-    table = [
-        {
-            "point": ", ".join(row["names"]),
-            "method": row["method"],
-            "validation": plus_minus(row["score"], row["standard_error"]),
-            "seconds": f"{row['seconds']:.1f}",
-            "memory MB": f"{row['peak_memory_mb']:.0f}",
-            "adapter": size(row["adapter_bytes"]),
-            "train it": row["command"],
-        }
-        for row in rows
-    ]
-    show(found.to_json(), as_json, table, title=f"Pareto front of {len(found.trials)} trials on {found.task}")
+    rows = pareto.explain(found.feasible(), task, found.adapters)
+    if as_json:
+        return show(found.to_json() | {"rows": [row.to_json() for row in rows], "report": str(found.report)}, True)
+    from metapeft.report import tables
+
+    title = f"Pareto front of {len(found.trials)} trials on {found.task}"
+    printed(tables.front(rows, title) if rows else "no trial ended well: see the report")
+    for line in (*tables.order(rows), *tables.mattered(found.trials)):
+        print(line)
+    print(f"\n{tables.commands(rows)}\n\nreport: {found.report}")
 
 
 @experience.command("list")
@@ -274,6 +289,72 @@ def experience_import(file: Annotated[Path, Argument(help="A file that export wr
     from metapeft.meta.experience import Experience
 
     show({"trials": Experience().merge(file), "file": str(file)}, as_json)
+
+
+@meta.command("train")
+def meta_train(as_json: Json = False) -> None:
+    """Fit the meta-model anew; it replaces the champion unless it does worse on tasks left out."""
+    from metapeft.meta import versions
+    from metapeft.meta.knowledge import knowledge
+
+    found = versions.train(knowledge().observations())
+    row = {"version": found.version, "champion": "yes" if found.promoted else "no", "why": found.reason}
+    show(found.to_json(), as_json, [row | {"tasks": found.tasks, "observations": found.observations}])
+
+
+@meta.command("evaluate")
+def meta_evaluate(
+    output: Annotated[Path | None, Option(help="Folder of table and pictures (default: in METAPEFT_HOME).")] = None,
+    curve: Annotated[bool, Option(help="Also with few known tasks.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Leave every family of tasks out, recommend for it, and compare with what was measured there."""
+    from metapeft.meta import versions
+    from metapeft.meta.evaluate import evaluate
+    from metapeft.meta.knowledge import knowledge
+    from metapeft.report import evaluation
+    from metapeft.settings import home
+
+    known = knowledge()
+    observations = known.observations()
+    found = evaluate(observations, len(known.trials), curve)
+    tasks = list(dict.fromkeys(o.task for o in observations))
+    written = evaluation.write(found, versions.champion().model, tasks, output or home() / "meta" / "evaluation")
+    record = {**found.to_json(), "folder": str(written.folder), "files": list(written.files)}
+    show(record, as_json, evaluation.rows_of_selectors(found), title=f"{len(found.tasks)} tasks, each family left out")
+    if not as_json:
+        show(None, False, evaluation.rows_of_targets(found))
+        print(f"table and pictures: {written.folder}")
+
+
+@meta.command("versions")
+def meta_versions(as_json: Json = False) -> None:
+    """All versions of the meta-model."""
+    from metapeft.meta import versions
+
+    now = versions.champion().number
+    found = [{**v.to_json(), "champion": v.number == now} for v in versions.versions()]
+    names = ("number", "made", "tasks", "observations", "champion")
+    show(found, as_json, [{name: v[name] for name in names} for v in found])
+
+
+@meta.command("promote")
+def meta_promote(
+    version: Annotated[int, Argument(min=0, help="Version that becomes champion (0: the shipped one).")],
+    as_json: Json = False,
+) -> None:
+    """Make a version the champion."""
+    from metapeft.meta import versions
+
+    show({"champion": versions.promote(version).number}, as_json)
+
+
+@meta.command("rollback")
+def meta_rollback(as_json: Json = False) -> None:
+    """Give the champion's place back to the version before."""
+    from metapeft.meta import versions
+
+    show({"champion": versions.rollback().number}, as_json)
 
 
 @app.command()
@@ -488,7 +569,6 @@ def show(value: Any, as_json: bool, rows: list[dict[str, Any]] | None = None, ti
         print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
         return
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     if rows is None:
@@ -499,8 +579,14 @@ def show(value: Any, as_json: bool, rows: list[dict[str, Any]] | None = None, ti
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*("" if row.get(column) is None else str(row[column]) for column in columns))
-    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
-    console.print(table if rows else "nothing yet")
+    printed(table if rows else "nothing yet")
+
+
+def printed(what: Any) -> None:
+    """A table (or text), as wide as the terminal, or as a log takes."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(what)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
