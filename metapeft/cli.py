@@ -42,6 +42,7 @@ experience = group("experience", "All trials ever run here.")
 meta = group("meta", "The model that recommends: fitted to the experience, judged on tasks never seen.")
 models = group("models", "The registry of adapters.")
 adapters = group("adapters", "Adapter folders.")
+keys = group("keys", "Who may use the server.")
 
 Task = Annotated[str, Argument(help="A file (.jsonl, .csv, .parquet), a Hugging Face dataset id, or a catalog name.")]
 Json = Annotated[bool, Option("--json", help="Print JSON for machines.")]
@@ -437,6 +438,72 @@ def adapters_convert(
 
     saved = convert(source, destination, to, backbone)
     show({"method": saved.config.method, "from": saved.format, "to": to, "folder": str(destination)}, as_json)
+
+
+@app.command()
+def serve(
+    host: Annotated[str, Option(help="Address to listen on; one that others reach needs a key.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    backbone: Backbone = None,
+    rows: Annotated[int, Option(min=1, help="Sequences written at the same time.")] = 64,
+    queue: Annotated[int, Option(min=1, help="Requests that may wait; more get 429.")] = 256,
+    adapter_mb: Annotated[float, Option(min=0, help="Adapters kept in memory.")] = 512.0,
+    poll_seconds: Annotated[float, Option(min=1, help="How often to look at the registry unasked.")] = 60.0,
+    timeout: Annotated[float, Option(min=1, help="Seconds that one request may take.")] = 300.0,
+    params: Params = None,
+) -> None:
+    """Serve the backbone with all registered adapters over HTTP."""
+    from metapeft import api
+    from metapeft.serving.app import Bounds
+    from metapeft.serving.engine import Limits
+    from metapeft.serving.server import serve as run
+
+    limits = Limits(rows, queue, adapter_mb)
+    chosen = api.settings_for("serve", backbone=backbone, params=params)
+    run(chosen, host, port, limits, Bounds(seconds=timeout), poll_seconds, params)
+
+
+@keys.command("create")
+def keys_create(
+    name: Annotated[str, Argument(help="Whom the key is for.")],
+    per_minute: Annotated[int, Option(min=1, help="Requests allowed.")] = 600,
+    admin: Annotated[bool, Option("--admin", help="May deploy models.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a key and show it, this once."""
+    from metapeft.serving import keys as ring
+
+    key, text = ring.create(name, per_minute, admin)
+    show({"key": text, **key.described()}, as_json)
+
+
+@keys.command("list")
+def keys_list(as_json: Json = False) -> None:
+    """All keys, without their secrets."""
+    from metapeft.serving import keys as ring
+
+    show([key.described() for key in ring.load()], as_json)
+
+
+@keys.command("rotate")
+def keys_rotate(
+    name: Annotated[str, Argument(help="Name or id of a key.")],
+    grace_seconds: Annotated[float, Option(min=0, help="How long the old one stays valid.")] = 3600.0,
+    as_json: Json = False,
+) -> None:
+    """Give a key a new secret."""
+    from metapeft.serving import keys as ring
+
+    key, text = ring.rotate(name, grace_seconds)
+    show({"key": text, **key.described()}, as_json)
+
+
+@keys.command("revoke")
+def keys_revoke(name: Annotated[str, Argument(help="Name or id of a key.")], as_json: Json = False) -> None:
+    """Make a key invalid at once."""
+    from metapeft.serving import keys as ring
+
+    show(ring.revoke(name).described(), as_json)
 
 
 @app.command()

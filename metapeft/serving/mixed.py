@@ -30,7 +30,6 @@ class Resident:
 
     name: str
     method: str
-    form: dict[str, Any]  # of its task: name, kind, labels, template ({} in folders that do not say)
     matrices: dict[str, Pair] = field(default_factory=dict)
     prefix: list[Pair] | None = None  # per layer (keys, values), each (1, kv_heads, virtual tokens, head width)
 
@@ -52,8 +51,7 @@ def read(folder: Path, model: nn.Module, name: str) -> Resident:
     """
     saved = checkpoints.read(folder)
     adapter = adapters.build(saved, model, name)
-    form = saved.metadata.get("task")
-    found = Resident(name, saved.config.method, form if isinstance(form, dict) else {})
+    found = Resident(name, saved.config.method)
     if isinstance(adapter, MatrixAdapter):
         found.matrices = {path: _factors(delta) for path, delta in adapter.deltas.items()}
     else:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metapeft.errors import MetapeftError, UserError
+from metapeft.peft import checkpoints
 from metapeft.runtime import mx
 from metapeft.serving.generate import Batch, Row, write
 from metapeft.settings import Settings, home
@@ -44,6 +45,7 @@ class Version:
 
     model: Model
     folder: Path
+    form: dict[str, Any]  # how its task asks: name, kind, labels, template ({} in folders that do not say)
 
     @property
     def key(self) -> str:
@@ -192,7 +194,8 @@ class Registry:
         folder, _ = models.resolve(self.settings, f"{model.name}@{model.version}")
         if model.weights and models.weights_digest(folder) != model.weights:
             raise UserError(f"{model.name} version {model.version}: its weights are not those that were registered")
-        version = Version(model, folder)
+        form = checkpoints.read(folder).metadata.get("task")
+        version = Version(model, folder, form if isinstance(form, dict) else {})
         self._versions[version.key] = version
         return version
 

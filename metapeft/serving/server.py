@@ -1,0 +1,105 @@
+"""`metapeft serve`: puts the parts together, listens, and ends in order.
+
+On SIGTERM or SIGINT the server stops to listen, finishes what it has accepted, and ends; a second signal ends it at
+once. Nothing that matters is only in memory: after a kill the next start serves the same, and measurements that were
+interrupted start again when they are asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from metapeft import backbones
+from metapeft.errors import UserError
+from metapeft.progress import say
+from metapeft.runtime import describe
+from metapeft.serving.app import Bounds, Service, create_app
+from metapeft.serving.engine import Engine, Limits
+from metapeft.serving.keys import Keyring
+from metapeft.serving.metrics import Metrics
+from metapeft.serving.registry import Registry
+from metapeft.serving.select import Selector
+from metapeft.settings import Settings
+from metapeft.tracking import servers
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+GRACE_SECONDS = 30
+
+
+def serve(
+    settings: Settings,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    limits: Limits | None = None,
+    bounds: Bounds | None = None,
+    poll_seconds: float = 60.0,
+    params: Path | None = None,
+) -> None:
+    """Serve until a signal comes. port 0: any that is free. Raises UserError before anything is loaded where it can."""
+    import uvicorn
+
+    local = host in LOCAL
+    keyring = Keyring()
+    if not local and not keyring.any:
+        raise UserError(
+            f"host {host} can be reached from other machines and there is no key; "
+            "create one first: metapeft keys create NAME"
+        )
+    with contextlib.closing(_listen(host, port)) as listener:
+        address = listener.getsockname()
+        url = f"http://{'localhost' if host in ('0.0.0.0', '::') else host}:{address[1]}"
+        engine = Engine(backbones.load(settings.backbone), limits)
+        registry = Registry(engine, settings, poll_seconds)
+        selector = Selector(settings.backbone, params)
+        metrics = Metrics(engine, registry)
+        registry.on_deployment = lambda done: (metrics.deployed(done), _log({"event": "deployment", **done.__dict__}))
+        service = Service(engine, registry, selector, keyring, metrics, local, bounds=bounds or Bounds(), log=_log)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(service),
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+                timeout_keep_alive=30,
+                limit_concurrency=2000,
+                backlog=1024,
+                h11_max_incomplete_event_size=64 * 1024,
+                server_header=False,
+            )
+        )
+        with _running(engine, registry, selector), servers.listed(url, service.token):
+            say(f"serving {settings.backbone} on {describe()['device']} at {url}")
+            server.run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def _running(engine: Engine, registry: Registry, selector: Selector) -> Iterator[None]:
+    for part in (engine, registry, selector):
+        part.start()
+    try:
+        yield
+    finally:
+        selector.stop()
+        registry.stop()
+        engine.stop()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from error
+
+
+def _log(record: dict[str, Any]) -> None:
+    """One line of JSON; never a prompt, an answer or a key."""
+    record = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **record}
+    print(json.dumps(record), file=sys.stderr, flush=True)
