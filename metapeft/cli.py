@@ -21,6 +21,7 @@ from metapeft.errors import UserError
 if TYPE_CHECKING:
     from metapeft.training.trial import Score, Trial
 
+MLFLOW = "mlflow"  # in the place of a file: the tracking store of the settings
 INTERRUPTED = 130  # what typer makes of Ctrl-C: 128 + SIGINT
 
 app = typer.Typer(
@@ -276,20 +277,38 @@ def experience_grow(
 
 @experience.command("export")
 def experience_export(
-    file: Annotated[Path, Argument(help="A .parquet or .jsonl file.")], as_json: Json = False
+    to: Annotated[str, Argument(help="A .parquet or .jsonl file, or `mlflow`: the tracking store.")],
+    params: Params = None,
+    as_json: Json = False,
 ) -> None:
-    """Write your own trials to one file."""
+    """Write your own trials to a file, or to MLflow those that it does not hold."""
     from metapeft.meta.experience import Experience
 
-    show({"trials": Experience().export(file), "file": str(file)}, as_json)
+    if to == MLFLOW:
+        from metapeft.tracking import exchange
+
+        written = exchange.publish(settings(params), Experience(shipped=None).trials())
+    else:
+        written = Experience().export(Path(to))
+    show({"trials": written, "to": to}, as_json)
 
 
 @experience.command("import")
-def experience_import(file: Annotated[Path, Argument(help="A file that export wrote.")], as_json: Json = False) -> None:
-    """Add the trials of a file."""
+def experience_import(
+    source: Annotated[str, Argument(help="A file that export wrote, or `mlflow`: the tracking store.")],
+    params: Params = None,
+    as_json: Json = False,
+) -> None:
+    """Add the trials of a file, or of MLflow, that are not known here."""
     from metapeft.meta.experience import Experience
 
-    show({"trials": Experience().merge(file), "file": str(file)}, as_json)
+    if source == MLFLOW:
+        from metapeft.tracking import exchange
+
+        added = Experience().add(exchange.collect(settings(params)))
+    else:
+        added = Experience().merge(Path(source))
+    show({"trials": added, "from": source}, as_json)
 
 
 @meta.command("train")

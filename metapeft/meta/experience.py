@@ -147,6 +147,11 @@ class Experience:
             other = _unique([(0, _load(path))])
         else:
             raise UserError(f"cannot import {path}: give an existing .parquet or .jsonl file, or an experience folder")
+        return self.add(other)
+
+    def add(self, records: Iterable[Record]) -> int:
+        """The same for trials as JSON (`Trial.to_json`, NaN being null), of any schema."""
+        other = _unique([(0, [migrate(record) for record in records])])
         mine = {record["id"]: _rank(record) for record in self._records(shipped=False)}
         new = [record for record in other if record["id"] not in mine or mine[record["id"]] < _rank(record)]
         self._write(new)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from metapeft.data.task import Task
 from metapeft.errors import UserError
 from metapeft.settings import Settings
+from metapeft.tracking import exchange
 from metapeft.tracking.client import connect, experiment_id, failures
 from metapeft.training.trial import Score, Trial
 
@@ -250,6 +251,7 @@ def _write_outcome(client: MlflowClient, run_id: str, trial: Trial) -> None:
         "error": trial.error,
         "metric": trial.score.metric if trial.score else "",
     }
+    tags |= exchange.tags(trial)
     _write(client, run_id, metrics=metrics, params=params, tags=tags)
     _write_curve(client, run_id, trial.curve, _milliseconds(trial.started))
 
