@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from metapeft import stages
 from metapeft.settings import DEFAULT_BACKBONE, Settings, home, load_settings
-from metapeft.stages.files import read_trials
+from metapeft.stages.files import read_task, read_trials
 from metapeft.stages.stage import read_json
 from metapeft.training.trial import Trial
 
@@ -86,16 +86,43 @@ def sweep(
     workers: int | None = None,
     methods: list[str] | None = None,
     space: dict[str, Any] | None = None,
+    warm: bool | None = None,
+    stop: bool | None = None,
+    repeats: int | None = None,
+    sampler: str | None = None,
+    adapters: bool | None = None,
     work: Path | None = None,
     **options: Any,
 ) -> Sweep:
-    """Trials on a task and their Pareto front. options: backbone, seed, params."""
-    wanted = {"trials": trials, "steps": steps, "max_seconds": max_seconds, "workers": workers}
-    settings = settings_for(task, sweep=wanted | {"methods": methods, "space": space}, **options)
+    """Trials on a task and their Pareto front; `report` is a page about them. options: backbone, seed, params.
+
+    warm: False starts without what other tasks have taught. stop: False gives every trial its whole budget. repeats: of
+    the trials, how many repeat the best with other seeds. adapters: their size is an objective too.
+    """
+    from metapeft.report import Content, write_report
+
+    wanted: dict[str, Any] = {
+        "trials": trials,
+        "steps": steps,
+        "max_seconds": max_seconds,
+        "workers": workers,
+        "methods": methods,
+    }
+    wanted |= {"space": space, "warm": warm, "stop": stop, "repeats": repeats, "sampler": sampler, "adapters": adapters}
+    settings = settings_for(task, sweep=wanted, **options)
     work = work or work_folder(settings)
     result = stages.run((*BEFORE_SWEEP, "sweep"), settings, work)["sweep"]
     found = read_sweep(work)
     found.reused = len(found.trials) if result.cached else result.summary["reused"]
+    content = Content(
+        task=read_task(work / "version"),
+        trials=found.trials,
+        infeasible=found.infeasible,
+        adapters=found.adapters,
+        recommendation=read_json(work / "recommend" / "recommendation.json"),
+        called=settings.task,
+    )
+    found.report = write_report(work / "sweep-report", content).html
     return found
 
 
@@ -154,9 +181,7 @@ def grow(
             note += f" in {trial.seconds:.1f} s; about {max(0.0, left) / 60:.0f} minutes left"
             advance(min(1.0, done) * (max_seconds or 1.0), note, line=True)
 
-        return growth.grow(
-            names, base, max_seconds=max_seconds, max_trials=max_trials, on_plan=planned, on_trial=ended
-        )
+        return growth.grow(names, base, max_seconds=max_seconds, max_trials=max_trials, on_plan=planned, on_trial=ended)
 
 
 def settings_for(task: str | Path, *, params: Path | None = None, **given: Any) -> Settings:
@@ -191,21 +216,23 @@ def read_trial(work: Path) -> Trial:
 
 def read_sweep(work: Path) -> Sweep:
     """The sweep as the stage left it."""
-    from metapeft.search import Sweep
+    from metapeft.search import Sweep, pareto
 
     record = read_json(work / "sweep" / "sweep.json")
     trials = {trial.id: trial for trial in read_trials(work / "sweep" / "trials.jsonl")}
     for trial in trials.values():
         folder = home() / "adapters" / trial.id
         trial.adapter = str(folder) if folder.is_dir() else ""
+    merged = {t.id: t for t in pareto.averaged(t for t in trials.values() if t.id not in record["infeasible"])}
     return Sweep(
         study=record["study"],
         storage="",
         task=record["task"],
         task_version=record["task_version"],
         trials=list(trials.values()),
-        front=[trials[id] for id in record["front"]],
-        points={name: trials[id] for name, id in record["points"].items()},
+        front=[merged[id] for id in record["front"]],
+        points={name: merged[id] for name, id in record["points"].items()},
         infeasible=record["infeasible"],
+        adapters=record["adapters"],
         complete=record["complete"],
     )

@@ -60,12 +60,13 @@ def axis(values: Iterable[float], start: float, end: float, *, log: bool = False
     return Axis(low - room, high + room, start, end)
 
 
-def trade_offs(trials: Sequence[Trial], width: int, untuned: float | None = None) -> str:
+def trade_offs(trials: Sequence[Trial], width: int, untuned: float | None = None, adapters: bool = False) -> str:
     """Score against training seconds; size is memory, colour the method; the front is filled and joined.
 
-    Trials without a result are left out. The line joins what is best in score and seconds alone; a filled point beside
-    it is on the front for its memory.
+    Trials without a result are left out; repeats of a configuration are one dot, their mean. The line joins what is
+    best in score and seconds alone; a filled point beside it is on the front for its memory.
     """
+    trials = pareto.averaged(trials)
     points = {t.id: p for t in trials if (p := pareto.objectives(t)) is not None}
     shown = [t for t in trials if t.id in points]
     if not shown:
@@ -76,9 +77,9 @@ def trade_offs(trials: Sequence[Trial], width: int, untuned: float | None = None
     x = axis((points[t.id][1] for t in shown), left + 14, right - 14, log=True)
     y = _score_axis([*(v for s in spans.values() for v in s), *([untuned] if untuned is not None else [])], bottom, top)
     memories = [points[t.id][2] for t in shown]
-    best = pareto.front(shown)
+    best = pareto.front(shown, adapters)
     on_front = {t.id for t in best}
-    titles = pareto.titles(best)
+    titles = pareto.titles(best, adapters)
 
     body = _frame(x, y, left, right, top, bottom, "training time", wording.duration, wording.score)
     body += _untuned(y, untuned, left, right)
@@ -91,16 +92,16 @@ def trade_offs(trials: Sequence[Trial], width: int, untuned: float | None = None
         kind = f"{'front' if trial.id in on_front else 'beaten'} m-{escape(trial.method)}"
         low, high = spans[trial.id]
         body.append(
-            f'<g class="mark {kind}" tabindex="0" {_tip(trial, titles.get(trial.id, ""))}>'
-            + _path("whisker", f"M{cx:.1f} {y(low):.1f}V{y(high):.1f}")
+            f'<g class="mark {kind}" tabindex="0" {hover(trial, titles.get(trial.id, ""))}>'
+            + stroke("whisker", f"M{cx:.1f} {y(low):.1f}V{y(high):.1f}")
             + f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{r:.1f}"/></g>'
         )
     for identity, text in titles.items():
         score, seconds, memory = points[identity]
         placed = _place(text, x(seconds), y(score), radius(memory, memories), Box(left, top, right, bottom), obstacles)
         obstacles.append(placed.box)
-        body.append(_text("label", placed.x, placed.y, text))
-    return _svg(width, height, "Score against training time of every trial", body)
+        body.append(write("label", placed.x, placed.y, text))
+    return figure(width, height, "Score against training time of every trial", body)
 
 
 def curves(trials: Sequence[Trial], width: int, quantity: str, untuned: float | None = None, best: str = "") -> str:
@@ -133,13 +134,45 @@ def curves(trials: Sequence[Trial], width: int, quantity: str, untuned: float | 
         kind = "best" if trial.id == best else ("usual" if trial.status == "ok" else "broken")
         r = 3.4 if trial.id == best else 2.6
         body.append(
-            f'<g class="mark line {kind} m-{escape(trial.method)}" tabindex="0" {_tip(trial, "")}>'
+            f'<g class="mark line {kind} m-{escape(trial.method)}" tabindex="0" {hover(trial, "")}>'
             f'<path class="reach" d="{path}"/><path d="{path}"/>'
             + "".join(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{r}"/>' for px, py in places)
             + "</g>"
         )
     body.append("</g>")
-    return _svg(width, height, f"{label} over optimizer steps, one line per trial", body)
+    return figure(width, height, f"{label} over optimizer steps, one line per trial", body)
+
+
+def growth(times: Sequence[float], shares: Sequence[float], width: int) -> str:
+    """Hypervolume (`pareto.progress`) over the time that the trials took together, as steps; "" for fewer than two."""
+    if len(shares) < 2 or not max(shares) > 0:
+        return ""
+    height = 240
+    left, right, top, bottom = 52.0, width - 16.0, 12.0, height - 46.0
+    x = Axis(0, times[-1] * 1.02, left, right)
+    y = axis([0.0, *shares], bottom, top)
+    body = _frame(x, y, left, right, top, bottom, "time of all trials together", wording.duration, wording.score)
+    moves = f"M{x(0):.1f} {y(0):.1f}" + "".join(f"H{x(t):.1f}V{y(s):.1f}" for t, s in zip(times, shares, strict=True))
+    body.append(f'<g class="line best">{stroke("grown", moves + f"H{right}")}</g>')
+    return figure(width, height, "Hypervolume of the front over time", body)
+
+
+def shares(rows: Sequence[tuple[str, float, str, str]], width: int) -> str:
+    """Horizontal bars of shares: (name, share, class, note); "" for none."""
+    if not rows:
+        return ""
+    height, left, right = 40 * len(rows) + 8, 6.0, width - 8.0
+    x = Axis(0, max(0.01, *(share for _, share, _, _ in rows)), left, right)
+    body: list[str] = []
+    for index, (name, share, kind, note) in enumerate(rows):
+        y = 40.0 * index
+        body.append(write("name", left, y + 14, name))
+        body.append(
+            write("tick", right, y + 14, f"{wording.score(share, 0)}{f', best: {note}' if note else ''}", "end")
+        )
+        place = f'x="{left}" y="{y + 20:.0f}" width="{max(x(share) - left, 1):.1f}" height="10"'
+        body.append(f'<rect class="bar share {escape(kind)}" {place} rx="3"/>')
+    return figure(width, height, "What explains the scores: " + ", ".join(f"{n} {s:.0%}" for n, s, _, _ in rows), body)
 
 
 Line = tuple[Trial, list[tuple[int, float]]]
@@ -161,12 +194,12 @@ def interval(mean: float, low: float, high: float, scale: tuple[float, float], w
     x = Axis(scale[0], scale[1], 6, width - 6)
     a, b, c = (min(max(x(v), 0), width) for v in (low, high, mean))
     body = [
-        _path("track", f"M6 9H{width - 6}"),
-        _path("bar", f"M{a:.1f} 9H{b:.1f}"),
+        stroke("track", f"M6 9H{width - 6}"),
+        stroke("bar", f"M{a:.1f} 9H{b:.1f}"),
         f'<circle class="mean" cx="{c:.1f}" cy="9" r="4.5"/>',
     ]
     text = f"{wording.score(mean)}, between {wording.score(low)} and {wording.score(high)}"
-    return _svg(width, 18, text, body, fluid=False)
+    return figure(width, 18, text, body, fluid=False)
 
 
 def comparison(rows: Sequence[tuple[str, float, float, str]], width: int) -> str:
@@ -176,20 +209,20 @@ def comparison(rows: Sequence[tuple[str, float, float, str]], width: int) -> str
     x = Axis(0, 1, left, right)
     body: list[str] = []
     for tick in (0, 0.25, 0.5, 0.75, 1):
-        body.append(_path("grid", f"M{x(tick):.1f} 2V{height - 20}"))
+        body.append(stroke("grid", f"M{x(tick):.1f} 2V{height - 20}"))
         anchor = "start" if tick == 0 else "end" if tick == 1 else "middle"
-        body.append(_text("tick", x(tick), height - 5, wording.score(tick, 0), anchor))
+        body.append(write("tick", x(tick), height - 5, wording.score(tick, 0), anchor))
     for index, (name, value, error, kind) in enumerate(rows):
         y = 54.0 * index
         value = min(max(value, 0.0), 1.0)
-        body.append(_text("name", left, y + 16, name))
-        body.append(_text("value", right, y + 16, wording.plus_minus(value, error), "end"))
+        body.append(write("name", left, y + 16, name))
+        body.append(write("value", right, y + 16, wording.plus_minus(value, error), "end"))
         place = f'x="{left}" y="{y + 24:.0f}" width="{max(x(value) - left, 1):.1f}" height="18"'
         body.append(f'<rect class="bar {kind}" {place} rx="3"/>')
         error = error if math.isfinite(error) else 0.0
         a, b = x(max(value - error, 0)), x(min(value + error, 1))
-        body.append(_path("error", f"M{a:.1f} {y + 33:.0f}H{b:.1f}M{a:.1f} {y + 28:.0f}v10M{b:.1f} {y + 28:.0f}v10"))
-    return _svg(width, height, "Scores: " + ", ".join(f"{n} {wording.score(v)}" for n, v, _, _ in rows), body)
+        body.append(stroke("error", f"M{a:.1f} {y + 33:.0f}H{b:.1f}M{a:.1f} {y + 28:.0f}v10M{b:.1f} {y + 28:.0f}v10"))
+    return figure(width, height, "Scores: " + ", ".join(f"{n} {wording.score(v)}" for n, v, _, _ in rows), body)
 
 
 @dataclass(frozen=True)
@@ -249,7 +282,7 @@ def _staircase(points: Sequence[pareto.Point], x: Axis, y: Axis) -> str:
         return ""
     path = f"M{x(best[0][1]):.1f} {y(best[0][0]):.1f}"
     path += "".join(f"H{x(p[1]):.1f}V{y(p[0]):.1f}" for p in best[1:])
-    return _path("stairs", f"{path}")
+    return stroke("stairs", f"{path}")
 
 
 def _score_axis(values: Sequence[float], start: float, end: float) -> Axis:
@@ -266,7 +299,7 @@ def _untuned(y: Axis, untuned: float | None, left: float, right: float) -> list[
         return []
     place = y(untuned)
     return [
-        _path("untuned", f"M{left} {place:.1f}H{right}"),
+        stroke("untuned", f"M{left} {place:.1f}H{right}"),
         f'<text class="note" x="{right - 4}" y="{place - 5:.1f}" text-anchor="end">untuned backbone</text>',
     ]
 
@@ -286,8 +319,8 @@ def _frame(
     body = []
     for tick in y.ticks(5):
         said = say_y(tick).replace(f".0{wording.SPACE}", wording.SPACE)
-        body.append(_path("grid", f"M{left} {y(tick):.1f}H{right}"))
-        body.append(_text("tick", left - 7, y(tick) + 4, said, "end"))
+        body.append(stroke("grid", f"M{left} {y(tick):.1f}H{right}"))
+        body.append(write("tick", left - 7, y(tick) + 4, said, "end"))
     edge = -math.inf
     for tick in x.ticks(max(2, int((right - left) // 110))):
         said = say_x(int(tick) if float(tick).is_integer() and say_x is wording.number else tick)
@@ -295,35 +328,36 @@ def _frame(
         if x(tick) - half < edge + 6 or x(tick) + half > right + 14:
             continue
         edge = x(tick) + half
-        body.append(_path("grid", f"M{x(tick):.1f} {top}V{bottom}"))
-        body.append(_text("tick", x(tick), bottom + 18, said, "middle"))
-    body.append(_text("axis", (left + right) / 2, bottom + 38, x_label, "middle"))
+        body.append(stroke("grid", f"M{x(tick):.1f} {top}V{bottom}"))
+        body.append(write("tick", x(tick), bottom + 18, said, "middle"))
+    body.append(write("axis", (left + right) / 2, bottom + 38, x_label, "middle"))
     return body
 
 
-def _text(kind: str, x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def write(kind: str, x: float, y: float, said: str, anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(said)}</text>'
 
 
-def _path(kind: str, moves: str) -> str:
+def stroke(kind: str, moves: str) -> str:
     return f'<path class="{kind}" d="{moves}"/>'
 
 
-def _tip(trial: Trial, title: str) -> str:
+def hover(trial: Trial, title: str) -> str:
     """The lines of the hover, joined by newlines."""
     judged = pareto.judged(trial)
     found = wording.plus_minus(judged.value, judged.standard_error) if judged else trial.status
     searched = [n for n in pareto.searched(trial.method) if n in trial.configuration]
+    seeds = len(pareto.runs(trial))
     lines = [
         wording.method(trial.method) + (f": {title}" if title else ""),
-        f"{wording.metric(judged.metric)} {found}" if judged else found,
+        (f"{wording.metric(judged.metric)} {found}" if judged else found) + (f", {seeds} seeds" if seeds > 1 else ""),
         f"{wording.duration(trial.train_seconds or trial.seconds)}, {wording.memory(trial.peak_memory_mb)}",
         *(f"{wording.spoken(n)}: {wording.hyperparameter(n, trial.configuration[n])}" for n in searched),
     ]
     return f'data-trial="{escape(trial.id)}" data-tip="{escape(chr(10).join(lines))}"'
 
 
-def _svg(width: int, height: int, title: str, body: Sequence[str], fluid: bool = True) -> str:
+def figure(width: int, height: int, title: str, body: Sequence[str], fluid: bool = True) -> str:
     size = 'style="width:100%;height:auto"' if fluid else f'width="{width}" height="{height}"'
     return (
         f'<svg viewBox="0 0 {width} {height}" {size} role="img" aria-label="{escape(title)}">'

@@ -73,7 +73,9 @@ def markdown(found: Evaluation) -> str:
     """Tables, for a file."""
     s = found.summary
     if not s:
-        return "# The meta-model on tasks never seen\n\nToo little experience: no task has four scored configurations.\n"
+        return (
+            "# The meta-model on tasks never seen\n\nToo little experience: no task has four scored configurations.\n"
+        )
     numbers = {k: v for k, v in s.items() if isinstance(v, int | float)}
     parts = [
         "# The meta-model on tasks never seen",
@@ -169,7 +171,9 @@ def _learning(path: Path, found: Evaluation) -> None:
     figure, (axes,) = _figure(5, 3.4)
     tasks = [r["tasks"] for r in found.curve]
     axes.axhline(1, color="#999999", lw=1)
-    axes.fill_between(tasks, [r["low"] for r in found.curve], [r["high"] for r in found.curve], color="#1f77b4", alpha=0.2)
+    axes.fill_between(
+        tasks, [r["low"] for r in found.curve], [r["high"] for r in found.curve], color="#1f77b4", alpha=0.2
+    )
     axes.plot(tasks, [r["gap"] for r in found.curve], color="#1f77b4", marker="o")
     axes.set(xlabel="known tasks", ylabel="remaining gap", ylim=(0, None))
     axes.set_title("1: always the same configuration; 0: the oracle", fontsize=9)

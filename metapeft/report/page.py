@@ -6,13 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from metapeft.data.task import SPLITS, Task
-from metapeft.report import charts, wording
+from metapeft.report import charts, parallel, tables, wording
 from metapeft.search import pareto
 from metapeft.training.trial import Trial
 
+MOST_BARS = 8
 WIDE, NARROW = 820, 358  # pixels between the margins on a desktop and on a phone
 
 
@@ -28,6 +30,7 @@ class Content:
     task: Task
     trials: Sequence[Trial] = ()
     infeasible: Mapping[str, str] = field(default_factory=dict)
+    adapters: bool = False  # whether small adapters were an objective of the sweep
     final: Trial | None = None
     recommendation: Mapping[str, Any] | None = None
     profile: Mapping[str, Any] | None = None
@@ -50,7 +53,7 @@ class Content:
             same = [t for t in self.trials if t.configuration == self.final.configuration]
             if same:
                 return same[0].id
-        names = pareto.named(self.feasible())
+        names = pareto.named(self.feasible(), self.adapters)
         return names["most accurate"].id if names else ""
 
 
@@ -70,6 +73,7 @@ def render(content: Content) -> str:
         subtitle=_subtitle(content),
         final=_final(content),
         sweep=_sweep(content),
+        search=_search(content),
         learning=_learning(content),
         recommendation=_recommendation(content),
         trials=_trials(content),
@@ -149,22 +153,24 @@ def _parts(command: str) -> list[str]:
 
 def _sweep(content: Content) -> dict[str, Any]:
     feasible = content.feasible()
-    rows = pareto.explain(feasible, content.called or None)
-    titles = pareto.titles(feasible)
+    rows = pareto.explain(feasible, content.called or None, content.adapters)
+    titles = pareto.titles(feasible, content.adapters)
     counts = Counter(trial.method for trial in content.trials)
     judged = [score for trial in content.trials if (score := pareto.judged(trial)) is not None]
     metric = wording.metric(judged[0].metric) if judged else wording.metric(content.task.metric)
     return {
         "sentence": _sweep_sentence(content, len(rows)),
+        "order": " ".join(tables.order(rows)),
         "metric": metric,
         "legend": [(name, wording.method(name), counts[name]) for name in wording.METHODS if counts[name]],
-        "chart": _picture(lambda width: charts.trade_offs(feasible, width, content.untuned())),
+        "chart": _picture(lambda width: charts.trade_offs(feasible, width, content.untuned(), content.adapters)),
         "points": [
             {
                 "title": titles[row.trial],
                 "key": row.method,
                 "method": wording.method(row.method),
-                "score": wording.plus_minus(row.score, row.standard_error),
+                "score": wording.plus_minus(row.score, row.standard_error)
+                + (f" ({row.runs} seeds)" if row.runs > 1 else ""),
                 "test": wording.score(row.test_score) if row.test_score is not None else "",
                 "seconds": wording.duration(row.seconds),
                 "memory": wording.memory(row.peak_memory_mb),
@@ -179,7 +185,7 @@ def _sweep(content: Content) -> dict[str, Any]:
 
 
 def _sweep_sentence(content: Content, front: int) -> str:
-    total = len(content.trials)
+    total = len(pareto.averaged(content.trials))
     ended = Counter[str](trial.status for trial in content.trials)
     limited = sum(content.infeasible.get(t.id) is not None for t in content.trials if t.status == "ok")
     text = f"{total} configuration{'' if total == 1 else 's'} {'was' if total == 1 else 'were'} tried"
@@ -188,7 +194,34 @@ def _sweep_sentence(content: Content, front: int) -> str:
     text += " of score, training time and memory." if front else ", none with a usable result."
     odd = [f"{ended[status]} {said}" for status, said in wording.ENDINGS.items() if ended[status]]
     odd += [f"{limited} broke a limit"] if limited else []
+    if total < len(content.trials):
+        text += f" {len(content.trials) - total} of the trainings repeat the best with other seeds; scores are means."
     return text + (f" Not in the picture: {', '.join(odd)}." if odd else "")
+
+
+def _search(content: Content) -> dict[str, Any]:
+    """How the search went, and what it says about the hyperparameters."""
+    from metapeft.search.importance import importance
+
+    feasible = content.feasible()
+    times = list(accumulate(trial.seconds for trial in feasible))
+    grown = pareto.progress(feasible)
+    found = [row for row in importance(content.trials) if row.share >= 0.01]
+    found = sorted(found, key=lambda row: -row.share)[:MOST_BARS]
+    bars = [
+        (
+            wording.spoken(row.name) + (f" of {wording.method(row.method)}" if row.method else ""),
+            row.share,
+            f"m-{row.method}",
+            "" if row.method else wording.method(row.best),
+        )
+        for row in found
+    ]
+    return {
+        "parallel": _picture(lambda width: parallel.chart(feasible, width)),
+        "growth": _picture(lambda width: charts.growth(times, grown, width)),
+        "importance": _picture(lambda width: charts.shares(bars, width)),
+    }
 
 
 def _learning(content: Content) -> dict[str, Any]:
@@ -258,7 +291,7 @@ def _span(entry: Mapping[str, Any]) -> tuple[float, float, float] | None:
 
 
 def _trials(content: Content) -> list[dict[str, Any]]:
-    titles = pareto.titles(content.feasible())
+    titles = pareto.titles(content.feasible(), content.adapters)
     rows = []
     for trial in content.trials:
         judged = pareto.judged(trial)

@@ -15,14 +15,17 @@ from metapeft.training.trial import Trial
 DPI = 160
 
 
-def trade_offs(path: Path, trials: Sequence[Trial], title: str, untuned: float | None = None) -> None:
+def trade_offs(
+    path: Path, trials: Sequence[Trial], title: str, untuned: float | None = None, adapters: bool = False
+) -> None:
     """Score against training time; colour is the method, size the memory, the front is filled and joined."""
     from matplotlib.patheffects import withStroke
 
+    trials = pareto.averaged(trials)
     figure, (axes,) = _figure(1, title)
     points = {t.id: p for t in trials if (p := pareto.objectives(t)) is not None}
     shown = [t for t in trials if t.id in points]
-    best = pareto.front(shown)
+    best = pareto.front(shown, adapters)
     memories = [points[t.id][2] for t in shown]
     times = [points[t.id][1] for t in shown]
     steps = pareto.staircase([points[t.id] for t in best])
@@ -37,7 +40,7 @@ def trade_offs(path: Path, trials: Sequence[Trial], title: str, untuned: float |
         axes.plot([seconds, seconds], [low, high], color=colour, alpha=0.35, lw=1.2, zorder=1)
         size = 2.4 * charts.radius(memory, memories) ** 2
         axes.scatter(seconds, score, s=size, zorder=3 if front else 2, **fill)
-    for identity, text in pareto.titles(best).items():
+    for identity, text in pareto.titles(best, adapters).items():
         score, seconds, _ = points[identity]
         outline = [withStroke(linewidth=3, foreground="white")]
         place = {"xytext": (8, 7), "textcoords": "offset points"}
@@ -49,6 +52,34 @@ def trade_offs(path: Path, trials: Sequence[Trial], title: str, untuned: float |
     axes.yaxis.set_major_formatter(lambda value, _: wording.score(value, 0))
     axes.margins(x=0.12)
     _legend(figure, shown)
+    _save(figure, path)
+
+
+def parallel(path: Path, trials: Sequence[Trial], title: str) -> None:
+    """Parallel coordinates: every configuration as a line through its settings, score, time and memory."""
+    from metapeft.report import parallel as coordinates
+
+    trials = pareto.averaged(trials)
+    figure, (axes,) = _figure(1, title)
+    figure.set_size_inches(9.6, 4.4)
+    axes.grid(visible=False)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.set_yticks([])
+    measured = [t for t in trials if pareto.objectives(t) is not None]
+    found = coordinates.columns(trials, 10) if measured else []
+    front = {t.id for t in pareto.front(trials)}
+    for trial, placed in coordinates.lines(trials, found):
+        best = trial.id in front
+        look = {"lw": 2.2 if best else 1.0, "alpha": 1.0 if best else 0.4}
+        colour = wording.COLOURS.get(trial.method, "#444444")
+        axes.plot([i for i, _ in placed], [place for _, place in placed], color=colour, **look)
+    for index, column in enumerate(found):
+        axes.axvline(index, color="#aab4c0", lw=1, zorder=0)
+        for place, said in column.ticks:
+            axes.annotate(said, (index, place), (3, 0), textcoords="offset points", fontsize=7.5, va="center")
+    axes.set_xticks(range(len(found)), [wording.spoken(c.name) for c in found], rotation=20, fontsize=8.5)
+    axes.set_ylim(-0.04, 1.04)
+    _legend(figure, measured)
     _save(figure, path)
 
 

@@ -40,7 +40,11 @@ def recommendation(found: Mapping[str, Any], title: str = "") -> Table:
 
 
 def front(rows: Iterable[pareto.Row], title: str = "") -> Table:
-    """The Pareto front (`pareto.explain`), best score first. `commands` says what each point is."""
+    """The Pareto front (`pareto.explain`), best score first. `commands` says what each point is.
+
+    ± is one standard error; the caption says what is a mean over several seeds.
+    """
+    rows = list(rows)
     table = _table(title, "point", "method", ">validation", ">test", ">time", ">memory", ">adapter")
     for row in rows:
         table.add_row(
@@ -52,7 +56,33 @@ def front(rows: Iterable[pareto.Row], title: str = "") -> Table:
             wording.memory(row.peak_memory_mb),
             wording.size(row.adapter_bytes),
         )
+    seeds = [f"{', '.join(row.names)}: {row.runs}" for row in rows if row.names and row.runs > 1]
+    table.caption = f"means over seeds: {'; '.join(seeds)}" if seeds else None
     return table
+
+
+def order(rows: Sequence[pareto.Row]) -> list[str]:
+    """How sure the order of the front is, in a sentence (none for one point)."""
+    sure = [row.p_above_next for row in rows if row.p_above_next is not None]
+    if not sure:
+        return []
+    line = "Each point of the front truly scores above the next with a probability of at least "
+    line += f"{wording.probability(min(sure))}."
+    if min(sure) < 0.9:
+        line += " More seeds (sweep.repeats) or a larger validation split would tell more."
+    return [line]
+
+
+def mattered(found: Sequence[Trial]) -> list[str]:
+    """What mattered most, in a sentence; none where few trials say nothing."""
+    from metapeft.search.importance import importance
+
+    rows = [row for row in importance(found) if row.share >= 0.05]
+    said = [
+        f"{wording.spoken(r.name)}{f' of {wording.method(r.method)}' if r.method else ''} {wording.score(r.share, 0)}"
+        for r in sorted(rows, key=lambda row: -row.share)[:5]
+    ]
+    return [f"What explains the differences between scores: {', '.join(said)}."] if said else []
 
 
 def commands(rows: Iterable[pareto.Row]) -> str:

@@ -17,18 +17,21 @@ class Paths:
     html: Path
     trade_offs: Path
     curves: Path
+    parallel: Path
 
 
 def write_report(folder: Path, content: Content) -> Paths:
-    """Writes report.html, trade_offs.png and curves.png, each replaced whole. Raises UserError if it cannot."""
+    """Writes report.html and its pictures as PNG, each replaced whole. Raises UserError if it cannot."""
     from metapeft.report import pictures
 
-    paths = Paths(folder / "report.html", folder / "trade_offs.png", folder / "curves.png")
+    names = ("report.html", "trade_offs.png", "curves.png", "parallel.png")
+    paths = Paths(*(folder / name for name in names))
     page = render(content)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         title = f"{content.task.name}: {len(content.trials)} trials"
-        pictures.trade_offs(paths.trade_offs, content.feasible(), title, content.untuned())
+        pictures.trade_offs(paths.trade_offs, content.feasible(), title, content.untuned(), content.adapters)
+        pictures.parallel(paths.parallel, content.feasible(), title)
         pictures.curves(paths.curves, content.trials, title, content.untuned(), content.best())
         temporary = paths.html.with_name(".report.html.partial")
         temporary.write_text(page, encoding="utf-8")

@@ -75,7 +75,7 @@ def _grouped(values: Sequence[Any]) -> list[str]:
 
 
 def _explained(groups: Sequence[str], scores: Sequence[float]) -> tuple[float, str]:
-    """(ω² in [0, 1], the group with the highest mean)"""
+    """(ω² in [0, 1], the group with the highest mean). 0 where the groups hold fewer than two on average."""
     by_group: dict[str, list[float]] = {}
     for group, score in zip(groups, scores, strict=True):
         by_group.setdefault(group, []).append(score)
@@ -83,7 +83,7 @@ def _explained(groups: Sequence[str], scores: Sequence[float]) -> tuple[float, s
     total = float(np.sum((np.array(scores) - np.mean(scores)) ** 2))
     within = sum(float(np.sum((np.array(v) - np.mean(v)) ** 2)) for v in by_group.values())
     freedom = len(scores) - len(by_group)
-    if freedom <= 0 or not total > 0 or not math.isfinite(total):
+    if freedom < len(by_group) or not total > 0 or not math.isfinite(total):
         return 0.0, best
     mean_within = within / freedom
     share = (total - within - (len(by_group) - 1) * mean_within) / (total + mean_within)

@@ -255,7 +255,7 @@ def explain(trials: Iterable[Trial], task: str | None = None, adapters: bool = F
     best, deviation = front(trials, adapters), seed_deviation(trials)
     names = named(best, adapters)
     rows = []
-    for trial, following in zip(best, [*best[1:], None], strict=True):
+    for trial, following in zip(best, [*best[1:], None][: len(best)], strict=True):
         score, seconds, memory = _point(trial)
         rows.append(
             Row(

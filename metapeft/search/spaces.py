@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapeft.errors import UserError
@@ -139,6 +140,28 @@ def space(
             if owner in ("", method) and name in known[method]:
                 joint[method][name] = _narrowed(f"space.{key}", method, name, value, joint[method].get(name))
     return Space(joint)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What narrows a space (see `space`), from a YAML or JSON file. Raises UserError where it holds no such thing."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not text"
+        raise UserError(f"cannot read the space file {path} ({why}); give an existing YAML or JSON file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is neither YAML nor JSON ({str(error).splitlines()[0]}); fix the file") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path} must map hyperparameters to values, lists or ranges, for example rank: [4, 8]")
+    return {
+        f"{key}.{name}" if isinstance(value, dict) and key in METHODS else key: inner
+        for key, value in values.items()
+        for name, inner in (value.items() if isinstance(value, dict) and key in METHODS else [("", value)])
+    }
 
 
 def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:

@@ -80,8 +80,12 @@ class Sweep:
     points: dict[str, Trial]  # name -> trial of the front, see pareto.NAMES
     infeasible: dict[str, str] = field(default_factory=dict)  # trial id -> why it is not on the front
     adapters: bool = False  # whether small adapters were an objective too
+    report: Path | None = None  # a page about it, where one was written
     reused: int = 0  # trials that were there before this call
     complete: bool = True  # False: the time ran out, or other workers are still training
+
+    def feasible(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.id not in self.infeasible]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -94,7 +98,7 @@ class Sweep:
             "points": {name: trial.id for name, trial in self.points.items()},
             "infeasible": self.infeasible,
             "adapters": self.adapters,
-            "hypervolume": pareto.progress([t for t in self.trials if t.id not in self.infeasible]),
+            "hypervolume": pareto.progress(self.feasible()),
             "reused": self.reused,
             "complete": self.complete,
         }

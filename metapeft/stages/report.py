@@ -17,10 +17,12 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
 
     final = Trial.from_json(read_json(work / "evaluate" / "trial.json"))
     model = read_json(work / "register" / "model.json")
+    sweep = read_json(work / "sweep" / "sweep.json")
     content = Content(
         task=read_task(work / "version"),
         trials=read_trials(work / "sweep" / "trials.jsonl"),
-        infeasible=read_json(work / "sweep" / "sweep.json")["infeasible"],
+        infeasible=sweep["infeasible"],
+        adapters=sweep["adapters"],
         final=final,
         recommendation=read_json(work / "recommend" / "recommendation.json"),
         profile=read_json(work / "profile" / "profile.json"),

@@ -3,14 +3,17 @@ from __future__ import annotations
 import math
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metapeft.report import charts
+from metapeft.report import charts, parallel
 from metapeft.search import pareto
-from tests.report.examples import trials
+from metapeft.training.trial import Trial
+from tests.report.examples import TASK, trials
+from tests.search import surrogate
 
 
 def parse(svg: str) -> ET.Element:
@@ -111,3 +114,61 @@ def test_interval_is_inside_its_scale() -> None:
     svg = charts.interval(0.9, 0.8, 0.99, (0.85, 0.95))
     numbers = [float(n) for n in re.findall(r'class="bar" d="M([\d.]+) 9H([\d.]+)"', svg)[0]]
     assert 0 <= numbers[0] < numbers[1] <= 150
+
+
+def repeated() -> list[Trial]:
+    """The examples, the best of them with three seeds."""
+    done = trials()
+    best = pareto.named(done)["most accurate"]
+    return done + [surrogate.train(best.configuration, seed, where=TASK) for seed in (1, 2)]
+
+
+def test_repeats_are_one_dot_and_say_so() -> None:
+    done = repeated()
+    best = pareto.named(done)["most accurate"]
+    drawn = marks(charts.trade_offs(done, 820))
+    assert len(drawn) == len(marks(charts.trade_offs(trials(), 820)))
+    assert "3 seeds" in str(drawn[best.id].get("data-tip"))
+
+
+@pytest.mark.parametrize("width", [820, 358])
+def test_parallel_lines_pass_where_their_numbers_say(width: int) -> None:
+    done = repeated()
+    columns = parallel.columns(pareto.averaged(done), 10 if width > 500 else 5)
+    names = [column.name for column in columns]
+    assert names[0] == "method" and names[-3:] == ["score", "time", "memory"] and "learning_rate" in names
+    assert len(names) <= (10 if width > 500 else 5)
+    drawn = marks(parallel.chart(done, width))
+    points = {t.id: p for t in pareto.averaged(done) if (p := pareto.objectives(t))}
+    assert set(drawn) == set(points)
+    heights = {i: float(str(next(iter(e.iter("path"))).get("d")).split("L")[-3].split()[1]) for i, e in drawn.items()}
+    for a in points:
+        for b in points:
+            if points[a][0] < points[b][0]:
+                assert heights[a] >= heights[b], "a higher score is drawn higher"
+    front = {t.id for t in pareto.front(done)}
+    assert {i for i, e in drawn.items() if "best" in str(e.get("class")).split()} == front
+    for element in parse(parallel.chart(done, width)).iter("text"):
+        assert 0 <= float(element.get("x", "")) <= width
+
+
+def test_columns_of_one_kind_of_value() -> None:
+    same = [replace(t, id=str(i)) for i, t in enumerate(trials()[:1] * 3)]
+    assert [column.name for column in parallel.columns(same, 10)] == ["method", "score", "time", "memory"]
+    assert all(0 <= place <= 1 for column in parallel.columns(same, 10) for place, _ in column.ticks)
+    assert parallel.chart([], 820) == parallel.chart(trials()[:1], 820) == ""
+
+
+def test_growth_steps_up_to_the_last_hypervolume() -> None:
+    svg = parse(charts.growth([1.0, 2.0, 5.0], [0.1, 0.1, 0.4], 820))
+    (line,) = (e for e in svg.iter("path") if e.get("class") == "grown")
+    heights = [float(v) for v in re.findall(r"V([\d.]+)", str(line.get("d")))]
+    assert heights == sorted(heights, reverse=True) and heights[-1] < heights[0]
+    assert charts.growth([1.0], [0.1], 820) == charts.growth([1.0, 2.0], [0.0, 0.0], 820) == ""
+
+
+def test_bars_are_as_long_as_their_shares() -> None:
+    svg = parse(charts.shares([("rank of LoRA", 0.8, "m-lora", ""), ("method", 0.4, "", "LoRA")], 820))
+    wide = [float(str(e.get("width"))) for e in svg.iter("rect")]
+    assert wide[0] == pytest.approx(2 * wide[1], rel=0.01)
+    assert charts.shares([], 820) == ""

@@ -153,7 +153,12 @@ def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     before = {path: path.read_bytes() for path in (first.html, first.curves, first.trade_offs)}
     write_report(tmp_path / "out", content())
     assert all(path.read_bytes() != old for path, old in before.items())
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["curves.png", "report.html", "trade_offs.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "curves.png",
+        "parallel.png",
+        "report.html",
+        "trade_offs.png",
+    ]
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the report to"):
         write_report(tmp_path / "file" / "out", content())
@@ -165,7 +170,7 @@ def test_pictures_show_the_methods_in_their_colours(tmp_path: Path) -> None:
     from metapeft.report import wording
 
     paths = write_report(tmp_path, content())
-    for path in (paths.trade_offs, paths.curves):
+    for path in (paths.trade_offs, paths.curves, paths.parallel):
         with Image.open(path) as image:
             assert image.width > 1000 and image.height > 500
             seen = {color for _, color in image.convert("RGB").getcolors(1_000_000)}  # type: ignore[union-attr, misc]

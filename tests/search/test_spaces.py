@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -195,3 +197,42 @@ def test_methods_that_exclude_each_other() -> None:
         spaces.space(["qlora"])
     with pytest.raises(UserError, match="unknown method"):
         spaces.defaults("qlora")
+
+
+def test_a_space_file_is_yaml_or_json(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(
+        "method: [lora, prompt]\nlearning_rate: 1e-3\nlora:\n  rank: [4, 8]\nprompt.tokens: {low: 4, high: 8}\n"
+    )
+    given = spaces.read(path)
+    assert given == {
+        "method": ["lora", "prompt"],
+        "learning_rate": "1e-3",
+        "lora.rank": [4, 8],
+        "prompt.tokens": {"low": 4, "high": 8},
+    }
+    narrowed = spaces.space(narrow=given)
+    assert set(narrowed.methods) == {"lora", "prompt"}
+    assert narrowed.methods["lora"]["rank"] == spaces.Choices((4, 8), ordered=True)
+    assert narrowed.methods["prompt"]["learning_rate"] == spaces.Choices((1e-3,), ordered=True)
+    (tmp_path / "space.json").write_text(json.dumps(given))
+    assert spaces.read(tmp_path / "space.json") == given
+    path.write_text("")
+    assert spaces.read(path) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot read the space file"),
+        ("[1, 2]", "must map"),
+        ("a: [", "neither YAML nor JSON"),
+        ("1: 2", "must map"),
+    ],
+)
+def test_a_wrong_space_file_is_one_clear_sentence(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "space.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        spaces.read(path)
