@@ -1,7 +1,7 @@
 """sweep_plan: prepares a sweep that several workers share, and says how many of them are worth starting.
 
-Measures once what every worker would measure for itself (the untuned score) and begins the MLflow run that they write
-into. Prints one list of arguments per worker (`metapeft.stages.sweep_worker`): none where the sweep is done already.
+Begins the MLflow run that they all write into. Prints one list of arguments per worker
+(`metapeft.stages.sweep_worker`): none where the sweep is done already.
 The stage `sweep` afterwards gathers what the workers did, and does what they left undone.
 """
 
@@ -27,7 +27,6 @@ def run(settings: Settings, work: Path, workers: int) -> Result:
     if STAGE.current(settings, work):
         return Result("sweep_plan", work, [], True, time.perf_counter() - started)
     prepared = prepare(settings, work)
-    prepared.train.untuned()
     with pipeline_run(settings, work, prepared.task):
         pass
     try:

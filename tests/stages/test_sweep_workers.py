@@ -92,7 +92,7 @@ def test_a_worker_that_dies_loses_nothing(tmp_path: Path, number: int) -> None:
     else:
         raise AssertionError("the first worker trained nothing")
     assert workers[0].wait(timeout=60) == (130 if number == signal.SIGTERM else -signal.SIGKILL)
-    out, err = workers[1].communicate(timeout=180)
+    _, err = workers[1].communicate(timeout=180)
     assert workers[1].returncode == 0, err
     gathered = stages.get("sweep").run(settings, work).summary
     trials = told(work)
