@@ -146,10 +146,10 @@ class Engine:
     """`start` loads nothing: the backbone is given. `submit` and `call` may be used from any thread."""
 
     def __init__(self, backbone: Backbone, limits: Limits | None = None):
-        check(backbone.model)
         self.backbone, self.limits = backbone, limits or Limits()
         self.counts = Counts()
         self.mixture = Mixture(backbone.model)
+        check(backbone.model, self.mixture)  # this also compiles what is compiled once
         self.held: OrderedDict[str, _Held] = OrderedDict()
         self.pending: deque[Generation] = deque()
         self.questions: deque[Classification] = deque()

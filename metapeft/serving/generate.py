@@ -109,8 +109,10 @@ class Batch:
         self._ends: dict[int, mx.array] = {}
 
     def advance(self, tokens: int) -> mx.array | None:
-        """Read up to `tokens` places of every prompt; the logits after each (rows, vocabulary) when all are read."""
-        begin, end = self.read, min(self.longest, self.read + tokens)
+        """Read some `tokens` places of every prompt; the logits after each (rows, vocabulary) when all are read."""
+        begin, end = self.read, self.read + max(2, tokens)
+        if end + 1 >= self.longest:  # no piece of one token: rotating caches take that for a step
+            end = self.longest
         piece = [list(ids[begin:end]) for ids in self.waiting]
         width = end - begin
         ends = [i for i, ids in enumerate(self.waiting) if begin < len(ids) <= end]
@@ -185,12 +187,29 @@ def caches(model: nn.Module, residents: Sequence[Resident | None]) -> list[Any]:
     return [type(layer[0]).merge(list(layer)) for layer in zip(*rows, strict=True)]
 
 
-def check(model: nn.Module) -> None:
-    """Raises UserError for an architecture whose cache mlx-lm cannot batch."""
+def check(model: nn.Module, mixture: Mixture) -> None:
+    """Compute once with rows of unequal length. Raises UserError for an architecture that mlx-lm cannot batch."""
     from mlx_lm.models.cache import make_prompt_cache
 
+    kind = getattr(model, "model_type", type(model).__name__)
+    refused = UserError(f"architecture {kind} cannot be served: mlx-lm {_mlx_lm()} cannot batch rows of unequal length")
     if not all(hasattr(cache, "merge") for cache in make_prompt_cache(model)):
-        raise UserError(f"architecture {getattr(model, 'model_type', '?')} cannot be served: mlx-lm cannot batch it")
+        raise refused
+    try:
+        rows = [Row([0] * count, None, 2) for count in (3, 7, 11, 19, 40)]  # as many as no model has heads
+        batch = Batch(model, mixture, rows)
+        logits = batch.advance(40)
+        assert logits is not None
+        write(rows, logits)
+        write(rows, batch.step())
+    except ValueError as error:  # an attention of its own that does not take a mask per row
+        raise refused from error
+
+
+def _mlx_lm() -> str:
+    from importlib.metadata import version
+
+    return version("mlx-lm")
 
 
 class Text:
