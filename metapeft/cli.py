@@ -382,10 +382,32 @@ def compare(
     runs: Annotated[
         list[str] | None, Argument(help="Run ids, run names or experiments (default: the experiment).")
     ] = None,
+    by: Annotated[
+        Literal["trial", "sweep", "strategy", "method", "experiment"], Option(help="What one row is.")
+    ] = "trial",
     params: Params = None,
     as_json: Json = False,
 ) -> None:
     """Put recorded runs side by side."""
+    if by != "trial":
+        from metapeft.search.compare import compare_by
+
+        rows = compare_by(settings(params), by, runs or ())
+        table = [
+            {
+                by: row[by],
+                "task": row["task"],
+                "trials": row["trials"],
+                "best": row["best"],
+                "validation": plus_minus(row["score"], row["score_standard_error"]),
+                "test": number(row["test"]),
+                "untuned": number(row["untuned"]),
+                "hypervolume": number(row["hypervolume"]),
+                "seconds": number(row["seconds"], 0),
+            }
+            for row in rows
+        ]
+        return show(rows, as_json, table)
     from metapeft.tracking.compare import compare as rows_of
 
     rows = rows_of(settings(params), runs or ())
@@ -396,7 +418,8 @@ def compare(
             "backbone": Path(row["backbone"]).name,
             "method": row["method"],
             "metric": row["metric"],
-            "score": plus_minus(row["score"], row["score_standard_error"]),
+            "validation": plus_minus(row["validation"], row["validation_standard_error"]),
+            "test": plus_minus(row["score"], row["score_standard_error"]),
             "untuned": number(row["untuned_score"]),
             "seconds": number(row["seconds"], 1),
             "memory MB": number(row["peak_memory_mb"], 0),
@@ -636,7 +659,7 @@ def interval(mean: float, low: float, high: float, level: float) -> str:
 
 
 def plus_minus(value: float | None, error: float | None) -> str:
-    return f"{number(value)} ± {number(error)}" if value is not None else ""
+    return f"{number(value)}{f' ± {number(error)}' if error is not None else ''}" if value is not None else ""
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -85,7 +85,7 @@ def chart(trials: Sequence[Trial], width: int) -> str:
         )
     for index, column in enumerate(found):
         x = left + index * step
-        body.append(charts.stroke("axis", f"M{x:.1f} {top}V{bottom}"))
+        body.append(charts.stroke("column", f"M{x:.1f} {top}V{bottom}"))
         high = top - 28 if index % 2 and step < 80 else top - 14
         body.append(charts.write("name", x, high, wording.spoken(column.name), "middle"))
         for place, said in column.ticks:

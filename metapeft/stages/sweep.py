@@ -44,12 +44,12 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     prepared = prepare(settings, work)
     task = prepared.task
     with pipeline_run(settings, work, task) as tracker:
+        tracker.set_tags({"strategy": strategy(settings), "sweep": prepared.study})
         result = prepared.run(lambda trial: tracker.log_trial(trial, task))
         chosen = {trial.id for trial in result.points.values()}
         for trial in result.trials:
             if trial.id in chosen:
                 prepared.train.tested(trial)
-        tracker.set_tags({"strategy": strategy(settings), "sweep": result.study})
         spent = sum(trial.seconds for trial in result.trials)
         tracker.log_metrics({"sweep.trials": len(result.trials), "sweep.seconds": spent})
     for trial in result.trials:  # in DVC's cache a path of this machine would be a lie

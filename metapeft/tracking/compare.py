@@ -18,6 +18,8 @@ _METRICS = (
     "score",
     "score_standard_error",
     "score_loss",
+    "validation",
+    "validation_standard_error",
     "untuned_score",
     "seconds",
     "peak_memory_mb",
@@ -34,27 +36,32 @@ def compare(settings: Settings, runs: Sequence[str] = ()) -> list[dict[str, Any]
     that is nothing of these.
     """
     client = connect(settings.tracking)
-    found: dict[str, Run] = {}
-    with failures(settings.tracking):
-        experiments = {e.name: e.experiment_id for e in client.search_experiments()}
-        for name in runs or [settings.tracking.experiment]:
-            if name in experiments:
-                chosen = _search(client, [experiments[name]], "")
-            else:
-                chosen = _named(client, list(experiments.values()), name)
-            if not chosen and runs:
-                raise UserError(
-                    f"{name!r} is no run id, run name or experiment in MLflow; see the ids with `metapeft compare`"
-                )
-            found |= {run.info.run_id: run for run in chosen}
     rows: dict[str, dict[str, Any]] = {}
-    for run in found.values():
+    for run in chosen(settings, client, runs):
         if "trial_id" in run.data.tags:
             row = _row(run)
             known = rows.get(row["trial"])
             if known is None or known["started"] > row["started"]:
                 rows[row["trial"]] = row
-    return sorted(rows.values(), key=lambda r: (r["task"], r["task_version"], -_number(r["score"]), r["seconds"] or 0))
+    return sorted(rows.values(), key=lambda r: (r["task"], r["task_version"], -_measured(r), r["seconds"] or 0))
+
+
+def chosen(settings: Settings, client: Any, runs: Sequence[str]) -> list[Run]:
+    """The MLflow runs that these names mean; see `compare`."""
+    found: dict[str, Run] = {}
+    with failures(settings.tracking):
+        experiments = {e.name: e.experiment_id for e in client.search_experiments()}
+        for name in runs or [settings.tracking.experiment]:
+            if name in experiments:
+                known = _search(client, [experiments[name]], "")
+            else:
+                known = _named(client, list(experiments.values()), name)
+            if not known and runs:
+                raise UserError(
+                    f"{name!r} is no run id, run name or experiment in MLflow; see the ids with `metapeft compare`"
+                )
+            found |= {run.info.run_id: run for run in known}
+    return list(found.values())
 
 
 def _named(client: Any, experiments: list[str], name: str) -> list[Run]:
@@ -91,5 +98,7 @@ def _row(run: Run) -> dict[str, Any]:
     }
 
 
-def _number(value: float | None) -> float:
-    return -1.0 if value is None or value != value else value
+def _measured(row: dict[str, Any]) -> float:
+    """The test score, the validation score where the test split was not scored; -1 without any."""
+    known = [value for value in (row["score"], row["validation"]) if value is not None and value == value]
+    return known[0] if known else -1.0
