@@ -205,7 +205,8 @@ def compiled(source: Path, flags: Sequence[str] = ("-O2",), mode: int = ctypes.R
 
     Raises OSError without a compiler that compiles it.
     """
-    prefix = f"{source.stem}-{platform.machine()}-{_digest(source, ' '.join(flags), _processor())}"
+    headers = [header.read_text(encoding="utf-8") for header in sorted(source.parent.glob("*.h"))]
+    prefix = f"{source.stem}-{platform.machine()}-{_digest(source, *headers, *flags, _processor())}"
     folder = _cache_folder()
     if folder is None:  # nowhere to keep it: compile for this process alone
         with tempfile.TemporaryDirectory(prefix="metapeft-native-") as private:

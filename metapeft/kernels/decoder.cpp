@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "products.h"
+
 namespace {
 
 typedef void (*Gemm)(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *, int);
@@ -171,6 +173,11 @@ class Decoder {
     scores = arena.take(group * most);
     small = take(rank);
     dropped = take(dropped_width);
+#ifdef METAPEFT_LANES
+    const int widest = std::max({m.inner, q_width, m.width});
+    packed = arena.take(std::max(products::packed_size(rows, widest), products::packed_size(BLOCK, m.width)));
+    packed_low = arena.take(products::packed_size(rows, rank));
+#endif
     const size_t block = std::min(BLOCK, b.count);
     logits = arena.take(block * m.vocabulary);
     chosen = arena.take(block * m.width), chosen_normed = arena.take(block * m.width);
@@ -219,6 +226,7 @@ class Decoder {
   bool norms = false;
   size_t first, stride;
   float *inputs, *normed, *product, *row_q, *row_k, *row_v, *head_o, *scores, *small, *dropped;
+  float *packed = nullptr, *packed_low = nullptr;  // x and t as products.h wants them
   float *logits, *chosen, *chosen_normed;
   float *gradient, *d_normed, *d_gate, *d_up, *d_scores, *d_q, *d_k, *d_v;
 
@@ -266,48 +274,71 @@ class Decoder {
     return dropped;
   }
 
-  const float *scaled_by_e(const Linear &l, const float *t) const {
-    if (!l.e) return t;
+  // t * e * scale, in `small`.
+  const float *scaled(const Linear &l, const float *t) const {
     for (int r = 0; r < rows; r++)
-      for (int i = 0; i < l.rank; i++) small[r * l.rank + i] = t[r * l.rank + i] * l.e[i];
+      for (int i = 0; i < l.rank; i++) small[r * l.rank + i] = t[r * l.rank + i] * l.scale * (l.e ? l.e[i] : 1.0f);
     return small;
   }
 
-  // y = (0 or y) + linear(x); t is filled for the backward pass.
-  void apply(const Linear &l, const float *x, float *y, bool add, float *t) const {
+  // y = (0 or y) + linear(x); t is filled for the backward pass. again: x is what the call before had.
+  void apply(const Linear &l, const float *x, float *y, bool add, float *t, bool again = false) const {
     if (l.bias)
       for (int r = 0; r < rows; r++)
         for (int i = 0; i < l.outputs; i++)
           y[(size_t)r * l.outputs + i] = (add ? y[(size_t)r * l.outputs + i] : 0.0f) + l.bias[i];
-    times_transposed(rows, l.outputs, l.inputs, 1, x, l.inputs, l.weight, l.inputs, add || l.bias ? 1 : 0, y, l.outputs);
+    add = add || l.bias;
+#ifdef METAPEFT_LANES
+    if (!again) products::pack(x, rows, l.inputs, packed);
+    if (l.rank) {
+      if (b.train && l.dropout > 0)
+        times_transposed(rows, l.rank, l.inputs, 1, dropout(l, x), l.inputs, l.a, l.inputs, 0, t, l.rank);
+      else
+        products::forward(packed, rows, l.inputs, l.a, l.rank, {nullptr, nullptr, 0}, t, false);
+      products::pack(scaled(l, t), rows, l.rank, packed_low);
+    }
+    products::forward(packed, rows, l.inputs, l.weight, l.outputs, {l.b, packed_low, l.rank}, y, add);
+#else
+    (void)again;
+    times_transposed(rows, l.outputs, l.inputs, 1, x, l.inputs, l.weight, l.inputs, add, y, l.outputs);
     if (!l.rank) return;
     times_transposed(rows, l.rank, l.inputs, 1, dropout(l, x), l.inputs, l.a, l.inputs, 0, t, l.rank);
-    times_transposed(rows, l.outputs, l.rank, l.scale, scaled_by_e(l, t), l.rank, l.b, l.rank, 1, y, l.outputs);
+    times_transposed(rows, l.outputs, l.rank, 1, scaled(l, t), l.rank, l.b, l.rank, 1, y, l.outputs);
+#endif
   }
 
   // dx = (0 or dx) + the gradient by x, unless dx is null; the gradients of A, e and B.
   void apply_back(const Linear &l, const float *x, const float *dy, float *dx, bool add, float *t) const {
-    if (dx) times(rows, l.inputs, l.outputs, 1, dy, l.outputs, l.weight, l.inputs, add, dx, l.inputs);
-    if (!l.rank) return;
-    transposed_times(l.outputs, l.rank, rows, l.scale, dy, l.outputs, scaled_by_e(l, t), l.rank, 0, l.db, l.rank);
-    times(rows, l.rank, l.outputs, l.scale, dy, l.outputs, l.b, l.rank, 0, small, l.rank);
-    if (l.e) {
-      for (int i = 0; i < l.rank; i++) l.de[i] = 0;
-      for (int r = 0; r < rows; r++)
-        for (int i = 0; i < l.rank; i++) {
-          float &d = small[r * l.rank + i];
-          l.de[i] += d * t[r * l.rank + i];
-          d *= l.e[i];
-        }
+    if (l.rank) {
+      transposed_times(l.outputs, l.rank, rows, 1, dy, l.outputs, scaled(l, t), l.rank, 0, l.db, l.rank);
+      times(rows, l.rank, l.outputs, l.scale, dy, l.outputs, l.b, l.rank, 0, small, l.rank);
+      if (l.e) {
+        for (int i = 0; i < l.rank; i++) l.de[i] = 0;
+        for (int r = 0; r < rows; r++)
+          for (int i = 0; i < l.rank; i++) {
+            float &d = small[r * l.rank + i];
+            l.de[i] += d * t[r * l.rank + i];
+            d *= l.e[i];
+          }
+      }
+      transposed_times(l.rank, l.inputs, rows, 1, small, l.rank, dropout(l, x), l.inputs, 0, l.da, l.inputs);
     }
-    transposed_times(l.rank, l.inputs, rows, 1, small, l.rank, dropout(l, x), l.inputs, 0, l.da, l.inputs);
     if (!dx) return;
-    if (l.dropout > 0) {
+    times_weight(dy, rows, l.outputs, l.weight, l.inputs, l.dropout > 0 ? 0 : l.rank, l.a, dx, add);
+    if (l.rank && l.dropout > 0) {
       times(rows, l.inputs, l.rank, 1, small, l.rank, l.a, l.inputs, 0, dropped, l.inputs);
       drop(dropped, dx, true, (size_t)rows * l.inputs, l.dropout, b.seed, l.index);
-    } else {
-      times(rows, l.inputs, l.rank, 1, small, l.rank, l.a, l.inputs, 1, dx, l.inputs);
     }
+  }
+
+  // dx = (0 or dx) + dy W + small A
+  void times_weight(const float *dy, int n, int outputs, const float *weight, int width, int low, const float *a,
+                    float *dx, bool add) const {
+#ifdef METAPEFT_LANES
+    if (width % METAPEFT_LANES == 0) return products::backward(dy, n, outputs, weight, width, {small, a, low}, dx, add);
+#endif
+    times(n, width, outputs, 1, dy, outputs, weight, width, add, dx, width);
+    if (low) times(n, width, low, 1, small, low, a, width, 1, dx, width);
   }
 
   // Rotates one head's row by its position; `back` turns the other way (and transposes a scaled rotation).
@@ -380,8 +411,8 @@ class Decoder {
     const int d = m.head_width;
     rms_norm(in, layer.norm_attention, normed, rows, m.width, m.epsilon);
     apply(linear[Q], normed, row_q, false, a.t[Q]);
-    apply(linear[K], normed, row_k, false, a.t[K]);
-    apply(linear[V], normed, row_v, false, a.t[V]);
+    apply(linear[K], normed, row_k, false, a.t[K], true);
+    apply(linear[V], normed, row_v, false, a.t[V], true);
     if (layer.norm_q) {
       std::memcpy(a.raw_q, row_q, sizeof(float) * rows * q_width);
       std::memcpy(a.raw_k, row_k, sizeof(float) * rows * kv_width);
@@ -411,7 +442,7 @@ class Decoder {
     apply(linear[O], a.attended, a.middle, true, a.t[O]);
     rms_norm(a.middle, layer.norm_mlp, normed, rows, m.width, m.epsilon);
     apply(linear[GATE], normed, a.gate, false, a.t[GATE]);
-    apply(linear[UP], normed, a.up, false, a.t[UP]);
+    apply(linear[UP], normed, a.up, false, a.t[UP], true);
     swiglu(a.gate, a.up, product, (size_t)rows * m.inner);
     std::copy_n(a.middle, (size_t)rows * m.width, out);
     apply(linear[DOWN], product, out, true, a.t[DOWN]);
@@ -488,7 +519,12 @@ class Decoder {
     for (int r = 0; r < count; r++)
       std::copy_n(b.hidden + (size_t)b.chosen[begin + r] * width, width, chosen + (size_t)r * width);
     rms_norm(chosen, m.norm, chosen_normed, count, width, m.epsilon);
+#ifdef METAPEFT_LANES
+    products::pack(chosen_normed, count, width, packed);
+    products::forward(packed, count, width, m.head, vocabulary, {nullptr, nullptr, 0}, logits, false);
+#else
     times_transposed(count, vocabulary, width, 1, chosen_normed, width, m.head, width, 0, logits, vocabulary);
+#endif
     for (int r = 0; r < count; r++) {
       float *row = logits + (size_t)r * vocabulary, most = -INFINITY, sum = 0;
       const int target = b.targets[begin + r];
@@ -510,7 +546,7 @@ class Decoder {
       }
     }
     if (!b.train) return;
-    times(count, width, vocabulary, 1, logits, vocabulary, m.head, width, 0, chosen_normed, width);
+    times_weight(logits, count, vocabulary, m.head, width, 0, nullptr, chosen_normed, false);
     rms_norm_back(chosen, m.norm, chosen_normed, chosen_normed, false, count, width, m.epsilon);
     for (int r = 0; r < count; r++) {
       float *to = gradient + (size_t)b.chosen[begin + r] * width;
