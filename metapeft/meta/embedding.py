@@ -35,7 +35,7 @@ class Metric:
 
     def similarity(self, left: Sequence[Known], right: Sequence[Known], length: float = 1.0) -> np.ndarray:
         """(left, right) in [0, 1]: a Gaussian kernel on distances; 0 where a profile is missing."""
-        a, b = (np.array([t.vector for t in side]) * np.sqrt(self.weights) for side in (left, right))
+        a, b = (np.array([self.embed(t) for t in side]).reshape(-1, len(FEATURES)) for side in (left, right))
         squared = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
         found = np.exp(-0.5 * np.maximum(squared, 0) / length**2)
         known = np.outer([t.features is not None for t in left], [t.features is not None for t in right])

@@ -84,8 +84,9 @@ def judge(observations: Sequence[Observation], fitted: Fit = fit, rival: Sequenc
     with one_thread():
         for family in sorted({o.task.family for o in observations}):
             asked = groups([o for o in observations if o.task.family == family], LEAST)
-            if asked:
-                found += judge_on(without(observations, {family}), asked, fitted, rival)
+            known = without(observations, {family})
+            if asked and known:
+                found += judge_on(known, asked, fitted, rival)
     return found
 
 

@@ -7,6 +7,7 @@ out of memory or was never scored) is left out; a diverged training leaves the b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -81,6 +82,12 @@ class Observation:
     @cached_property
     def key(self) -> str:
         return key(self.configuration)
+
+    @cached_property
+    def id(self) -> str:
+        """12 hex digits that the same work always has, whatever came of it."""
+        work = f"{self.task.version} {self.task.backbone} {self.steps} {self.key}"
+        return hashlib.sha256(work.encode()).hexdigest()[:12]
 
 
 @lru_cache(maxsize=1)

@@ -24,7 +24,7 @@ LEAST_TASKS = 5  # tasks with at least LEAST_TRIED configurations before anythin
 LEAST_TRIED = 3
 REACHES = (0.0, 0.25, 0.5, 0.75, 1.0)
 LENGTHS = (0.7, 1.4)
-HESITATION = 0.5  # standard errors
+HESITATION = 1.0  # standard errors: tasks left out must show clearly that similar tasks help
 NOMINAL = 5  # tasks on which the uncertainty is believed to have been right, before any was checked
 
 Group = list[Observation]

@@ -13,7 +13,6 @@ similar tasks teach: it is chosen by leaving tasks out and may be 0, and then a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -276,5 +275,5 @@ def _same_task(left: Sequence[Known], right: Sequence[Known]) -> np.ndarray:
 
 
 def _linear(left: Sequence[Known], right: Sequence[Known]) -> np.ndarray:
-    rows = [np.array([t.vector[_LEVEL] for t in side]) for side in (left, right)]
+    rows = [np.array([t.vector[_LEVEL] for t in side]).reshape(-1, len(_LEVEL)) for side in (left, right)]
     return rows[0] @ rows[1].T / rows[0].shape[1]

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from metapeft.errors import UserError
-from metapeft.meta.evaluate import OURS, Judged, judge, judge_on
+from metapeft.meta.evaluate import OURS, Fit, Judged, judge
 from metapeft.meta.evidence import Observation
 from metapeft.meta.experience import SHIPPED
 from metapeft.meta.fitting import LEAST_TASKS, fit, groups
@@ -36,13 +36,15 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Version:
-    """`judged`: how the version did on families left out, against the champion of its time."""
+    """`seen`: ids of the observations it was fitted to. `judged`: how it did on families left out, against the champion of
+    its time."""
 
     number: int
     model: Model
     made: str = ""  # ISO 8601, UTC
     tasks: int = 0
     observations: int = 0
+    seen: tuple[str, ...] = ()
     judged: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -90,9 +92,9 @@ def versions() -> list[Version]:
 def train(observations: Sequence[Observation]) -> Trained:
     """Fit a new version, judge it beside the champion on families left out, promote it unless it is worse.
 
-    The champion may have been fitted to the very tasks that it is judged on; the challenger is refitted without them each
-    time. So the judgement favours the champion, and a challenger within TOLERANCE takes its place. Raises UserError when
-    there are too few tasks.
+    Both are judged as what fitting makes of the observations they were fitted to, without the family in question: a
+    champion that has seen the tasks it is judged on would look better than it is. What both predict from are all
+    observations of the other families. Raises UserError when there are too few tasks.
     """
     known = {group[0].task.name for group in groups(observations)}
     if len(known) < LEAST_TASKS:
@@ -102,7 +104,7 @@ def train(observations: Sequence[Observation]) -> Trained:
         )
     before, model = champion(), fit(observations)
     ours = judge(observations, rival=())
-    theirs = judge(observations, lambda known: before.model, rival=())
+    theirs = judge(observations, _again(before), rival=())
     worse, why = compared(ours, theirs)
     judged: dict[str, Any] = {
         "challenger": _means(ours),
@@ -111,7 +113,8 @@ def train(observations: Sequence[Observation]) -> Trained:
         "verdict": why,
     }
     made = datetime.now(UTC).isoformat(timespec="seconds")
-    new = _add(Version(0, model, made, len(known), len(observations), judged))
+    seen = tuple(sorted(o.id for o in observations))
+    new = _add(Version(0, model, made, len(known), len(observations), seen, judged))
     if not worse:
         promote(new.number)
     return Trained(
@@ -124,6 +127,14 @@ def train(observations: Sequence[Observation]) -> Trained:
         champion=judged["champion"],
         model=model.to_json(),
     )
+
+
+def _again(version: Version) -> Fit:
+    """How a version was fitted, to what it was fitted to; one that was fitted to nothing is what it is."""
+    seen = set(version.seen)
+    if not seen:
+        return lambda known: version.model
+    return lambda known: fit([o for o in known if o.id in seen])
 
 
 def compared(challenger: Sequence[Judged], champion: Sequence[Judged]) -> tuple[bool, str]:
@@ -214,7 +225,7 @@ def _read(path: Path) -> Version | None:
         if record is None or record["schema"] != SCHEMA:
             return None
         values = {name: record[name] for name in ("number", "made", "tasks", "observations", "judged")}
-        return Version(**{**values, "model": Model.from_json(record["model"])})
+        return Version(**{**values, "seen": tuple(record["seen"]), "model": Model.from_json(record["model"])})
     except (KeyError, TypeError, ValueError):
         return None
 

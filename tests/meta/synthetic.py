@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from metapeft.data import catalog
-from metapeft.meta.evidence import Observation, gather
+from metapeft.meta.evidence import Observation, gather, key
 from metapeft.peft import METHODS
 from metapeft.profiling.profiles import SCALES
 from metapeft.training.configuration import LEARNING_RATES, full
@@ -110,3 +110,7 @@ def world(
 
 def _score(value: float, n: int) -> Score:
     return Score("accuracy", float(value), float(np.sqrt(max(value * (1 - value), 1 / n) / n)), n, float(1.2 - value))
+
+
+def key_of(configuration: dict[str, object]) -> str:
+    return key(configuration)
