@@ -159,6 +159,17 @@ def _backbone() -> Check:
     return Check("backbone", f"{DEFAULT_BACKBONE}: {'ready' if whole else 'downloaded at first use (90 MB)'}", True)
 
 
+def _kernels() -> Check:
+    from metapeft.kernels.decoder import native
+    from metapeft.runtime import device
+
+    if device() != "cpu" or sys.platform == "darwin":
+        return Check("kernels", "none (not needed on this device)", True)
+    ok = native() is not None
+    value = "native: Llama-like models train as one call per step" if ok else "none: training takes about twice as long"
+    return Check("kernels", value, ok, "a C++ compiler and a fast BLAS are needed: see compiler and blas")
+
+
 def _versions() -> Check:
     from metapeft.runtime import versions
 
@@ -171,6 +182,7 @@ CHECKS: dict[str, Callable[[], Check]] = {
     "blas": _blas,
     "speed": _speed,
     "compiler": _compiler,
+    "kernels": _kernels,
     "memory": _memory,
     "home": _home,
     "disk": _disk,

@@ -18,7 +18,7 @@ from metapeft.training.trial import Score, Trial
 if TYPE_CHECKING:
     from metapeft.training.session import Session
 
-ENGINE = ("metapeft/backbones", "metapeft/peft", "metapeft/training")  # what decides how a trial ends
+ENGINE = ("metapeft/backbones", "metapeft/kernels", "metapeft/peft", "metapeft/training")  # what decides how a trial ends
 Event = Callable[[dict[str, Any]], None]
 
 
