@@ -112,6 +112,7 @@ class Cell:
     configuration: dict[str, Any]
     seed: int
     seconds: float
+    memory_mb: float = 0.0
     repeats: bool = False
 
 

@@ -23,6 +23,7 @@ from metapeft.errors import MetapeftError, UserError
 from metapeft.meta.experience import Experience
 from metapeft.meta.plan import Cell, Place, Plan, configurations
 from metapeft.search.locks import FileLocks
+from metapeft.search.slots import Slots
 from metapeft.settings import DataSettings, home
 from metapeft.training.trial import Trial, trial_id
 
@@ -60,6 +61,15 @@ class Grown:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def count(self, trial: Trial, seconds: float, predicted: float) -> None:
+        """One more trial, `seconds` after the start; `predicted`: by the plan, for the rest."""
+        self.trials += 1
+        self.seconds = seconds
+        self.statuses[trial.status] = self.statuses.get(trial.status, 0) + 1
+        if trial.task not in self.tasks:
+            self.tasks.append(trial.task)
+        self.predicted_seconds = predicted * self.slowness
+
 
 def grow(
     tasks: Sequence[str],
@@ -81,11 +91,11 @@ def grow(
     """
     from metapeft.data import load_task
 
-    begin = time.monotonic()
-    load = load or load_task
     grown = Grown()
     store = Experience()
-    work = _Work(tasks, backbone, steps, sizes, load, grown)
+    until = time.monotonic() + (float("inf") if max_seconds is None else max_seconds)
+    begin = time.monotonic()
+    work = _Work(tasks, backbone, steps, sizes, load or load_task, grown, until)
     with _stoppable(grown):
         places, cells = work.table()
         plan = Plan(places, cells)
@@ -96,28 +106,23 @@ def grow(
             on_plan(grown)
         visits = failures = 0
         while max_trials is None or grown.trials < max_trials:
-            left = float("inf") if max_seconds is None else max_seconds - (time.monotonic() - begin)
-            with _claimed(plan, store, left / grown.slowness, visits) as visit:
-                if visit is None:
-                    grown.complete = all(cell.id in {t.id for t in store.trials()} for cell in cells)
-                    break
-                visits += 1
+            with _claimed(plan, store, (until - time.monotonic()) / grown.slowness, visits) as visit:
+                before = grown.trials
                 for trial in work.run(visit, store):
+                    done.add(trial.id)
                     failures = failures + 1 if trial.status == "failed" else 0
-                    grown.trials += 1
-                    grown.seconds = time.monotonic() - begin
-                    grown.statuses[trial.status] = grown.statuses.get(trial.status, 0) + 1
-                    if trial.task not in grown.tasks:
-                        grown.tasks.append(trial.task)
-                    grown.predicted_seconds = plan.seconds({t.id for t in store.trials()}) * grown.slowness
+                    grown.count(trial, time.monotonic() - begin, plan.seconds(done))
                     if on_trial is not None:
                         on_trial(grown, trial)
                     if failures == FAILURES:
                         raise MetapeftError(f"{FAILURES} trials failed in a row, the last one with: {trial.error}")
-                    if max_trials is not None and grown.trials >= max_trials:
+                    if grown.trials == max_trials:
                         break
-                    if max_seconds is not None and time.monotonic() - begin >= max_seconds:
-                        break
+            visits += 1
+            if grown.trials == before:
+                break
+        done = {trial.id for trial in store.trials()}
+        grown.complete = all(cell.id in done for cell in cells)
     grown.seconds = time.monotonic() - begin
     return grown
 
@@ -139,8 +144,8 @@ def _stoppable(grown: Grown) -> Iterator[None]:
 
 
 @contextmanager
-def _claimed(plan: Plan, store: Experience, remaining: float, visits: int) -> Iterator[list[Cell] | None]:
-    """The next visit, held for this process until the block ends; None when there is none."""
+def _claimed(plan: Plan, store: Experience, remaining: float, visits: int) -> Iterator[list[Cell]]:
+    """The next visit, held for this process until the block ends; empty when there is none."""
     locks = FileLocks(home() / "experience" / "claims")
     try:
         with locks.exclusive():
@@ -149,7 +154,7 @@ def _claimed(plan: Plan, store: Experience, remaining: float, visits: int) -> It
             visit = plan.visit(taken, remaining, visits)
             for cell in visit:
                 locks.hold(cell.id)
-        yield visit or None
+        yield visit
     finally:
         locks.close()
 
@@ -165,9 +170,11 @@ class _Work:
         sizes: tuple[DataSettings, DataSettings],
         load: Load,
         grown: Grown,
+        until: float,
     ):
         self.tasks, self.backbone, self.steps, self.sizes, self.load = tasks, backbone, steps, sizes, load
-        self.grown = grown
+        self.grown, self.until = grown, until
+        self.slots = Slots(1)
         self.origin: list[tuple[str, DataSettings]] = []  # of each place
         self.ratios: list[float] = []
 
@@ -215,16 +222,18 @@ class _Work:
         places.append(Place(task.name, task.family or task.name, len(task.train), len(task.test), 2.0 + untuned))
         self.origin.append((task.name, data))
         for row in rows:
-            seconds = cost(row, profile, rate, self.steps).seconds
+            costs = cost(row, profile, rate, self.steps)
             for seed in (0, REPEATED_SEED) if repeat else (0,):
                 identity = trial_id(task.name, task.version, self.backbone.id, row, seed, self.steps, len(task.train))
-                cells.append(Cell(identity, place, row, seed, seconds, repeats=seed != 0))
+                cells.append(Cell(identity, place, row, seed, costs.seconds, costs.peak_memory_mb, repeats=seed != 0))
 
     def run(self, visit: Sequence[Cell], store: Experience) -> Iterator[Trial]:
-        """Runs and records the cells of one place."""
+        """Runs and records the cells of one place while there is time, taking turns with this machine's sweeps."""
         from metapeft.profiling import profile
         from metapeft.training.session import Session
 
+        if not visit:
+            return
         name, data = self.origin[visit[0].place]
         task = self.load(name, data)
         measured = profile(task, self.backbone)
@@ -233,7 +242,13 @@ class _Work:
             if (trial.task_version, trial.backbone) == (task.version, self.backbone.id) and trial.untuned_score:
                 session.untuned["test"] = trial.untuned_score
         for cell in visit:
-            trial = self._trial(session, cell)
+            if time.monotonic() + cell.seconds * self.grown.slowness > self.until:
+                continue
+            deadline = None if self.until == float("inf") else time.time() + self.until - time.monotonic()
+            with self.slots.place(deadline) as turn:
+                if turn is None or not turn.begin(cell.memory_mb, deadline):
+                    return
+                trial = self._trial(session, cell)
             trial.profile_version = measured.version
             store.append(trial)
             if trial.status == "ok":

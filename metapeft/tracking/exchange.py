@@ -31,7 +31,7 @@ def tags(trial: Trial) -> dict[str, str]:
 
 def record(tags: Mapping[str, str]) -> dict[str, Any] | None:
     """What `tags` wrote; None where there is none, or a piece of it is missing."""
-    pieces = []
+    pieces: list[str] = []
     while (piece := tags.get(f"{TAG}.{len(pieces)}")) is not None:
         pieces.append(piece)
     try:

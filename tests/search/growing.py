@@ -8,16 +8,19 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 from metapeft.backbones import load
 from metapeft.data.task import Task
 from metapeft.errors import UserError
+from metapeft.meta import plan
 from metapeft.search.grow import Grown, grow
 from metapeft.settings import DataSettings
 from tests.training import made
 
 SIZES = (DataSettings(max_train=40), DataSettings(max_train=10))
 STEPS = 3
+ROWS = plan.CONFIGURATIONS[::4]  # of every method at least one
 
 
 def task(name: str, settings: DataSettings) -> Task:
@@ -29,7 +32,8 @@ def task(name: str, settings: DataSettings) -> Task:
 
 
 def grown(model: str, tasks: list[str], **options: Any) -> Grown:
-    return grow(tasks, load(model, dequantize=False), steps=STEPS, sizes=SIZES, load=task, **options)
+    with patch.object(plan, "CONFIGURATIONS", ROWS):
+        return grow(tasks, load(model, dequantize=False), steps=STEPS, sizes=SIZES, load=task, **options)
 
 
 def main() -> None:

@@ -14,11 +14,10 @@ import pytest
 
 from metapeft.errors import MetapeftError, UserError
 from metapeft.meta.experience import Experience
-from metapeft.meta.plan import CONFIGURATIONS
 from metapeft.training import trainer
 from metapeft.training.trial import Trial
 from tests.backbones.tiny import tiny_folder
-from tests.search.growing import grown
+from tests.search.growing import ROWS, grown
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,11 +42,11 @@ def test_a_task_is_grown_once_at_both_sizes(model: str, home: Path) -> None:
     seen: list[Trial] = []
     first = grown(model, ["t1"], on_trial=lambda _, trial: seen.append(trial))
     trials = Experience(shipped=None).trials()
-    assert first.complete and not first.skipped and first.trials == first.cells == 2 * len(CONFIGURATIONS)
+    assert first.complete and not first.skipped and first.trials == first.cells == 2 * len(ROWS)
     assert {t.id for t in trials} == {t.id for t in seen} and len(recorded(home)) == len(trials)
     assert {t.train_examples for t in trials} == {10, 40}
     assert all(t.status in ("ok", "diverged") and t.untuned_score for t in trials)
-    assert sum(t.status == "ok" for t in trials) > 40
+    assert sum(t.status == "ok" for t in trials) >= len(ROWS)
     assert all(t.score and t.adapter_bytes > 0 and t.adapter == "" and t.curve for t in trials if t.status == "ok")
     assert all(t.profile_version and t.budget == 3 for t in trials)
     assert len(list((home / "profiles").glob("*.json"))) == 2
@@ -69,7 +68,7 @@ def test_every_fourth_task_is_repeated_with_another_seed(model: str) -> None:
     trials = [t for t in Experience(shipped=None).trials() if t.task == "t2"]
     assert found.complete and {t.seed for t in trials} == {0, 1}
     pairs = {json.dumps(t.configuration, sort_keys=True): {t.seed for t in trials} for t in trials}
-    assert len(pairs) == len(CONFIGURATIONS) and all(seeds == {0, 1} for seeds in pairs.values())
+    assert len(pairs) == len(ROWS) and all(seeds == {0, 1} for seeds in pairs.values())
 
 
 def test_time_is_kept(model: str) -> None:
@@ -89,14 +88,14 @@ def test_broken_trials_are_kept_and_too_many_end_it(model: str, home: Path, monk
 
     everything = False
     monkeypatch.setattr(trainer, "run_trial", breaks)
-    found = grown(model, ["t1"], max_trials=12)
+    found = grown(model, ["t1"], max_trials=6)
     failed = [t for t in Experience(shipped=None).trials() if t.status == "failed"]
-    assert found.trials == 12 and found.statuses["failed"] == len(failed) > 0
+    assert found.trials == 6 and found.statuses["failed"] == len(failed) > 0
     assert all(t.method == "prefix" and "kaputt" in t.error and t.device for t in failed)
     everything = True
     with pytest.raises(MetapeftError, match=r"4 trials failed in a row.*kaputt"):
         grown(model, ["t1"])
-    assert len(set(recorded(home))) == len(recorded(home)) == 16
+    assert len(set(recorded(home))) == len(recorded(home)) == 10
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
@@ -120,8 +119,8 @@ def test_killed_at_any_moment_it_goes_on(model: str, home: Path) -> None:
         child.kill()
         child.wait()
         assert said <= set(recorded(home))
-    found = grown(model, ["t1", "t2"], max_trials=8)
-    assert found.known >= len(said) and found.trials == 8
+    found = grown(model, ["t1", "t2"], max_trials=3)
+    assert found.known >= len(said) and found.trials == 3
     assert len(recorded(home)) == len(set(recorded(home)))  # nothing was run twice, nothing stays claimed
     assert not list((home / "growing").iterdir())
 
