@@ -12,16 +12,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import DAG, AssetOrTimeSchedule, CronTriggerTimetable, Param, task
+from airflow.sdk import AssetOrTimeSchedule, CronTriggerTimetable, Param, task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from metapeft.airflow.assets import DATASETS, EXPERIENCE, META_MODEL
-from metapeft.airflow.defaults import deadline, on_mlx, task_defaults
+from metapeft.airflow.defaults import Workflow, deadline, on_mlx, task_defaults
 from metapeft.airflow.operators import CommandOperator
 
 PROJECT = Path(__file__).resolve().parents[1]
 
-with DAG(
+with Workflow(
     "grow_and_retrain",
     description="Run the trials that teach most, then fit the meta-model again",
     doc_md=__doc__,

@@ -21,10 +21,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import DAG, Param, chain
+from airflow.sdk import Param, chain
 
 from metapeft.airflow.assets import EXPERIENCE
-from metapeft.airflow.defaults import deadline, on_mlx, task_defaults
+from metapeft.airflow.defaults import Workflow, deadline, on_mlx, task_defaults
 from metapeft.airflow.operators import StageOperator
 from metapeft.settings import load_settings
 
@@ -43,7 +43,7 @@ FORM = {  # parameter -> the setting it sets
     "seed": "seed",
 }
 
-with DAG(
+with Workflow(
     "tune_task",
     description="Recommend, tune, train and register an adapter for one task",
     doc_md=__doc__,

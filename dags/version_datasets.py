@@ -15,11 +15,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import DAG, AssetOrTimeSchedule, CronTriggerTimetable, task
+from airflow.sdk import AssetOrTimeSchedule, CronTriggerTimetable, task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from metapeft.airflow.assets import DATASETS, INCOMING
-from metapeft.airflow.defaults import deadline, task_defaults
+from metapeft.airflow.defaults import Workflow, deadline, task_defaults
 from metapeft.airflow.operators import CommandOperator
 from metapeft.airflow.pools import DVC
 
@@ -39,7 +39,7 @@ class VersionOperator(CommandOperator):
         return found
 
 
-with DAG(
+with Workflow(
     "version_datasets",
     description="Put changed task files under DVC, checked",
     doc_md=__doc__,

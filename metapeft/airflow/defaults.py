@@ -6,7 +6,7 @@ import os
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import AsyncCallback, DeadlineAlert, DeadlineReference
+from airflow.sdk import DAG, AsyncCallback, DeadlineAlert, DeadlineReference
 
 from metapeft.airflow.notify import failed, late
 from metapeft.airflow.pools import MLX
@@ -43,3 +43,11 @@ def on_mlx() -> dict[str, Any]:
     """
     queue = os.environ.get("METAPEFT_MLX_QUEUE")
     return {"pool": MLX} | ({"queue": queue} if queue else {})
+
+
+class Workflow(DAG):
+    """A DAG whose `test` works. Airflow 3.3's own breaks at the end of a good run that has a deadline."""
+
+    def test(self, *given: Any, **more: Any) -> Any:
+        self.deadline = None
+        return super().test(*given, **more)
