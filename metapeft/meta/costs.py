@@ -25,7 +25,7 @@ from metapeft.training.configuration import TrainConfig, split
 from metapeft.training.trial import Trial
 
 MB = 2**20
-RECENT = 200  # trials that costs are corrected by
+RECENT = 100  # trials that costs are corrected by
 SHRINK = 1.0
 PADDING = 1.2  # time per token: padding within groups of similar length, and workers that wait for each other
 SAMPLE = 64  # validation examples scored during training
@@ -85,8 +85,8 @@ def corrected(
         if known is not None and trial.backbone == known.backbone:
             before = cost(trial.configuration, known, speed, trial.budget)
             took = (
-                math.log(trial.seconds / before.seconds),
-                math.log(max(1.0, trial.peak_memory_mb) / before.peak_memory_mb),
+                math.log(trial.seconds / max(1e-3, before.seconds)),
+                math.log(max(1.0, trial.peak_memory_mb) / max(1.0, before.peak_memory_mb)),
             )
             ratios.append((trial.method, trial.task_version, took))
 

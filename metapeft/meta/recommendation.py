@@ -248,7 +248,7 @@ _last: list[tuple[Model, list[Observation], Conditioned]] = []
 def _conditioned(model: Model, evidence: list[Observation]) -> Conditioned:
     """The last few are kept: a server is asked about one new task after another, by the same evidence."""
     for before, same, found in _last:
-        if before is model and same == evidence:
+        if before == model and same == evidence:
             return found
     found = Conditioned(model, evidence)
     _last.insert(0, (model, evidence, found))

@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,8 @@ def champion() -> Version:
 
 def shipped() -> Version:
     """Version 0."""
-    return _read(SHIPPED / "model.json") or Version(0, Model())
+    found = _read(SHIPPED / "model.json")
+    return Version(0, Model()) if found is None else replace(found, number=0)
 
 
 def versions() -> list[Version]:
@@ -200,7 +201,7 @@ def _add(version: Version) -> Version:
         folder.mkdir(parents=True, exist_ok=True)
         while True:
             number = 1 + max((int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit()), default=0)
-            new = Version(**{**version.__dict__, "number": number})
+            new = replace(version, number=number)
             with temporary.open("w", encoding="utf-8") as file:
                 json.dump(new.to_json(), file, indent=1, allow_nan=False)
                 file.flush()

@@ -21,7 +21,7 @@ CHEAP = (SBS,)
 
 @pytest.fixture(scope="module")
 def told() -> World:
-    return world(40, filled=0.6)
+    return world(32, filled=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_where_profiles_tell_it_beats_the_single_best_and_is_calibrated(judged: 
 
 
 def test_where_profiles_tell_nothing_it_is_the_average_and_stays_calibrated() -> None:
-    blind = world(40, filled=0.6, transfer=0.0).observations()
+    blind = world(28, filled=0.5, transfer=0.0).observations()
     assert fit(blind).reach == 0.0
     found = judge(blind, rival=CHEAP)
     assert gap(found) < 1.1
