@@ -1,7 +1,7 @@
 """What was recommended, and what then happened: METAPEFT_HOME/decisions.jsonl, one line per recommendation given.
 
-The identity of a recommendation is its content: given again, it counts once, from the first time. Outcomes are not stored: they
-are the trials of the same task and backbone that started later, joined whenever they are asked for.
+The identity of a recommendation is its content: given again, it counts once, from the first time. Outcomes are not
+stored: they are the trials of the same task and backbone that started later, joined whenever they are asked for.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """`followed`: the trials of recommended configurations. `regret`: the best later score less that of the first choice,
-    None until it was tried. `inside`: the shares of followed scores that lie in their 80 and 90 % intervals."""
+    """`followed`: the trials of recommended configurations. `regret`: the best later score less that of the first
+    choice, None until it was tried. `inside`: the shares of followed scores that lie in their 80 and 90 %
+    intervals."""
 
     recommendation: str
     task: str

@@ -145,8 +145,8 @@ def _opponent(seen: np.ndarray, held: np.ndarray) -> float:
 
 
 def _floor(seen: np.ndarray, model: Model, error: np.ndarray, untuned: float, repeats: int) -> float:
-    """Expected regret of choosing what was best in one run of all, measured in another run with other seeds: the noise of
-    both is drawn from what the model holds a repetition to vary, around scores that are shrunk by it."""
+    """Expected regret of choosing what was best in one run of all, measured in another run with other seeds: the
+    noise of both is drawn from what the model holds a repetition to vary, around scores that are shrunk by it."""
     random = np.random.default_rng(0)
     room = max(0.05, 1 - untuned)
     noise = np.sqrt(model.deviations["seed"] ** 2 / repeats + (model.deviations["sampling"] * error) ** 2) * room

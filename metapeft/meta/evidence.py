@@ -42,8 +42,8 @@ class Known:
 
     @cached_property
     def vector(self) -> np.ndarray:
-        """The features called FEATURES on a common scale, within 4 usual spreads of the usual middle; without a profile,
-        zeros."""
+        """The features called FEATURES on a common scale, within 4 usual spreads of the usual middle; without a
+        profile, zeros."""
         if self.features is None:
             return np.zeros(len(FEATURES))
         scaled = [(change(self.features[n]) - centre) / scale for n, (change, centre, scale) in SCALES.items()]

@@ -1,8 +1,8 @@
 """From gains to what a user will measure: draws of test scores, their intervals, and the chances of each configuration.
 
 All configurations of a task are drawn together, each draw with one level of the task and one score of the untuned
-backbone. A draw is what would be measured if every configuration were trained once and scored on the test split, so that
-`p_best` and `p_within` can be checked against what was measured on other tasks.
+backbone. A draw is what would be measured if every configuration were trained once and scored on the test split, so
+that `p_best` and `p_within` can be checked against what was measured on other tasks.
 """
 
 from __future__ import annotations

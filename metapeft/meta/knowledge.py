@@ -1,5 +1,5 @@
-"""Everything known at this moment: trials, profiles of their tasks, and observations made of both. Read once, kept while
-the files stay as they are."""
+"""Everything known at this moment: trials, profiles of their tasks, and observations made of both. Read once, kept
+while the files stay as they are."""
 
 from __future__ import annotations
 

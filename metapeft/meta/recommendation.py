@@ -1,13 +1,13 @@
 """Which configurations to use on a task, how good they will be, how sure that is, and what they cost.
 
-Scores are those that `metapeft.meta.forecast` draws from the meta-model: what would be measured on the task's test split
-if every configuration were trained once. `score` holds the 90 % interval and `likely` the 80 % one; `p_best` and
-`p_within_1pct` are the chances to be the best of those listed, and within 0.01 of the best.
+Scores are those that `metapeft.meta.forecast` draws from the meta-model: what would be measured on the task's test
+split if every configuration were trained once. `score` holds the 90 % interval and `likely` the 80 % one; `p_best`
+and `p_within_1pct` are the chances to be the best of those listed, and within 0.01 of the best.
 
 Evidence. Trials of the same task always count; trials of other tasks once there are LEAST_TASKS of them. With neither
-the basis is "portfolio": too little evidence, the intervals say how little is known. Evidence on another backbone counts
-for less, and the intervals are wider by what backbones may differ in. Where tuning has an even chance to win nothing that
-matters over the untuned backbone, the advice is to leave it.
+the basis is "portfolio": too little evidence, the intervals say how little is known. Evidence on another backbone
+counts for less, and the intervals are wider by what backbones may differ in. Where tuning has an even chance to win
+nothing that matters over the untuned backbone, the advice is to leave it.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class Untuned:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A known task; similarity 1 fares like this one with every configuration, 0 says nothing. `best`: what worked there."""
+    """A known task; similarity 1 fares like this one with every configuration, 0 says nothing. `best`: what worked
+    there."""
 
     task: str
     similarity: float
@@ -113,7 +114,8 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """`advice`: the answer in a sentence or two. `model`: version of the meta-model; `tasks`, `trials`: what it rests on."""
+    """`advice`: the answer in a sentence or two. `model`: version of the meta-model; `tasks`, `trials`: what it rests
+    on."""
 
     id: str
     task: str
@@ -160,7 +162,8 @@ def recommend(
     """Ranked configurations, by expected score less what the preference makes of their cost.
 
     experience: None is the one in METAPEFT_HOME. speed: this machine's; None is the one that was measured together with
-    the profile. own: whether trials of this very task count. Raises UserError when the budgets exclude every configuration.
+    the profile. own: whether trials of this very task count. Raises UserError when the budgets exclude every
+    configuration.
     """
     speed = speed or speeds.read(profile.backbone_content) or nominal_speed(profile)
     version = versions.champion()
@@ -278,8 +281,8 @@ def _advice(found: Recommendation, evidence: list[Observation]) -> str:
     said = []
     if untuned.p_enough >= ENOUGH:
         said.append(
-            f"The untuned backbone ({untuned.score:.3f}) is probably good enough: the chance that {first.method} does not"
-            f" beat it by 0.01 is {untuned.p_enough:.0%}."
+            f"The untuned backbone ({untuned.score:.3f}) is probably good enough: {untuned.p_enough:.0%} sure that"
+            f" {first.method} does not beat it by 0.01."
         )
     else:
         said.append(f"Use {first.method}; {first.p_within_1pct:.0%} sure that it is within 0.01 of the best listed.")

@@ -8,7 +8,8 @@ BINS = 10
 
 
 def crps(draws: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Continuous ranked probability score, (n,), of draws (draws, n): E|X - y| - E|X - X'| / 2 (Gneiting and Raftery 2007)."""
+    """Continuous ranked probability score, (n,), of draws (draws, n): E|X - y| - E|X - X'| / 2 (Gneiting and Raftery
+    2007)."""
     ordered = np.sort(draws, axis=0)
     n = len(draws)
     ranks = (2 * np.arange(1, n + 1) - n - 1)[:, None]
@@ -17,8 +18,8 @@ def crps(draws: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def nll(draws: np.ndarray, seen: np.ndarray, resolution: np.ndarray) -> np.ndarray:
-    """Negative log density, (n,), of what was seen under a kernel density of the draws (bandwidth: Silverman 1986, and at
-    least `resolution`, the step between the scores that a test split can have)."""
+    """Negative log density, (n,), of what was seen under a kernel density of the draws (bandwidth: Silverman 1986,
+    and at least `resolution`, the step between the scores that a test split can have)."""
     spread = draws.std(axis=0)
     width = np.maximum(1.06 * spread * len(draws) ** -0.2, resolution)
     density = np.exp(-0.5 * ((seen - draws) / width) ** 2).mean(axis=0) / (width * np.sqrt(2 * np.pi))

@@ -3,8 +3,8 @@
     meta/versions/0001.json    a model with what it was fitted to and how it was judged; written once, never changed
     meta/champion.json         {"champion": 1, "before": [...]}, replaced as a whole
 
-Version 0 is the model that ships with the package, or the beliefs where none ships. Plain JSON of some fifty numbers: the
-evidence itself is the experience, which a recommendation always reads as it is now.
+Version 0 is the model that ships with the package, or the beliefs where none ships. Plain JSON of some fifty numbers:
+the evidence itself is the experience, which a recommendation always reads as it is now.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Version:
-    """`seen`: ids of the observations it was fitted to. `judged`: how it did on families left out, against the champion of
-    its time."""
+    """`seen`: ids of the observations it was fitted to. `judged`: how it did on families left out, against the
+    champion of its time."""
 
     number: int
     model: Model

@@ -91,8 +91,8 @@ def measure(task: Task, backbone: Backbone) -> Profile:
 
 
 def every_profile() -> dict[tuple[str, str], Profile]:
-    """All profiles of this version that are known, by (task version, backbone): those that ship with the experience, and
-    on top of them those in METAPEFT_HOME."""
+    """All profiles of this version that are known, by (task version, backbone): those that ship with the experience,
+    and on top of them those in METAPEFT_HOME."""
     found: dict[tuple[str, str], Profile] = {}
     for path in (*sorted(SHIPPED.glob("*.json")), *sorted((home() / "profiles").glob(f"*-{VERSION}.json"))):
         profile = _remembered(path, path.stat().st_mtime_ns)

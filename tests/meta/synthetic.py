@@ -41,7 +41,8 @@ class World:
 def world(
     tasks: int = 40, seed: int = 0, transfer: float = 1.0, seeds: int = 1, tests: int = 300, filled: float = 1.0
 ) -> World:
-    """transfer: how much of what suits a task its profile tells (0: nothing). filled: share of the table that is run."""
+    """transfer: how much of what suits a task its profile tells (0: nothing). filled: share of the table that is
+    run."""
     random = np.random.default_rng(seed)
     names = [e.name for e in catalog.entries()][:tasks]
     methods = random.normal(0, 0.06, len(METHODS))

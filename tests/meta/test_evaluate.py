@@ -10,7 +10,7 @@ import pytest
 
 from metapeft.meta import evaluate as protocol
 from metapeft.meta import fitting, rivals
-from metapeft.meta.evaluate import OURS, SBS, Judged, bootstrap, evaluate, gap, judge, judge_on, mean_of
+from metapeft.meta.evaluate import SBS, Judged, bootstrap, evaluate, gap, judge, judge_on, mean_of
 from metapeft.meta.evidence import Observation, without
 from metapeft.meta.fitting import fit, folds, groups
 from metapeft.meta.model import Model
@@ -111,7 +111,7 @@ def test_with_too_little_the_beliefs_stay_and_nothing_is_claimed(tasks: int) -> 
     few = world(max(1, tasks), filled=0.6).observations() if tasks else []
     assert fit(few) == Model()
     found = evaluate(few)
-    json.dumps(found.to_json(), allow_nan=False if tasks == 0 else True)
+    json.dumps(found.to_json(), allow_nan=tasks > 0)
     if not tasks:
         assert found.tasks == [] and not any(t["met"] for t in found.targets)
 

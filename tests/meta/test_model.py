@@ -1,4 +1,5 @@
-"""The Gaussian model of gains: a proper posterior, task-centring, shrinkage, budgets, other backbones, fitted variances."""
+"""The Gaussian model of gains: a proper posterior, task-centring, shrinkage, budgets, other backbones, fitted
+variances."""
 
 from __future__ import annotations
 
