@@ -129,11 +129,11 @@ def create_app(service: Service) -> FastAPI:
             raise TooMany(wait)
         return key
 
-    def administrator(key: Annotated[Key | None, Depends(caller)]) -> None:
+    known = Depends(caller)
+
+    def administrator(key: Key | None = known) -> None:
         if key is not None and not key.admin:
             raise HTTPException(403, "this key may not administer")
-
-    known = Depends(caller)
 
     @app.get("/healthz", tags=["operation"], summary="The process lives and its engine runs")
     def healthz() -> JSONResponse:
@@ -162,7 +162,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models/{id:path}", tags=["models"], summary="One model", dependencies=[known])
     def model(id: str) -> dict[str, Any]:
-        if id == backbone.id:
+        if id == engine.name:
             return own()
         version = registry.resolve(id)
         assert version is not None
@@ -337,7 +337,7 @@ def create_app(service: Service) -> FastAPI:
         return JSONResponse(finite(job.to_json()), code, headers)
 
     def own() -> dict[str, Any]:
-        return {"id": backbone.id, "object": "model", "created": 0, "owned_by": "metapeft", "method": None}
+        return {"id": engine.name, "object": "model", "created": 0, "owned_by": "metapeft", "method": None}
 
     def described(id: str, model: Any) -> dict[str, Any]:
         return {
@@ -345,7 +345,7 @@ def create_app(service: Service) -> FastAPI:
             "object": "model",
             "created": model.created // 1000,
             "owned_by": "metapeft",
-            "parent": backbone.id,
+            "parent": engine.name,
             "root": f"{model.name}@{model.version}",
             "task": model.task,
             "version": model.version,
@@ -461,7 +461,7 @@ def create_app(service: Service) -> FastAPI:
         request.state.model, request.state.prompt_tokens = model, prompt_tokens
 
     def label(version: Version | None) -> str:
-        return backbone.id if version is None else version.key
+        return engine.name if version is None else version.key
 
     def fail(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
         kind = STATUS.get(status, "rate_limit_error" if status == 429 else "server_error")

@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -25,8 +26,6 @@ from metapeft.serving.mixed import Mixture, Resident, read
 from metapeft.serving.score import Answers, Question, score
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from metapeft.backbones import Backbone
 
 T = TypeVar("T")
@@ -147,6 +146,8 @@ class Engine:
 
     def __init__(self, backbone: Backbone, limits: Limits | None = None):
         self.backbone, self.limits = backbone, limits or Limits()
+        local = Path(backbone.id).expanduser()
+        self.name = local.name if local.is_dir() else backbone.id  # no path leaves the server
         self.counts = Counts()
         self.mixture = Mixture(backbone.model)
         check(backbone.model, self.mixture)  # this also compiles what is compiled once

@@ -161,9 +161,15 @@ def usage(prompt_tokens: int, written: int) -> dict[str, int]:
     }
 
 
+def token_text(id: int, tokenizer: Any) -> str:
+    """One token as text; part of a character is shown as the vocabulary writes it, so that tokens differ."""
+    text = str(tokenizer.decode([id]))
+    return str(tokenizer.convert_ids_to_tokens(id)) if "\ufffd" in text or not text else text
+
+
 def chat_logprobs(tokens: Sequence[Token], tokenizer: Any) -> dict[str, Any]:
     def entry(id: int, logprob: float | None) -> dict[str, Any]:
-        text = tokenizer.decode([id])
+        text = token_text(id, tokenizer)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     content = [
@@ -174,9 +180,9 @@ def chat_logprobs(tokens: Sequence[Token], tokenizer: Any) -> dict[str, Any]:
 
 def completion_logprobs(tokens: Sequence[Token], tokenizer: Any, offset: int) -> dict[str, Any]:
     """offset: characters of this answer that were sent before."""
-    texts = [tokenizer.decode([t.id]) for t in tokens]
+    texts = [token_text(t.id, tokenizer) for t in tokens]
     offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
-    top = [{tokenizer.decode([id]): value for id, value in t.alternatives} for t in tokens]
+    top = [{token_text(id, tokenizer): value for id, value in t.alternatives} for t in tokens]
     return {
         "tokens": texts,
         "token_logprobs": [t.logprob for t in tokens],

@@ -22,7 +22,7 @@ def overview(engine: Engine, registry: Registry, selector: Selector) -> dict[str
     """JSON without NaN. Needs neither MLX nor the engine's thread."""
     found = registry.models
     return {
-        "backbone": engine.backbone.id,
+        "backbone": engine.name,
         "map": task_map(profiles(engine.backbone.content_id), {m.task: m.method for m in reversed(found)}),
         "reliability": reliability(found),
         "decisions": [decision(job) for job in selector.recent()],

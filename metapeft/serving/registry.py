@@ -109,7 +109,7 @@ class Registry:
 
         Raises UnknownModel, and UserError when the files are not what was registered.
         """
-        if id == self.engine.backbone.id:
+        if id == self.engine.name:
             return None
         name, _, which = id.removeprefix("task/").partition("@")
         names = sorted({m.name for m in self.models if name in (m.task, m.name)})
@@ -175,11 +175,17 @@ class Registry:
             reason,
             round(time.perf_counter() - begin, 3),
         )
-        self.deployments.append(done)
-        _remember(done)
+        if not self._same_as_before(done):
+            self.deployments.append(done)
+            _remember(done)
         self.on_deployment(done)
 
     on_deployment: Callable[[Deployment], None] = staticmethod(lambda deployment: None)
+
+    def _same_as_before(self, done: Deployment) -> bool:
+        """A restart that takes up what was served."""
+        earlier = [d for d in self.deployments if (d.model, d.alias) == (done.model, done.alias)]
+        return bool(earlier) and (earlier[-1].version, earlier[-1].outcome) == (done.version, done.outcome)
 
     def _give_back(self, model: Model) -> str:
         """Undo a promotion; what to add to the reason."""

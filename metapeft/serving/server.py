@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -76,6 +77,8 @@ def serve(
         )
         with _running(engine, registry, selector), servers.listed(url, service.token):
             say(f"serving {settings.backbone} on {describe()['device']} at {url}")
+            for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn, having ended in order, raises them once more
+                signal.signal(number, lambda *_: None)
             server.run(sockets=[listener])
 
 

@@ -57,14 +57,27 @@ def task(name: str) -> Task:
 
 def register(settings: Settings, folder: Path, name: str, method: str, score: float = 0.9, seed: int = 0) -> Any:
     """Put an adapter folder into the real registry."""
+    return register_all(settings, [(folder, name, method, score, seed)])[0]
+
+
+def register_all(settings: Settings, adapters: list[tuple[Path, str, str, float, int]]) -> list[Any]:
+    """Several of them (folder, task, method, score, seed) in one run."""
     from metapeft import tracking
 
+    with tracking.run(settings, "train") as tracker:
+        return [
+            tracker.register(folder, trial(settings.backbone, name, method, score, seed), task(name))
+            for folder, name, method, score, seed in adapters
+        ]
+
+
+def trial(backbone: str, name: str, method: str, score: float, seed: int) -> Trial:
     configuration = {"method": method, "learning_rate": 1e-3, "seed": seed, **SMALL[method]}
-    trial = Trial(
-        id=trial_id(name, "0123456789abcdef", settings.backbone, configuration, seed, 10, 8),
+    return Trial(
+        id=trial_id(name, "0123456789abcdef", backbone, configuration, seed, 10, 8),
         task=name,
         task_version="0123456789abcdef",
-        backbone=settings.backbone,
+        backbone=backbone,
         method=method,
         configuration=configuration,
         seed=seed,
@@ -73,8 +86,6 @@ def register(settings: Settings, folder: Path, name: str, method: str, score: fl
         score=Score("accuracy", score, 0.02, 300, 0.3),
         untuned_score=Score("accuracy", 0.4, 0.02, 300, 2.0),
     )
-    with tracking.run(settings, "train") as tracker:
-        return tracker.register(folder, trial, task(name))
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ def test_the_stack_is_bounded_and_forgets(tmp_path: Path) -> None:
     mixture = Mixture(backbone.model)
     folder = save(tmp_path / "a", backbone, "lora")
     many = [read(folder, backbone.model, str(n)) for n in range(MOST_STACKED + 3)]
-    for first, second in zip(many, many[1:], strict=False):
+    for first, second in itertools.pairwise(many):
         with mixture.rows([first, second]):
             pass
         assert len(mixture.slots) <= MOST_STACKED

@@ -1,0 +1,172 @@
+"""The engine without HTTP: versions in flight, bounds, time limits, failures."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metapeft.errors import UserError
+from metapeft.serving.engine import Busy, Classification, Engine, Generation, Limits, Piece, TooSlow
+from metapeft.serving.score import Answers
+from tests.backbones.tiny import tiny
+from tests.serving.made import save
+
+
+@dataclass(frozen=True)
+class Folder:
+    key: str
+    folder: Path
+
+
+class Asked:
+    """A request and what came of it."""
+
+    def __init__(self, source: Folder | None, prompt: str = "abc", limit: int = 30, seconds: float = 60, **more: Any):
+        self.events: queue.Queue[Any] = queue.Queue()
+        ids = list(tiny("llama").tokenizer.encode(prompt))
+        self.job = Generation(source, ids, limit, self.events.put, time.monotonic() + seconds, **more)
+
+    def result(self) -> Any:
+        while True:
+            event = self.events.get(timeout=60)
+            if isinstance(event, Exception):
+                raise event
+            if event.finished:
+                return event.text
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    running = Engine(tiny("llama"), Limits(rows=4, queue=6))
+    running.start()
+    yield running
+    running.stop(20)
+    assert not running.alive
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Folder]:
+    root = tmp_path_factory.mktemp("adapters")
+    made = [save(root / str(n), tiny("llama"), method, n) for n, method in enumerate(("lora", "lora", "prompt"))]
+    return [Folder(path.name, path) for path in made]
+
+
+def ask(engine: Engine, *arguments: Any, **more: Any) -> Asked:
+    asked = Asked(*arguments, **more)
+    engine.submit(asked.job)
+    return asked
+
+
+def test_what_others_do_changes_no_answer(engine: Engine, folders: list[Folder]) -> None:
+    """The same request alone, and in the middle of a crowd that comes and goes."""
+    alone = {f.key: ask(engine, f, "some prompt", 40).result() for f in folders}
+    crowd: list[Asked] = []
+    for n in range(6):
+        crowd.append(ask(engine, folders[n % 3], "some prompt", 40))
+        time.sleep(0.02)
+    for n, asked in enumerate(crowd):
+        assert asked.result() == alone[folders[n % 3].key]
+
+
+def test_an_adapter_in_use_stays_though_there_is_no_room(folders: list[Folder]) -> None:
+    engine = Engine(tiny("llama"), Limits(adapter_mb=0))
+    engine.start()
+    wanted = ask(engine, folders[0], "x", 120).result()
+    flying = ask(engine, folders[0], "x", 120)
+    others = [ask(engine, folders[1], "x", 5) for _ in range(3)]
+    assert [other.result() for other in others] == [others[0].job.text.text] * 3  # type: ignore[union-attr]
+    assert flying.result() == wanted
+    assert len(engine.held) <= 1 and engine.counts.evictions >= 1
+    engine.stop(20)
+
+
+def test_a_full_queue_and_a_closed_engine_refuse(engine: Engine) -> None:
+    gate = threading.Event()
+    engine.call(gate.wait)  # the engine's thread is held: all requests wait
+    taken = [ask(engine, None, "x", 3) for _ in range(6)]
+    with pytest.raises(Busy) as refused:
+        ask(engine, None, "x", 3)
+    assert 1 <= refused.value.seconds <= 60
+    gate.set()
+    assert len({asked.result() for asked in taken}) == 1
+    engine.stop(20)
+    with pytest.raises(Busy):
+        ask(engine, None)
+
+
+def test_time_limits_hold_in_the_queue_and_in_flight(engine: Engine) -> None:
+    gate = threading.Event()
+    engine.call(gate.wait)
+    late = ask(engine, None, "x", 5, seconds=0.05)
+    time.sleep(0.1)
+    gate.set()
+    with pytest.raises(TooSlow):
+        late.result()
+    short = ask(engine, None, "x", 400, seconds=0.05)
+    with pytest.raises(TooSlow):
+        short.result()
+    assert ask(engine, None, "x", 3).result()
+    assert engine.flying == 0 and engine.waiting == 0
+
+
+def test_what_never_fits_is_refused_at_once() -> None:
+    engine = Engine(tiny("llama"), Limits(cache_mb=0.05))  # some 50 tokens
+    with pytest.raises(UserError, match="do not fit"):
+        ask(engine, None, "x", 400)
+
+
+def test_the_cache_bounds_how_many_write_at_once() -> None:
+    engine = Engine(tiny("llama"), Limits(cache_mb=0.1))
+    room = engine.places // 31
+    assert 1 <= room < 10
+    engine.start()
+    asked = [ask(engine, None, "x", 30) for _ in range(10)]
+    most = 0
+    while any(a.events.empty() for a in asked):
+        most = max(most, engine.flying)
+        time.sleep(0.001)
+    assert len({a.result() for a in asked}) == 1
+    assert 1 <= most <= room
+    engine.stop(20)
+
+
+def test_a_failing_step_fails_its_rows_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    engine.call(lambda: monkeypatch.setattr(engine.writing, "step", fail)).result()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ask(engine, None, "x", 5).result()
+    assert ask(engine, None, "x", 5).result() and engine.counts.failures == 1
+
+
+def test_an_adapter_that_cannot_be_read_fails_its_own_request(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no adapter"):
+        ask(engine, Folder("none", tmp_path)).result()
+    answers: queue.Queue[Any] = queue.Queue()
+    broken = Classification(
+        Folder("none", tmp_path), [[65]], Answers.of([(1,), (2,)]), answers.put, time.monotonic() + 9
+    )
+    good = Classification(None, [[65], [66, 67]], Answers.of([(1,), (2,)]), answers.put, time.monotonic() + 9)
+    engine.submit(broken)
+    engine.submit(good)
+    found = [answers.get(timeout=30), answers.get(timeout=30)]
+    assert sorted(type(f).__name__ for f in found) == ["UserError", "list"]
+    assert ask(engine, None, "x", 5).result()
+
+
+def test_pieces_of_a_stream_are_the_whole_text(engine: Engine, folders: list[Folder]) -> None:
+    whole = ask(engine, folders[0], "day", 25).result()
+    asked = ask(engine, folders[0], "day", 25, stream=True)
+    text, tokens, last = "", 0, None
+    while last is None:
+        piece: Piece = asked.events.get(timeout=30)
+        text, tokens, last = text + piece.text, tokens + len(piece.tokens), piece.finished
+    assert text == whole and tokens <= 25

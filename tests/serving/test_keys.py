@@ -1,0 +1,67 @@
+"""Keys: what is on the disk, who gets in, how much, and that a change counts at once."""
+
+from __future__ import annotations
+
+import json
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from metapeft.cli import main
+from metapeft.errors import UserError
+from metapeft.serving import keys
+
+
+def test_only_a_hash_is_kept_and_only_for_the_owner(home: Path) -> None:
+    key, text = keys.create("app")
+    content = keys.path().read_text(encoding="utf-8")
+    assert text not in content and text.rsplit("-", 1)[1] not in content
+    assert stat.S_IMODE(keys.path().stat().st_mode) == 0o600
+    assert keys.Keyring().find(text) == key
+    assert keys.Keyring().find(text + "x") is None and keys.Keyring().find("") is None
+
+
+def test_a_rotated_key_has_a_grace_and_a_revoked_one_none(home: Path) -> None:
+    ring = keys.Keyring()
+    _, first = keys.create("app")
+    _, second = keys.rotate("app", grace_seconds=0.5)
+    assert ring.find(first) is not None and ring.find(second) is not None
+    time.sleep(0.6)
+    assert ring.find(first) is None and ring.find(second) is not None
+    keys.revoke("app")
+    assert ring.find(second) is None and not ring.any
+
+
+def test_the_rate_is_a_bucket_that_fills_again(home: Path) -> None:
+    key, _ = keys.create("app", per_minute=120)
+    ring = keys.Keyring()
+    assert [ring.spend(key) for _ in range(120)] == [0.0] * 120
+    wait = ring.spend(key)
+    assert 0 < wait <= 0.5
+    time.sleep(wait + 0.02)
+    assert ring.spend(key) == 0
+
+
+def test_a_damaged_file_never_opens_the_door(home: Path) -> None:
+    keys.create("app")
+    ring = keys.Keyring()
+    keys.path().write_text("[{", encoding="utf-8")
+    with pytest.raises(UserError, match="damaged"):
+        ring.find("anything")
+
+
+def test_the_commands(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "create", "app", "--per-minute", "5", "--admin", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["admin"] and keys.Keyring().find(made["key"]) is not None
+    assert main(["keys", "create", "app"]) == 2
+    assert main(["keys", "create", "no spaces"]) == 2
+    assert main(["keys", "rotate", "app", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["key"] != made["key"]
+    assert main(["keys", "list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [key["name"] for key in listed] == ["app"] and "sha256" not in listed[0]
+    assert main(["keys", "revoke", "app"]) == 0 and main(["keys", "revoke", "app"]) == 2
+    assert keys.load() == []
