@@ -11,6 +11,7 @@ then the one that started later.
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import logging
@@ -45,6 +46,7 @@ SHIPPED = Path(__file__).parent / "shipped"
 _FIELDS = tuple(f.name for f in fields(Trial))
 _SCORES = ("score", "validation", "untuned_score")
 _PARTS = tuple(f.name for f in fields(Score) if f.name != "value")
+_COLUMNS = {name: tuple((part, f"{name}_{part}") for part in _PARTS) for name in _SCORES}
 _JSON = ("configuration", "curve", "versions")
 _INTEGERS = ("seed", "budget", "tokens", "trained_parameters", "adapter_bytes", "train_examples")
 _FLOATS = ("seconds", "train_seconds", "peak_memory_mb")
@@ -156,6 +158,12 @@ class Experience:
         new = [record for record in other if record["id"] not in mine or mine[record["id"]] < _rank(record)]
         self._write(new)
         return len(new)
+
+    @staticmethod
+    def write(trials: Iterable[Trial], path: Path) -> None:
+        """A Parquet table of these trials, such as `merge` reads."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_table(_table([_record(trial) for trial in trials]), path)
 
     def close(self) -> None:
         """Finish this process's segment (a later append starts another)."""
@@ -315,14 +323,20 @@ def _load_table(path: Path) -> list[Record]:
     except pa.ArrowInvalid as error:
         raise UserError(f"{path} is not a Parquet file of trials; remove it or restore it from a copy") from error
     records = []
+    known: dict[str, Any] = {}  # most configurations and versions come many times
     for row in rows:
         if "id" not in row or "configuration" not in row:
             raise UserError(f"{path} does not hold trials; give a file that `metapeft experience export` wrote")
         for name in _JSON:
-            row[name] = json.loads(row[name])
-        for name in _SCORES:
-            parts = {part: row.pop(f"{name}_{part}", None) for part in _PARTS}
-            row[name] = None if parts["metric"] is None else {"value": row[name], **parts}
+            text = row[name]
+            if text not in known:
+                known[text] = json.loads(text)
+            row[name] = copy.copy(known[text])
+        for name, parts in _COLUMNS.items():
+            value = row[name]
+            row[name] = {"value": value} | {part: row.pop(column, None) for part, column in parts}
+            if row[name]["metric"] is None:
+                row[name] = None
         records.append(migrate(row))
     return records
 

@@ -7,6 +7,7 @@ was cut goes on where its last state was saved.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import signal
 import statistics
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapeft.data.task import Task
@@ -29,6 +32,7 @@ from metapeft.training.trial import Trial, trial_id
 
 if TYPE_CHECKING:
     from metapeft.backbones import Backbone
+    from metapeft.training.session import Session
 
 STEPS = 40
 DATA = DataSettings(max_train=600, max_validation=64, max_test=300)
@@ -36,6 +40,7 @@ SMALL = DATA.model_copy(update={"max_train": 64})  # two in five of the tasks th
 REPEATED_SEED = 1  # every fourth task is measured with this seed too
 FAILURES = 4  # errors in a row that end the growth: something other than the configurations is broken
 SKETCHED = 64  # rows whose tokens tell what a task will cost
+PACKAGE = Path(__file__).parents[1]
 PROBED = 400  # examples that a profile and the untuned score look at, about
 
 Load = Callable[[str, DataSettings], Task]
@@ -250,13 +255,14 @@ class _Work:
                     return
                 trial = self._trial(session, cell)
             trial.profile_version = measured.version
+            trial.versions |= {"processor": processor(), "engine": f"{engine()} {way(session)}"}
             store.append(trial)
             if trial.status == "ok":
                 self.ratios.append(trial.seconds / cell.seconds)
                 self.grown.slowness = statistics.median(self.ratios[-50:])
             yield trial
 
-    def _trial(self, session: Any, cell: Cell) -> Trial:
+    def _trial(self, session: Session, cell: Cell) -> Trial:
         from metapeft.training.trainer import run_trial
 
         folder = home() / "growing" / cell.id  # its state, while it runs; adapters of the table are not kept
@@ -288,6 +294,29 @@ class _Work:
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             train_examples=len(task.train),
         )
+
+
+@cache
+def processor() -> str:
+    """What computes: devices of one kind differ in speed."""
+    from metapeft.runtime import describe
+
+    about = describe()
+    return ", ".join(filter(None, (about["device_name"], about["blas"], f"{about['cores']} cores")))
+
+
+@cache
+def engine() -> str:
+    """Six hex digits of the code that decides how a trial ends."""
+    digest = hashlib.sha256()
+    for folder in ("backbones", "kernels", "peft", "training"):
+        for path in sorted(p for p in (PACKAGE / folder).glob("*") if p.suffix in (".py", ".cpp")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:6]
+
+
+def way(session: Session) -> str:
+    return "native" if getattr(session, "decoder", None) is not None else "mlx"
 
 
 def sketch(task: Task, backbone: Backbone) -> Any:
