@@ -26,7 +26,7 @@ from metapeft.training.trial import Trial
 Forecast = Callable[[dict[str, Any], int], tuple[float, float] | None]  # configuration, steps -> mean, deviation
 TARGET = 0.05  # false stops among the stops
 ALPHAS = (0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
-CHEAPER = 1.1  # seconds and memory that differ by less count as the same
+SLOWER, LARGER = 1.1, 1.02  # seconds and memory that differ by less count as the same: seconds vary between runs
 LEAST_ALIKE = 8.0  # (effective) recorded curves that stood alike
 LEAST_STOPS = 20  # stops in the replay, or its rate says nothing
 LEAST_DEVIATION = 0.02  # of a predicted score
@@ -200,10 +200,15 @@ def _stops(rule: StopRule, curve: list[dict[str, Any]], steps: int, finished: li
 def _needed(curve: Sequence[dict[str, Any]], steps: int, finished: Sequence[Trial]) -> float | None:
     """The best score among finished trials that are about as cheap or cheaper; None: there is none."""
     last = curve[-1]
-    seconds = CHEAPER * last["seconds"] * steps / last["step"]
-    memory = CHEAPER * (last.get("peak_memory_mb") or math.inf)
+    seconds = last["seconds"] * steps / last["step"]
+    return best_as_cheap(finished, seconds, last.get("peak_memory_mb") or math.inf)
+
+
+def best_as_cheap(finished: Sequence[Trial], seconds: float, memory_mb: float) -> float | None:
+    """The best score among trials that take about as many seconds and MiB, or fewer; None: there is none."""
     points = [p for t in finished if (p := pareto.objectives(t)) is not None]
-    return max((p[0] for p in points if p[1] <= seconds and p[2] <= memory), default=None)
+    cheap = (p[0] for p in points if p[1] <= SLOWER * seconds and p[2] <= LARGER * memory_mb)
+    return max(cheap, default=None)
 
 
 def _state(curve: Sequence[dict[str, Any]], steps: int) -> np.ndarray:

@@ -6,7 +6,7 @@ would mislead the search.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -16,6 +16,10 @@ from metapeft.training.trial import Trial
 
 MOST_TASKS = 3
 MOST_EACH = 4  # points of one task's front
+FIRST = 3  # the best of as many methods come first, whatever they cost
+CHEAPER = 0.95  # share of its score that a cheaper variant is expected to keep
+
+Predict = Callable[[dict[str, Any]], tuple[float, float, float] | None]  # -> score, seconds, MiB
 
 
 def nearest_fronts(trials: Sequence[Trial], tasks: Sequence[str]) -> list[dict[str, Any]]:
@@ -31,29 +35,72 @@ def nearest_fronts(trials: Sequence[Trial], tasks: Sequence[str]) -> list[dict[s
             same = [t for t in known if t.task_version == version]
             points = pareto.named(same)
             named = [points[name] for name in ("most accurate", "balanced", "fastest", "smallest") if name in points]
-            fronts.append([t.configuration for t in _unique(named + pareto.front(same))][:MOST_EACH])
+            unique = {trial.id: trial for trial in named + pareto.front(same)}
+            fronts.append([t.configuration for t in unique.values()][:MOST_EACH])
     return [c for c in chain.from_iterable(zip_longest(*fronts)) if c is not None]
 
 
 def warm_start(
-    recommended: Sequence[dict[str, Any]], nearest: Sequence[dict[str, Any]], trials: int
+    recommended: Sequence[dict[str, Any]],
+    nearest: Sequence[dict[str, Any]],
+    trials: int,
+    predict: Predict | None = None,
 ) -> list[dict[str, Any]]:
-    """The first recommended configuration of every method, so that a short sweep sees all of them; then by turns from
-    the similar tasks' fronts and the other recommended ones.
+    """At most half of the trials (or one per method): the rest is for what nobody expected.
 
-    They take at most half of the trials (or one per method): the rest is for what nobody expected.
+    A short sweep sees the first recommended configuration of every method. A longer one begins with those of FIRST
+    methods; what follows adds most to the hypervolume that `predict` expects, of the recommended configurations, the
+    similar tasks' fronts, and cheaper variants of both: a front has a cheap end too. Without `predict` (or where it
+    knows nothing) the similar tasks' fronts and the other recommended ones take turns.
     """
-    first = list({c["method"]: c for c in reversed(recommended)}.values())
-    ordered = [c for c in recommended if c in first]
-    others = [c for c in recommended if c not in first]
-    chosen: list[dict[str, Any]] = []
+    best = list({c["method"]: c for c in reversed(recommended)}.values())
+    ordered = [c for c in recommended if c in best]
+    others = [c for c in recommended if c not in best]
+    most = max(len(best), trials // 2)
+    turns = _unique([*ordered, *(c for c in chain(*zip_longest(nearest, others)) if c is not None)])
+    if predict is None or most <= len(best):
+        return turns[:most]
+    chosen = turns[:FIRST]
+    pool = [(c, predict(c), 1.0) for c in turns] + [(v, predict(v), CHEAPER) for c in turns for v in _cheaper(c)]
+    points = [(c, (share * p[0], p[1], p[2])) for c, p, share in pool if p is not None]
+    chosen = _unique([*chosen, *_spread(points, chosen, most), *turns])
+    return chosen[:most]
+
+
+def _spread(
+    pool: Sequence[tuple[dict[str, Any], tuple[float, float, float]]], chosen: Sequence[dict[str, Any]], most: int
+) -> list[dict[str, Any]]:
+    """Greedily what adds most hypervolume to what is chosen already."""
+    if not pool:
+        return []
+    slowest, largest = (1.1 * max(p[i] for _, p in pool) for i in (1, 2))
+    scaled = [(c, (1 - p[0], p[1] / slowest, p[2] / largest)) for c, p in pool]
+    kept = [p for c, p in scaled if c in chosen]
+    found: list[dict[str, Any]] = []
+    while len(found) + len(chosen) < most:
+        before = pareto.hypervolume(kept, (1.0, 1.0, 1.0))
+        gains = [pareto.hypervolume([*kept, p], (1.0, 1.0, 1.0)) - before for _, p in scaled]
+        top = max(range(len(scaled)), key=gains.__getitem__)
+        if gains[top] <= 1e-9:
+            break
+        found.append(scaled[top][0])
+        kept.append(scaled[top][1])
+    return found
+
+
+def _cheaper(configuration: dict[str, Any]) -> list[dict[str, Any]]:
+    """Half the batch; and for matrices also the top sixth of a usual backbone's layers (moved into the space later)."""
+    values = full(configuration)
+    half = configuration | {"batch_size": max(1, values["batch_size"] // 2)}
+    return [half, half | {"layers": 5}] if "layers" in values else [half]
+
+
+def _unique(configurations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     known: list[dict[str, Any]] = []
-    for configuration in chain(ordered, *zip_longest(nearest, others)):
-        if configuration is not None and full(configuration) not in known:
-            known.append(full(configuration))
-            chosen.append(configuration)
-    return chosen[: max(len(first), trials // 2)]
-
-
-def _unique(trials: Sequence[Trial]) -> list[Trial]:
-    return list({trial.id: trial for trial in trials}.values())
+    found = []
+    for configuration in configurations:
+        values = full(configuration)
+        if values not in known:
+            known.append(values)
+            found.append(configuration)
+    return found

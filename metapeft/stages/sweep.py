@@ -1,8 +1,8 @@
 """sweep: tries configurations on the task, the recommended ones first, and keeps the Pareto front.
 
 Trials are chosen by validation alone; at the end the points with a name are scored on the test split too. Writes
-trials.jsonl, sweep.json (front, named points, why others are not on it, how trials are stopped), and for plots front.csv
-and curves.csv.
+trials.jsonl, sweep.json (front, named points, why others are not on it, how trials are stopped), and for plots
+front.csv and curves.csv.
 """
 
 from __future__ import annotations
@@ -138,12 +138,24 @@ class Expected:
     profile: Profile
     speed: Speed
     recommendations: list[dict[str, Any]]
+    steps: int
 
     def memory(self, configuration: dict[str, Any], steps: int) -> float:
         """Predicted peak in MiB."""
         from metapeft.meta.costs import cost
 
         return cost(configuration, self.profile, self.speed, steps).peak_memory_mb
+
+    def point(self, configuration: dict[str, Any]) -> tuple[float, float, float] | None:
+        """Score, seconds and MiB; None where no score is expected."""
+        from metapeft.meta.costs import cost
+        from metapeft.training.configuration import full
+
+        found = self.score(full(configuration), self.steps)
+        if found is None:
+            return None
+        needs = cost(configuration, self.profile, self.speed, self.steps)
+        return found[0], needs.seconds, needs.peak_memory_mb
 
     def score(self, configuration: dict[str, Any], steps: int) -> tuple[float, float] | None:
         """Mean and deviation, from the recommended configuration of the method with the nearest learning rate; None
@@ -174,14 +186,15 @@ def prepare(settings: Settings, work: Path) -> Prepared:
     nearest = read_json(work / "recommend" / "nearest.json")
     speed = speeds.read(profile.backbone_content) or nominal_speed(profile)
     recommendations = read_json(work / "recommend" / "recommendation.json")["recommendations"]
+    expected = Expected(profile, speed, recommendations, settings.sweep.steps)
     return Prepared(
         settings,
         task,
         train,
         space,
         Limits(settings.recommend.max_seconds, settings.recommend.max_memory_mb),
-        warm_start(recommended, nearest, settings.sweep.trials) if settings.sweep.warm else [],
-        Expected(profile, speed, recommendations),
+        warm_start(recommended, nearest, settings.sweep.trials, expected.point) if settings.sweep.warm else [],
+        expected,
         _rule(settings, task) if settings.sweep.stop else None,
     )
 

@@ -47,3 +47,17 @@ def test_the_largest_of_a_tasks_sizes_counts() -> None:
     large = trial("large", 0.8, 5, 5, task="a", task_version="l", train_examples=600)
     large.configuration = full({"method": "prompt"})
     assert nearest_fronts([small, large], ["a"]) == [large.configuration]
+
+
+def test_a_longer_sweep_begins_with_the_best_and_goes_on_with_what_widens_the_front() -> None:
+    def predict(configuration: dict[str, object]) -> tuple[float, float, float]:
+        _, score, seconds, memory = surrogate.truth(full(configuration))
+        return score, seconds, memory
+
+    start = warm_start(RECOMMENDED, NEAREST, 20, predict)
+    assert start[:3] == [RECOMMENDED[0], RECOMMENDED[2], RECOMMENDED[3]] and 6 < len(start) <= 10
+    assert len({repr(full(c)) for c in start}) == len(start), "none twice"
+    fourth = full(start[3])
+    assert predict(fourth)[1] < min(predict(full(c))[1] for c in start[:3]), "the cheap end of the front"
+    assert warm_start(RECOMMENDED, NEAREST, 4, predict) == warm_start(RECOMMENDED, NEAREST, 4)
+    assert warm_start(RECOMMENDED, NEAREST, 12, lambda _: None) == warm_start(RECOMMENDED, NEAREST, 12)
