@@ -13,8 +13,8 @@ all alike. All train LoRA r=8 on the same float32 weights and token ids, batch s
     mlx-lm-stock     its trainer as installed (on Linux: the reference BLAS)
 
 Rates leave out each contender's first step (libraries warm up), never the trunk. Memory is MLX's peak, and for PyTorch
-the largest resident set. The roofline divides the arithmetic of each part by its time. The sweep compares trials in one
-process with the same trials in a process each.
+the largest resident set. The roofline divides the arithmetic of each part by its time. The sweep compares `metapeft
+sweep` with as many runs of `metapeft train` (a few of them measured).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,10 @@ def main() -> int:
     parser.add_argument("--sweep", type=int, help="trials of the sweep (default: 20; quick: 3; 0: none)")
     parser.add_argument("--only", help="contenders, separated by commas (default: all)")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
-    parser.add_argument("--trial", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--separate", type=int, help="runs of `metapeft train` to measure (default: 5; quick: 2)")
     options = parser.parse_args()
     if options.contender:
         return serve(options.contender, json.loads(sys.stdin.readline()))
-    if options.trial is not None:
-        return one_trial(options.trial)
     tasks = options.tasks.split(",")[: 1 if options.quick else None]
     steps = options.steps or (9 if options.quick else 48)
     sweep = (3 if options.quick else 20) if options.sweep is None else options.sweep
@@ -74,7 +72,8 @@ def main() -> int:
             print(table([row for row in rows if (row["task"], row["layers"]) == (task, layers)]), flush=True)
     parts = roofline(tasks[0])
     print(table(parts), flush=True)
-    swept = sweeps(tasks[0], sweep, 10 if options.quick else 20) if sweep else []
+    separate = options.separate or (2 if options.quick else 5)
+    swept = sweeps(tasks[0], sweep, 10 if options.quick else 20, separate) if sweep else []
     targets = judged(rows, swept)
     for target in targets:
         verdict = "met    " if target["met"] else "NOT met"
@@ -488,62 +487,63 @@ def timed(call: Callable[[], Any]) -> float:
 # Sweep
 
 
-def configurations() -> Iterator[dict[str, Any]]:
-    """What a sweep tries: the five methods in turn, the matrix methods on different numbers of layers."""
-    layers = [5, 10, 20, 0]
-    rates = {"lora": 1e-3, "adalora": 3e-3, "prompt": 1e-2, "prefix": 1e-2, "p_tuning": 3e-3}
-    n = 0
-    while True:
-        method = list(rates)[n % 5]
-        found: dict[str, Any] = {"method": method, "learning_rate": rates[method] * (1, 2, 0.5, 1.5)[n // 5 % 4]}
-        if method in ("lora", "adalora"):
-            found["layers"] = layers[(n // 5 + (method == "adalora")) % 4]
-        yield found
-        n += 1
+def sweeps(task: str, trials: int, steps: int, separate: int) -> list[dict[str, Any]]:
+    """`metapeft sweep` beside `metapeft train` of `separate` of its configurations, spread evenly.
 
-
-def one_trial(index: int) -> int:
-    """One trial in a process of its own."""
-    from metapeft import backbones
-    from metapeft.data.load import load_task
-    from metapeft.training.session import Session
-    from metapeft.training.trainer import run_trial
-
-    spec = json.loads(os.environ["METAPEFT_BENCHMARK"])
-    session = Session(backbones.load(BACKBONE), load_task(spec["task"]))
-    configuration = next(c for n, c in enumerate(configurations()) if n == index)
-    print(run_trial(session, configuration, steps=spec["steps"]).status)
-    return 0
-
-
-def sweeps(task: str, trials: int, steps: int) -> list[dict[str, Any]]:
-    """The same trials in one process and in one each, in turn."""
-    from metapeft import backbones
-    from metapeft.data.load import load_task
-    from metapeft.training.session import Session
-    from metapeft.training.trainer import run_trial
-
-    environment = os.environ | {
-        "METAPEFT_BENCHMARK": json.dumps({"task": task, "steps": steps}),
-        "PYTHONPATH": str(ROOT),
-    }
-    begin = time.perf_counter()
-    session = Session(backbones.load(BACKBONE), load_task(task))
-    together, apart = time.perf_counter() - begin, 0.0
-    for index, configuration in zip(range(trials), configurations(), strict=False):
-        together += timed(lambda c=configuration: run_trial(session, c, steps=steps))
-        command = [sys.executable, __file__, "--trial", str(index)]
-        apart += timed(lambda c=command: subprocess.run(c, env=environment, check=True, stdout=subprocess.DEVNULL))
-        print(f"trial {index + 1} of {trials}: together {together:.1f} s, apart {apart:.1f} s", flush=True)
+    Each side has a new METAPEFT_HOME that shares only the downloads. All trials run to their end (--full-budget). The
+    first separate run profiles the task, as the sweep does; the others find that done. So `trials` separate runs are
+    counted as the first and the mean of the others for the rest.
+    """
+    with tempfile.TemporaryDirectory(prefix="metapeft-benchmark-") as folder:
+        together, home = command(
+            Path(folder, "sweep"), "sweep", task, "--trials", trials, "--steps", steps, "--full-budget"
+        )
+        [found] = home.glob("work/*/sweep/trials.jsonl")
+        tried = [json.loads(line)["configuration"] for line in found.read_text(encoding="utf-8").splitlines()]
+        print(f"{len(tried)} trials in a sweep: {together:.0f} s", flush=True)
+        apart = []
+        for configuration in tried[:: max(1, len(tried) // separate)][:separate]:
+            seconds, _ = command(Path(folder, "apart"), "train", task, "--steps", steps, *options_of(configuration))
+            apart.append(seconds)
+            print(f"{configuration['method']} by itself: {seconds:.0f} s", flush=True)
+    whole = apart[0] + (trials - 1) * sum(apart[1:]) / len(apart[1:])
     return [
         {
             "task": task,
             "sweep": trials,
             "steps": steps,
-            "together_seconds": round(together, 1),
-            "apart_seconds": round(apart, 1),
-            "share": round(together / apart, 3),
+            "sweep_seconds": round(together, 1),
+            "separate_runs_measured": [round(s, 1) for s in apart],
+            "separate_seconds": round(whole, 1),
+            "share": round(together / whole, 3),
         }
+    ]
+
+
+def command(home: Path, *arguments: Any) -> tuple[float, Path]:
+    """Wall seconds of a metapeft command in this METAPEFT_HOME, which is made with links to the downloads."""
+    from metapeft.settings import home as known
+
+    if not home.exists():
+        home.mkdir()
+        for name in ("backbones", "data"):
+            if (known() / name).exists():
+                (home / name).symlink_to((known() / name).resolve())
+    environment = os.environ | {"METAPEFT_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "metapeft.cli", *map(str, arguments)]
+    return timed(partial(subprocess.run, words, env=environment, cwd=home, check=True, stdout=subprocess.DEVNULL)), home
+
+
+def options_of(configuration: dict[str, Any]) -> list[str]:
+    """As options of `metapeft train`; defaults are left out."""
+    from metapeft.training.configuration import full
+
+    usual = full({"method": configuration["method"]})
+    chosen = {key: value for key, value in configuration.items() if usual.get(key) != value}
+    return [
+        "--method",
+        configuration["method"],
+        *(w for k, v in chosen.items() for w in ("--set", f"{k}={json.dumps(v)}")),
     ]
 
 
@@ -578,7 +578,7 @@ def judged(rows: list[dict[str, Any]], swept: list[dict[str, Any]]) -> list[dict
                     {"name": name, "value": value, "target": f"<= {min(others)}", "met": value <= min(others)}
                 )
     for entry in swept:
-        name = f"{entry['task']}: {entry['sweep']} trials in one process over {entry['sweep']} processes"
+        name = f"{entry['task']}: a sweep of {entry['sweep']} trials over {entry['sweep']} runs of train"
         targets.append({"name": name, "value": entry["share"], "target": "<= 0.4", "met": entry["share"] <= 0.4})
     return targets
 

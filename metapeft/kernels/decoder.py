@@ -119,7 +119,7 @@ class Rows:
 
 @dataclass
 class Found:
-    """loss, hit: (chosen rows,); root_scores: (chosen rows, roots), log-likelihoods; hidden: the last layer's output."""
+    """loss, hit: (chosen rows,); root_scores: log-likelihoods, (chosen rows, roots); hidden: the last output."""
 
     hidden: np.ndarray
     loss: np.ndarray
@@ -146,7 +146,7 @@ class Decoder:
         self._layers = list(getattr(parts.body, parts.layers))
         embedding, norm = getattr(parts.body, parts.embed), getattr(parts.body, parts.norm)
         tied = bool(getattr(getattr(model, "args", None), "tie_word_embeddings", False))
-        head = embedding if tied else getattr(model, "lm_head", None)
+        head: Any = embedding if tied else getattr(model, "lm_head", None)
         _require(type(embedding) is nn.Embedding and type(head) in (nn.Embedding, nn.Linear) and "bias" not in head)
         first = _part(self._layers[0], "self_attn")
         rope = getattr(first, "rope", None)
@@ -191,7 +191,7 @@ class Decoder:
         self._rotations(512)
 
     def covers(self, stop: int | None = None) -> bool:
-        """Whether the linear layers (below `stop`) are now of the kinds known here: plain, or that and LoRA or AdaLoRA."""
+        """Whether all linear layers (below `stop`) are now of the kinds known here: plain, LoRA or AdaLoRA."""
         try:
             for layer in self._layers[:stop]:
                 for name in LINEARS:
@@ -269,7 +269,7 @@ class Decoder:
         before = rows.prefix[rows.start][0].shape[2] if rows.prefix and rows.start < stop else 0
         alive: list[Any] = [rows, gradients, kept]  # arrays whose memory the structures name
         layers = (_Layer * self.depth)()
-        tables = self._rotations(before + rows.common + max(np.diff(rows.ends, prepend=0)))
+        tables = self._rotations(before + rows.common + int(np.diff(rows.ends, prepend=0).max()))
         for i in range(rows.start, stop):
             self._fill(layers[i], i, tables[i], gradients, alive)
             if before:

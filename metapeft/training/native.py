@@ -85,7 +85,7 @@ def predicted(
     start: int,
     roots: Sequence[int],
 ) -> Callable[[], Found]:
-    """When called: losses, hits and the roots' log-likelihoods at the completion positions of these examples, in order."""
+    """When called: losses, hits and the roots' log-likelihoods at these examples' completion positions, in order."""
     hidden, chosen, targets = sequences(session, view, split, indices, start)
     rows = Rows(np.concatenate(hidden), np.cumsum([len(h) for h in hidden]).tolist(), prefix=prefix, start=start)
     return view.predict(rows, chosen, targets, roots)
@@ -156,16 +156,14 @@ class Loss:
         )
         return partial(self._run, call, gradients, vector)
 
-    def _run(
-        self, call: Callable[[], float], gradients: Gradients, vector: np.ndarray
-    ) -> tuple[mx.array, mx.array]:
+    def _run(self, call: Callable[[], float], gradients: Gradients, vector: np.ndarray) -> tuple[mx.array, mx.array]:
         loss = call()
         if gradients.hidden is not None:
             assert isinstance(self.adapter, VirtualTokens) and self.virtual is not None
             assert self.adapter._scale is not None
             vector = gradients.hidden[: len(self.virtual)] / self.adapter._scale
         elif gradients.prefix is not None:
-            # Per layer (1, heads, tokens, head width) -> (tokens, 2 * layers * heads * head width), as the method has it.
+            # Per layer (1, heads, tokens, head width) -> the method's (tokens, 2 * layers * heads * head width).
             stacked = np.stack([part[0] for pair in gradients.prefix for part in pair])
             vector = stacked.transpose(2, 0, 1, 3)
         return mx.array(loss), mx.array(np.ascontiguousarray(vector).reshape(-1))

@@ -129,11 +129,11 @@ def test_what_shares_rows_equals_what_repeats_them() -> None:
     shared, tails = [5, 9, 200, 31], [[7, 8], [40, 41, 42], [3]]
     whole = [view.forward(Rows(view.embed([*shared, *t]), [len(shared) + len(t)]))[len(shared) :] for t in tails]
     ends = np.cumsum([len(t) for t in tails])
-    common = view.forward(
-        Rows(view.embed([*shared, *sum(tails, [])]), [len(shared), *(len(shared) + ends)], common=len(shared))
-    )
+    joined = [token for tail in tails for token in tail]
+    both = Rows(view.embed([*shared, *joined]), [len(shared), *(len(shared) + ends)], common=len(shared))
+    common = view.forward(both)
     prefix = view.record(Rows(view.embed(shared), [len(shared)]))
-    behind = view.forward(Rows(view.embed(sum(tails, [])), ends.tolist(), prefix=prefix))
+    behind = view.forward(Rows(view.embed(joined), ends.tolist(), prefix=prefix))
     assert np.allclose(common[len(shared) :], np.concatenate(whole), atol=1e-5)
     assert np.allclose(behind, np.concatenate(whole), atol=1e-5)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metapeft.backbones.forward import run
-from metapeft.kernels.decoder import Decoder
+from metapeft.kernels.decoder import Decoder, Rows
 from metapeft.runtime import device, mx, nn
 from metapeft.training.session import Session, completion_logits
 from metapeft.training.trunk import Room, Trunk
@@ -99,7 +99,12 @@ def test_a_session_goes_on_from_a_shallower_trunk(session: Session, monkeypatch:
     session.trunk("train", 1).prepare(range(5), session.workers)
     monkeypatch.setattr("metapeft.training.trunk.run", counted)
     prepared = Decoder._prepared
-    monkeypatch.setattr(Decoder, "_prepared", lambda view, rows, **named: starts.append(rows.start) or prepared(view, rows, **named))
+
+    def counted_natively(view: Decoder, rows: Rows, **named: object) -> object:
+        starts.append(rows.start)
+        return prepared(view, rows, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Decoder, "_prepared", counted_natively)
     session.trunk("train", 3).prepare(range(5), session.workers)
     assert starts.count(1) > 0 and starts.count(0) == (1 if session.shared else 0)
     session.trunk("train", 3).prepare(range(5), session.workers)
