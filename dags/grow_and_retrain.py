@@ -3,7 +3,8 @@
 Every night, and when a dataset has changed: `grow` runs, for as long as the form says, the trials that teach most per
 second (it goes on where it stopped); `retrain` fits a new meta-model to everything known and lets it compete with the
 champion on families of tasks left out of both; `promoted` updates the asset `meta-model` if it won. The loser stays as
-challenger: `metapeft meta promote` can still choose it, `metapeft meta rollback` undoes a promotion.
+challenger: `metapeft meta promote` can still choose it, `metapeft meta rollback` undoes a promotion. `version` puts the
+experience and the meta-model under DVC (folder `knowledge`, pushed to the remote) and the model into MLflow's registry.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from airflow.sdk.exceptions import AirflowSkipException
 from metapeft.airflow.assets import DATASETS, EXPERIENCE, META_MODEL
 from metapeft.airflow.defaults import Workflow, deadline, on_mlx, task_defaults
 from metapeft.airflow.operators import CommandOperator
+from metapeft.airflow.pools import DVC
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -66,5 +68,12 @@ with Workflow(
             raise AirflowSkipException(f"the champion stays: {trained['reason']}")
         return trained
 
+    version = CommandOperator(
+        task_id="version",
+        arguments=["experience", "version"],
+        project=str(PROJECT),
+        pool=DVC,
+        trigger_rule="none_failed",
+    )
     grow >> retrain
-    promoted(retrain.output)
+    promoted(retrain.output) >> version

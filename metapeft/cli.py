@@ -311,6 +311,30 @@ def experience_import(
     show({"trials": added, "from": source}, as_json)
 
 
+@experience.command("version")
+def experience_version(
+    folder: Annotated[Path, Option(help="A folder in the project, under DVC.")] = Path("knowledge"),
+    params: Params = None,
+    as_json: Json = False,
+) -> None:
+    """Put the experience and the meta-model under DVC, and the meta-model into the registry."""
+    from metapeft.tracking import knowledge
+
+    show(knowledge.snapshot(settings(params), folder).to_json(), as_json)
+
+
+@experience.command("restore")
+def experience_restore(
+    folder: Annotated[Path, Option(help="The folder of `experience version`.")] = Path("knowledge"),
+    version: Annotated[str | None, Option(help="A snapshot's content id (default: what FOLDER.dvc says).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Take over a snapshot's trials, and its meta-models where there are none."""
+    from metapeft.tracking import knowledge
+
+    show(knowledge.restore(folder, version), as_json)
+
+
 @meta.command("train")
 def meta_train(as_json: Json = False) -> None:
     """Fit the meta-model anew; it replaces the champion unless it does worse on tasks left out."""
@@ -465,6 +489,19 @@ def models_rollback(
 
     model = rollback(settings(params), name)
     show(model.to_json(), as_json, [registered(model)])
+
+
+@models.command("restore")
+def models_restore(
+    name: Annotated[str, Argument(help="NAME, NAME@ALIAS or NAME@VERSION: a registered name, or a task's.")],
+    folder: Annotated[Path, Argument(help="New folder for code, parameters, data and adapter.")],
+    params: Params = None,
+    as_json: Json = False,
+) -> None:
+    """Restore what a model was made of: code version, parameters, data."""
+    from metapeft.tracking.restore import restore
+
+    show(restore(settings(params), name, folder).to_json(), as_json)
 
 
 @adapters.command("convert")

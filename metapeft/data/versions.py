@@ -118,6 +118,49 @@ def restore(path: Path, identity: str) -> None:
         raise UserError(f"neither DVC's cache nor its remote has {identity}; `dvc push` it from where it is") from error
 
 
+def fetch(identity: str, destination: Path, root: Path) -> None:
+    """Copies the content with that id from the cache or the remote of the repository `root` to `destination`.
+
+    Raises UserError when neither has it. `destination` must not exist.
+    """
+    import shutil
+
+    from dvc.exceptions import DvcException
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    def cached(repo: Any, wanted: str) -> Path:
+        store = repo.cache.local
+        if not store.exists(wanted) and repo.config["core"].get("remote"):
+            repo.cloud.pull([HashInfo("md5", wanted)])
+        place = Path(store.oid_to_path(wanted))
+        if not place.exists():
+            raise FileNotFoundError(wanted)
+        return place
+
+    def copy(repo: Any) -> None:
+        temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            if identity.endswith(".dir"):
+                for item in json.loads(cached(repo, identity).read_text(encoding="utf-8")):
+                    (temporary / item["relpath"]).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(cached(repo, item["md5"]), temporary / item["relpath"])
+            else:
+                shutil.copyfile(cached(repo, identity), temporary)
+            os.rename(temporary, destination)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if temporary.is_file():
+                temporary.unlink()
+
+    try:
+        with_repository(root, copy)
+    except (DvcException, OSError) as error:
+        raise UserError(
+            f"neither DVC's cache in {root} nor its remote has {identity} ({error}); `dvc push` it from where it is"
+        ) from error
+
+
 def with_repository(root: Path, do: Callable[[Any], T]) -> T:
     """`do(dvc.repo.Repo)`, one after another with whoever else wants the repository.
 
@@ -127,6 +170,7 @@ def with_repository(root: Path, do: Callable[[Any], T]) -> T:
     from dvc.repo import Repo
     from filelock import FileLock, Timeout
 
+    logging.getLogger("dvc").setLevel(logging.CRITICAL)  # what goes wrong comes as an exception
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:

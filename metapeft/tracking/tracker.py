@@ -223,6 +223,9 @@ def _about() -> dict[str, str]:
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
         if done.returncode == 0:
             tags["mlflow.source.git.commit"] = tags["git_commit"] = done.stdout.strip()
+            changes = ["git", "status", "--porcelain", "--untracked-files=no"]
+            done = subprocess.run(changes, capture_output=True, text=True, timeout=10, check=False)
+            tags["git_dirty"] = "true" if done.stdout.strip() else "false"
     return tags
 
 
