@@ -36,7 +36,7 @@ from metapeft.serving.openai import Body, ChatRequest, ClassifyRequest, Completi
 from metapeft.serving.overview import overview
 from metapeft.serving.registry import Registry, UnknownModel, Version
 from metapeft.serving.score import Answers
-from metapeft.serving.select import Selector
+from metapeft.serving.select import Job, Selector
 from metapeft.settings import Prefer
 from metapeft.training.encode import prompt_ids
 
@@ -313,21 +313,20 @@ def create_app(service: Service) -> FastAPI:
     async def select(body: SelectRequest) -> JSONResponse:
         """What `metapeft recommend` says of a task: at once when it was measured before, else after its measurement."""
         asked = body.model_dump(exclude={"wait"}, exclude_none=True)
-        job = await asyncio.to_thread(service.selector.ask, asked)
+        job: Job | None = await asyncio.to_thread(service.selector.ask, asked)
         until = time.monotonic() + body.wait
-        while job.state in ("queued", "running") and time.monotonic() < until:
+        while job and job.state in ("queued", "running") and time.monotonic() < until:
             await asyncio.sleep(0.1)
-            job = await asyncio.to_thread(service.selector.get, job.id) or job
+            job = await asyncio.to_thread(service.selector.get, job.id)
         return answer(job)
 
     @app.get("/v1/select/{id}", tags=["selection"], dependencies=[known], summary="A selection that takes long")
     async def selected(id: str) -> JSONResponse:
-        job = await asyncio.to_thread(service.selector.get, id)
+        return answer(await asyncio.to_thread(service.selector.get, id))
+
+    def answer(job: Job | None) -> JSONResponse:
         if job is None:
             raise HTTPException(404, "there is no such selection")
-        return answer(job)
-
-    def answer(job: Any) -> JSONResponse:
         if job.state == "failed":
             if job.input_error:
                 raise UserError(job.error)

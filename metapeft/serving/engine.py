@@ -212,7 +212,8 @@ class Engine:
         self._inbox.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
-            for job in [*self.jobs.values(), *self.pending, *self.questions]:
+            jobs: list[Job] = [*self.jobs.values(), *self.pending, *self.questions]
+            for job in jobs:
                 job.cancelled = True
             self._thread.join(10)
 
@@ -303,15 +304,16 @@ class Engine:
     def _drop(self) -> None:
         """Requests that were given up or whose time is over leave."""
         now = time.monotonic()
-        for waiting in (self.pending, self.questions):
-            for job in [job for job in waiting if job.cancelled or job.deadline < now]:
-                waiting.remove(job)  # type: ignore[arg-type]
+        waiting: list[Job] = [*self.pending, *self.questions]
+        for job in waiting:
+            if job.cancelled or job.deadline < now:
+                (self.pending if isinstance(job, Generation) else self.questions).remove(job)  # type: ignore[arg-type]
                 self._left()
                 job.deliver(TooSlow("the request waited longer than its time limit"))
         for row in list(self.writing.rows):
-            job = self.jobs[row]
-            if job.cancelled or job.deadline < now:
-                job.deliver(TooSlow("the request took longer than its time limit"))
+            writing = self.jobs[row]
+            if writing.cancelled or writing.deadline < now:
+                writing.deliver(TooSlow("the request took longer than its time limit"))
                 self._finish(row)
         self._keep_unfinished()
 

@@ -163,8 +163,8 @@ def write(rows: Sequence[Row], logits: mx.array) -> None:
     chosen = logits[mx.array(needed)].astype(mx.float32) if needed else None
     mx.eval([greedy] if chosen is None else [greedy, chosen])
     values = {} if chosen is None else dict(zip(needed, np.array(chosen), strict=True))
-    for i, (row, token) in enumerate(zip(rows, greedy.tolist(), strict=True)):
-        row.written.append(row.choose(values.get(i, NOTHING), token))
+    for i, (row, token) in enumerate(zip(rows, np.array(greedy), strict=True)):
+        row.written.append(row.choose(values.get(i, NOTHING), int(token)))
         row.last = row.written[-1].id
 
 

@@ -140,7 +140,7 @@ class Layer(Adapted):
     def stack(self, pairs: Sequence[Pair | None]) -> None:
         """Matrices of all slots, one below the other; None: that adapter leaves this layer as it is."""
         present = [pair for pair in pairs if pair is not None]
-        stacked = tuple(mx.concatenate(parts) for parts in zip(*present, strict=True)) if present else None
+        stacked = tuple(mx.concatenate(list(parts)) for parts in zip(*present, strict=True)) if present else None
         ranks = tuple(0 if pair is None else int(pair[0].shape[0]) for pair in pairs)
         self._no_parameters(stacked=stacked, ranks=ranks)
 

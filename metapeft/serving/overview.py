@@ -72,7 +72,7 @@ def task_map(known: list[Profile], methods: dict[str, str]) -> list[dict[str, An
 
 def reliability(found: tuple[Model, ...]) -> dict[str, Any]:
     """Predicted against measured score, for registered adapters whose configuration had been recommended."""
-    points = []
+    points: list[dict[str, Any]] = []
     for model in found:
         expected = (model.expected or {}).get("score") or {}
         values = [expected.get(key) for key in ("mean", "low", "high", "level")]

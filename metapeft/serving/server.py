@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from metapeft.serving.app import Bounds, Service, create_app
 from metapeft.serving.engine import Engine, Limits
 from metapeft.serving.keys import Keyring
 from metapeft.serving.metrics import Metrics
-from metapeft.serving.registry import Registry
+from metapeft.serving.registry import Deployment, Registry
 from metapeft.serving.select import Selector
 from metapeft.settings import Settings
 from metapeft.tracking import servers
@@ -60,7 +61,12 @@ def serve(
         registry = Registry(engine, settings, poll_seconds)
         selector = Selector(settings.backbone, params)
         metrics = Metrics(engine, registry)
-        registry.on_deployment = lambda done: (metrics.deployed(done), _log({"event": "deployment", **done.__dict__}))
+
+        def deployed(done: Deployment) -> None:
+            metrics.deployed(done)
+            _log({"event": "deployment", **asdict(done)})
+
+        registry.on_deployment = deployed
         service = Service(engine, registry, selector, keyring, metrics, local, bounds=bounds or Bounds(), log=_log)
         server = uvicorn.Server(
             uvicorn.Config(
