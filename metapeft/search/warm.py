@@ -17,6 +17,7 @@ from metapeft.training.trial import Trial
 MOST_TASKS = 3
 MOST_EACH = 4  # points of one task's front
 FIRST = 3  # the best of as many methods come first, whatever they cost
+WORTH = 0.005  # share of the expected hypervolume that one more configuration must add
 CHEAPER = 0.95  # share of its score that a cheaper variant is expected to keep
 
 Predict = Callable[[dict[str, Any]], tuple[float, float, float] | None]  # -> score, seconds, MiB
@@ -63,14 +64,13 @@ def warm_start(
     chosen = turns[:FIRST]
     pool = [(c, predict(c), 1.0) for c in turns] + [(v, predict(v), CHEAPER) for c in turns for v in _cheaper(c)]
     points = [(c, (share * p[0], p[1], p[2])) for c, p, share in pool if p is not None]
-    chosen = _unique([*chosen, *_spread(points, chosen, most), *turns])
-    return chosen[:most]
+    return _unique([*chosen, *_spread(points, chosen, most)])
 
 
 def _spread(
     pool: Sequence[tuple[dict[str, Any], tuple[float, float, float]]], chosen: Sequence[dict[str, Any]], most: int
 ) -> list[dict[str, Any]]:
-    """Greedily what adds most hypervolume to what is chosen already."""
+    """Greedily what adds most hypervolume to what is chosen already, as long as it is worth a trial."""
     if not pool:
         return []
     slowest, largest = (1.1 * max(p[i] for _, p in pool) for i in (1, 2))
@@ -81,7 +81,7 @@ def _spread(
         before = pareto.hypervolume(kept, (1.0, 1.0, 1.0))
         gains = [pareto.hypervolume([*kept, p], (1.0, 1.0, 1.0)) - before for _, p in scaled]
         top = max(range(len(scaled)), key=gains.__getitem__)
-        if gains[top] <= 1e-9:
+        if gains[top] <= WORTH * before:
             break
         found.append(scaled[top][0])
         kept.append(scaled[top][1])
