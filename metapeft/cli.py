@@ -407,12 +407,27 @@ def compare(
         list[str] | None, Argument(help="Run ids, run names or experiments (default: the experiment).")
     ] = None,
     by: Annotated[
-        Literal["trial", "sweep", "strategy", "method", "experiment"], Option(help="What one row is.")
+        Literal["trial", "sweep", "strategy", "method", "experiment", "selection"], Option(help="What one row is.")
     ] = "trial",
+    plot: Annotated[Path | None, Option(help="Also draw it: a .png or .svg file (only --by selection).")] = None,
     params: Params = None,
     as_json: Json = False,
 ) -> None:
-    """Put recorded runs side by side."""
+    """Put recorded runs side by side. `--by selection`: which way to choose a configuration is better, and how sure."""
+    if plot is not None and by != "selection":
+        raise UserError("--plot draws selection strategies; add --by selection")
+    if by == "selection":
+        from metapeft.tracking.selections import selections
+
+        compared = selections(settings(params), runs or ())
+        if plot is not None:
+            from metapeft.report.selections import draw
+
+            draw(compared, plot)
+        if as_json:
+            return show(compared.to_json(), True)
+        show(None, False, [told(asdict(row)) for row in compared.strategies], title="How configurations were chosen")
+        return show(None, False, [told(asdict(row)) for row in compared.pairs], title="On the same tasks")
     if by != "trial":
         from metapeft.search.compare import compare_by
 
@@ -627,6 +642,11 @@ def demo(task: Annotated[str, Argument(help="A catalog name or a file.")] = "tre
     show(None, False, rows, title=f"Methods on {trial.task}, ranked by the sweep")
     show(None, False, outcome(trial), title=f"Trained and registered: {trial.method}")
     print(f"adapter: {trial.adapter}\nmodel:   {found['model']}\nreport:  {found['report']}")
+
+
+def told(row: dict[str, Any]) -> dict[str, Any]:
+    """A table row whose fractions have three digits."""
+    return {key.replace("_", " "): number(v) if isinstance(v, float) else v for key, v in row.items()}
 
 
 def described(entry: Any) -> dict[str, Any]:

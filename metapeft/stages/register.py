@@ -44,6 +44,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
             for tried in read_trials(work / "sweep" / "trials.jsonl"):
                 tracker.log_trial(tried, task)
         tracker.log_outcome(trial)
+        tracker.set_tags({"selection": selection(settings, work, recommendation.record["basis"])})
         tracker.log_json(settings.model_dump(mode="json"), "settings.json")
         registration = tracker.register(work / "train" / "adapter", trial, task, recommendation)
         url = run_url(settings, tracker)
@@ -58,6 +59,13 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     }
     write_json(out / "model.json", summary)
     return summary
+
+
+def selection(settings: Settings, work: Path, basis: str) -> str:
+    """How the configuration was chosen, as `metapeft compare --by selection` calls it."""
+    if settings.train.method or settings.train.configuration:
+        return "asked for"
+    return f"{basis} + sweep" if (work / "sweep" / "sweep.json").exists() else basis
 
 
 def store(settings: Settings, work: Path) -> str:

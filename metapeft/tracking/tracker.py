@@ -195,6 +195,7 @@ def identity(task: Task) -> dict[str, str]:
         "task_version": task.version,
         "dvc_id": task.dvc_id,
         "task_kind": task.kind,
+        "family": task.family,
         "metric": task.metric,
     }
 
