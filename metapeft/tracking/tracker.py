@@ -65,7 +65,8 @@ def run(
     tracker = Tracker(client, settings, run_id)
     status = "FINISHED"
     try:
-        yield tracker
+        with _system_metrics(client, run_id):
+            yield tracker
     except (KeyboardInterrupt, SystemExit) as stop:
         status = "FINISHED" if isinstance(stop, SystemExit) and not stop.code else "KILLED"
         raise
@@ -198,6 +199,19 @@ def identity(task: Task) -> dict[str, str]:
         "family": task.family,
         "metric": task.metric,
     }
+
+
+@contextmanager
+def _system_metrics(client: MlflowClient, run_id: str) -> Iterator[None]:
+    """CPU, memory, disk, network and GPU of this machine, every 10 s, as metrics `system/…` of the run."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=client.tracking_uri)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
 
 
 def _continue(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -263,3 +264,19 @@ def test_importing_tracking_does_not_import_mlflow() -> None:
     code = "import sys, metapeft.tracking, metapeft.tracking.models; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
     assert replace(make_trial(), seed=1).seed == 1
+
+
+def test_a_run_tells_how_busy_the_machine_was(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when another process continues it: the steps go on."""
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.3")
+    name, run_id = "system/cpu_utilization_percentage", None
+    lengths = []
+    for _ in range(2):
+        with tracking.run(settings, "busy", run_id=run_id) as tracker:
+            time.sleep(1.5)
+        run_id = tracker.run_id
+        history = tracker.client.get_metric_history(run_id, name)
+        lengths.append(len(history))
+    assert 0 < lengths[0] < lengths[1]
+    assert sorted(point.step for point in history) == list(range(lengths[1]))
+    assert tracker.client.get_run(run_id).data.metrics["system/system_memory_usage_megabytes"] > 0
