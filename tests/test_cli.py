@@ -66,6 +66,7 @@ COMMANDS = [
     ["train"],
     ["sweep"],
     ["experience", "list"],
+    ["experience", "grow"],
     ["experience", "export"],
     ["experience", "import"],
     ["compare"],

@@ -324,3 +324,15 @@ def test_five_thousand_trials_are_read_in_a_moment(store: Experience) -> None:
     middle = time.process_time()
     assert fresh.trials() == first and len(first) == 5000
     assert middle - begin < 0.6 and time.process_time() - middle < 0.3  # 0.12 and 0.04 on a quiet machine
+
+
+@pytest.mark.parametrize("name", ["schema_1.parquet", "schema_1.jsonl"])
+def test_files_of_the_first_schema_are_read_for_ever(store: Experience, name: str) -> None:
+    """Written by the first version; never write them anew."""
+    assert store.merge(Path(__file__).with_name(name)) == 2
+    store.compact()
+    first, second = store.trials()
+    assert first.untuned_score is not None and math.isnan(first.untuned_score.loss)
+    first.untuned_score.loss = 0.0
+    assert first == trial(1, untuned_score=Score("accuracy", 0.25, 0.05, 300, 0.0))
+    assert second == trial(2, status="diverged", score=None, validation=None, error="loss — NaN", seed=3)
