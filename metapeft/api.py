@@ -83,6 +83,8 @@ def sweep(
     trials: int | None = None,
     steps: int | None = None,
     max_seconds: float | None = None,
+    max_trial_seconds: float | None = None,
+    max_memory_mb: float | None = None,
     workers: int | None = None,
     methods: list[str] | None = None,
     space: dict[str, Any] | None = None,
@@ -96,7 +98,8 @@ def sweep(
 ) -> Sweep:
     """Trials on a task and their Pareto front; `report` is a page about them. options: backbone, seed, params.
 
-    warm: False starts without what other tasks have taught. stop: False gives every trial its whole budget. repeats: of
+    max_seconds: for all trials together; max_trial_seconds, max_memory_mb: constraints on every trial (and on what is
+    recommended for it). warm: False starts without what other tasks have taught. stop: False gives every trial its whole budget. repeats: of
     the trials, how many repeat the best with other seeds. adapters: their size is an objective too.
     """
     from metapeft.report import Content, write_report
@@ -109,7 +112,8 @@ def sweep(
         "methods": methods,
     }
     wanted |= {"space": space, "warm": warm, "stop": stop, "repeats": repeats, "sampler": sampler, "adapters": adapters}
-    settings = settings_for(task, sweep=wanted, **options)
+    limits = {"max_seconds": max_trial_seconds, "max_memory_mb": max_memory_mb}
+    settings = settings_for(task, sweep=wanted, recommend=limits, **options)
     work = work or work_folder(settings)
     result = stages.run((*BEFORE_SWEEP, "sweep"), settings, work)["sweep"]
     found = read_sweep(work)

@@ -170,6 +170,8 @@ def sweep(
     trials: Annotated[int | None, Option(help="How many trials.")] = None,
     steps: Annotated[int | None, Option(help="Optimizer steps of one trial.")] = None,
     max_seconds: Annotated[float | None, Option(help="Time for all trials together.")] = None,
+    max_trial_seconds: Annotated[float | None, Option(help="Longest training: a constraint on every trial.")] = None,
+    max_memory_mb: Annotated[float | None, Option(help="Highest peak memory: a constraint on every trial.")] = None,
     workers: Annotated[int | None, Option(help="Processes that train at the same time.")] = None,
     method: Annotated[list[str] | None, Option(help="Search only this method (may be repeated).")] = None,
     set_: Annotated[
@@ -199,6 +201,8 @@ def sweep(
         trials=trials,
         steps=steps,
         max_seconds=max_seconds,
+        max_trial_seconds=max_trial_seconds,
+        max_memory_mb=max_memory_mb,
         workers=workers,
         methods=method,
         space=((read(space) if space else {}) | assignments(set_ or [])) or None,
