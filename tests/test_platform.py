@@ -102,6 +102,31 @@ def test_the_script_makes_every_secret_that_the_file_asks_for(tmp_path: Path) ->
     assert ".env" in (ROOT / ".gitignore").read_text().split() or "/.env" in (ROOT / ".gitignore").read_text().split()
 
 
+def test_every_part_of_the_platform_is_there(services: dict[str, Service]) -> None:
+    """Deadlines need the triggerer; sweeps of several workers a database that all of them reach."""
+    lasting = {name for name, service in services.items() if service.restart != "no"}
+    airflow = {"api-server", "scheduler", "dag-processor", "triggerer", "worker"}
+    assert lasting == airflow | {"postgres", "redis", "mlflow", "serving"}
+    made = set(re.findall(r"CREATE DATABASE (\w+)", (ROOT / "docker/databases.sql").read_text()))
+    used = set(re.findall(r"@postgres/(\w+)", (ROOT / "docker-compose.yaml").read_text()))
+    assert used == made | {services["postgres"].environment["POSTGRES_DB"]}
+    for name in airflow:
+        assert services[name].environment == services["scheduler"].environment, name
+
+
+def test_commands_exist(services: dict[str, Service]) -> None:
+    """Every `metapeft` option that the file uses is one of the command line's."""
+    from typer.main import get_command
+
+    from metapeft.cli import app
+
+    for service in services.values():
+        if service.command and service.command[0] == "metapeft":
+            command = get_command(app).commands[service.command[1]]  # type: ignore[attr-defined]
+            known = {option for parameter in command.params for option in parameter.opts}
+            assert {word for word in service.command if word.startswith("--")} <= known
+
+
 def test_no_secret_stands_in_the_file(services: dict[str, Service]) -> None:
     for service in services.values():
         for key, value in service.environment.items():
