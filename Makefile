@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | format | venv | lock        (PYTHON=python3.12 chooses the interpreter)
+# make demo | test | test-slow | test-platform | lint | format | venv | lock        (PYTHON=python3.12 chooses the interpreter)
 SHELL := /bin/sh
 UV_VERSION := 0.13.9
 BIN := .venv/bin
@@ -8,7 +8,7 @@ SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c '$(SUITABLE)' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help venv demo test test-slow lint format lock
+.PHONY: help venv demo test test-slow test-platform lint format lock
 help:
 	@sed -n 's/^# //;1p' Makefile
 
@@ -38,6 +38,16 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# The whole platform as real processes (PostgreSQL, Redis, MLflow, Airflow with two Celery workers): some 5 minutes.
+test-platform: $(READY) .venv/.platform
+	METAPEFT_TEST_PLATFORM=1 PYTHONPATH=.venv/.platform $(BIN)/python -m pytest tests/platform
+
+.venv/.platform: docker/requirements.txt $(READY)
+	@command -v redis-server >/dev/null || { echo "missing: apt-get install postgresql redis-server" >&2; exit 1; }
+	@rm -rf $@
+	@UV_SYSTEM_CERTS=1 VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps --require-hashes --target $@ -r $<
+	@touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from tests.backbones.tiny import tiny_folder
 from tests.stages.made import spam_file, spam_rows
 
 ROOT = Path(__file__).resolve().parents[2]
+METRICS = "artifacts/evaluate/metrics.json"
 SMALL: dict[str, Any] = {"sweep": {"trials": 2, "steps": 2}, "train": {"steps": 3}}
 
 
@@ -107,3 +108,28 @@ def test_the_whole_pipeline(checkout: Checkout) -> None:
     assert {"sweep"} <= checkout.repro() <= {"sweep"} | after
     checkout.change(train={"steps": 3, "configuration": {}}, sweep={"trials": 2})
     assert checkout.repro() == set(), "what was computed before comes back from the cache"
+
+
+@pytest.mark.slow
+def test_experiments_differences_and_a_remote(checkout: Checkout) -> None:
+    """What people do after the first `dvc repro`: try a value, compare, share, take back."""
+    git = ("-c", "user.name=test", "-c", "user.email=test@example.com")
+    assert checkout.repro() == set(NAMES)
+    checkout.git("add", "--all")
+    checkout.git(*git, "commit", "--quiet", "-m", "first")
+    out = checkout.dvc("exp", "run", "--name", "longer", "-S", "train.steps=5", "-S", "train.configuration.warmup=0.2")
+    assert "Running stage 'train'" in out and "Running stage 'version'" not in out
+    assert yaml.safe_load((checkout.folder / "params.yaml").read_text())["train"]["steps"] == 5
+
+    metrics = json.loads(checkout.dvc("metrics", "diff", "HEAD", "--all", "--json"))
+    changed = metrics["diff"]["artifacts/evaluate/metrics.json"] if "diff" in metrics else metrics[METRICS]
+    assert {"tuned.value", "untuned.value", "gain"} <= set(changed)
+    checkout.dvc("plots", "diff", "HEAD")
+    assert "Loss of the final training" in (checkout.folder / "dvc_plots/index.html").read_text()
+    assert "longer" in checkout.dvc("exp", "show", "--csv")
+
+    checkout.dvc("push")
+    shutil.rmtree(checkout.folder / ".dvc/cache")
+    shutil.rmtree(checkout.folder / "artifacts")
+    checkout.dvc("pull")
+    assert checkout.repro() == set(), "all that was computed came back from the remote"
