@@ -99,7 +99,7 @@ def sweep(
     """Trials on a task and their Pareto front; `report` is a page about them. options: backbone, seed, params.
 
     max_seconds: for all trials together; max_trial_seconds, max_memory_mb: constraints on every trial (and on what is
-    recommended for it). warm: False starts without what other tasks have taught. stop: False gives every trial its whole
+    recommended). warm: False starts without what other tasks have taught. stop: False gives every trial the whole
     budget. repeats: of the trials, how many repeat the best with other seeds. adapters: their size is an objective too.
     """
     from metapeft.report import Content, write_report
