@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from metapeft.meta import rivals, scores
+from metapeft.meta import gains, rivals, scores
 from metapeft.meta.evidence import Observation, without
 from metapeft.meta.fitting import Group, fit, groups
 from metapeft.meta.forecast import CLOSE, Forecast, forecast, untuned_of
@@ -104,7 +104,6 @@ def _judged(group: Group, known: Conditioned, ranks: dict[str, rivals.Rank]) -> 
     first = group[0]
     candidates = [o.configuration for o in group]
     seen, held = (np.array([getattr(o, name) for o in group]) for name in ("score", "validation"))
-    error = np.array([o.error for o in group])
     untuned = untuned_of(group)
     tests = _examples(group)
     told = forecast(known, first.task, candidates, first.steps, untuned, tests)
@@ -131,7 +130,7 @@ def _judged(group: Group, known: Conditioned, ranks: dict[str, rivals.Rank]) -> 
     result.top1["random"] = float((seen == seen.max()).mean())
     result.regret["oracle"] = 0.0
     result.regret_corrected["oracle"] = float(reference - seen.max())
-    result.floor = _floor(seen, known.model, error, untuned[0], first.repeats)
+    result.floor = _floor(seen, known.model, tests, untuned[0], first.repeats)
     result.reach = known.model.reach
     _uncertainty(result, told, seen, tests)
     return result
@@ -144,12 +143,13 @@ def _opponent(seen: np.ndarray, held: np.ndarray) -> float:
     return float(seen[held == np.nanmax(held)].mean())
 
 
-def _floor(seen: np.ndarray, model: Model, error: np.ndarray, untuned: float, repeats: int) -> float:
+def _floor(seen: np.ndarray, model: Model, tests: int, untuned: float, repeats: int) -> float:
     """Expected regret of choosing what was best in one run of all, measured in another run with other seeds: the
     noise of both is drawn from what the model holds a repetition to vary, around scores that are shrunk by it."""
     random = np.random.default_rng(0)
-    room = max(0.05, 1 - untuned)
-    noise = np.sqrt(model.deviations["seed"] ** 2 / repeats + (model.deviations["sampling"] * error) ** 2) * room
+    seed = model.deviations["seed"] * gains.room(untuned)
+    examples = model.deviations["sampling"] * np.sqrt(seen * (1 - seen) / tests)
+    noise = np.sqrt(seed**2 / repeats + examples**2)
     keep = max(0.0, 1 - float(np.mean(noise**2)) / max(1e-9, float(seen.var())))
     true = seen.mean() + math.sqrt(keep) * (seen - seen.mean())
     once, again = (true + noise * random.standard_normal((1000, len(seen))) for _ in range(2))

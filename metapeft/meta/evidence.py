@@ -149,7 +149,7 @@ def gather(
 def _averaged(task: Known, steps: int, group: Sequence[tuple[Trial, float]], remaining: Remaining) -> Observation:
     gains, errors, scores, validations, losses = [], [], [], [], []
     for trial, base in group:
-        measured = trial.score or trial.validation
+        measured = _both(trial)
         lost = trial.status == "diverged" or measured is None
         value = base if lost or measured is None else measured.value
         error = 0.0 if lost or measured is None else measured.standard_error
@@ -160,8 +160,8 @@ def _averaged(task: Known, steps: int, group: Sequence[tuple[Trial, float]], rem
             scores.append(value)
         if trial.validation is not None and not lost:
             validations.append(trial.validation.value)
-        if trial.score is not None and not lost:
-            losses.append(trial.score.loss)
+        if measured is not None and not lost:
+            losses.append(measured.loss)
     return Observation(
         task=task,
         configuration=complete(group[0][0].configuration),
@@ -175,6 +175,20 @@ def _averaged(task: Known, steps: int, group: Sequence[tuple[Trial, float]], rem
         tests=max((t.score.n for t, _ in group if t.score), default=0),
         status=group[0][0].status,
     )
+
+
+def _both(trial: Trial) -> Score | None:
+    """Test and validation split as one: more examples say more, where no choice among configurations is judged."""
+    test, held = trial.score, trial.validation
+    if test is None or held is None or not _finite(held) or test.n <= 0 or held.n <= 0:
+        return test or held
+    n = test.n + held.n
+
+    def mean(a: float, b: float) -> float:
+        return (test.n * a + held.n * b) / n
+
+    error = math.hypot(test.n * test.standard_error, held.n * held.standard_error) / n
+    return Score(test.metric, mean(test.value, held.value), error, n, mean(test.loss, held.loss))
 
 
 def _finite(measured: Score | None) -> bool:

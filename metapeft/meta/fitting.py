@@ -103,10 +103,18 @@ def _reaching(model: Model, splits: list[Split]) -> Model:
     losses = np.array([_losses(replace(model, reach=reach, length=length), splits) for reach, length in choices])
     best = int(losses.mean(axis=1).argmin())
     worse = losses - losses[best]
-    error = worse.std(axis=1) / math.sqrt(losses.shape[1])
+    error = _standard_errors(worse, [group[0].task.family for split in splits for group in split.asked])
     good = [i for i in range(len(choices)) if worse[i].mean() <= HESITATION * error[i] + 1e-12]
     chosen = min(good, key=lambda i: (choices[i][0], losses[i].mean()))
     return replace(model, reach=choices[chosen][0], length=choices[chosen][1])
+
+
+def _standard_errors(values: np.ndarray, families: list[str]) -> np.ndarray:
+    """Of the mean of each row. Tasks of a family are no independent witnesses: families are (cluster-robust)."""
+    away = values - values.mean(axis=1, keepdims=True)
+    sums = [away[:, [i for i, f in enumerate(families) if f == family]].sum(axis=1) for family in sorted(set(families))]
+    found: np.ndarray = np.sqrt(np.sum(np.square(sums), axis=0)) / values.shape[1]
+    return found
 
 
 def _losses(model: Model, splits: list[Split]) -> list[float]:

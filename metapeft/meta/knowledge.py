@@ -10,6 +10,7 @@ from pathlib import Path
 
 from metapeft.meta.evidence import Observation, gather
 from metapeft.meta.experience import Experience
+from metapeft.meta.teacher import taught
 from metapeft.meta.unfinished import Remaining
 from metapeft.profiling import Profile, every_profile
 from metapeft.training.trial import Trial
@@ -36,7 +37,7 @@ class Knowledge:
         place = remaining or Remaining()
         if place not in self._observed:
             features = {known: profile.features for known, profile in self.profiles.items()}
-            self._observed[place] = gather(self.trials, features, self.untuned, place)
+            self._observed[place] = taught(gather(self.trials, features, self.untuned, place))
         return self._observed[place]
 
 

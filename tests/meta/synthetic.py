@@ -12,6 +12,7 @@ import numpy as np
 
 from metapeft.data import catalog
 from metapeft.meta.evidence import Observation, gather, key
+from metapeft.meta.teacher import taught
 from metapeft.peft import METHODS
 from metapeft.profiling.profiles import SCALES
 from metapeft.training.configuration import LEARNING_RATES, full
@@ -35,7 +36,7 @@ class World:
     traits: dict[str, np.ndarray] = field(default_factory=dict)
 
     def observations(self) -> list[Observation]:
-        return gather(self.trials, self.features)
+        return taught(gather(self.trials, self.features))
 
 
 def world(
@@ -85,6 +86,7 @@ def world(
             for run in range(seeds):
                 value = np.clip(truth[index] + 0.01 * random.normal(), 0.005, 0.995)
                 hit, held = random.binomial(tests, value) / tests, random.binomial(tests // 2, value) / (tests // 2)
+                loss = float(2.5 * np.exp(-2 * value + 0.05 * random.normal()))
                 found.trials.append(
                     Trial(
                         id=trial_id(name, version, BACKBONE, configuration, run, 40, 1000),
@@ -96,8 +98,8 @@ def world(
                         seed=run,
                         budget=40,
                         status="ok",
-                        score=_score(hit, tests),
-                        validation=_score(held, tests // 2),
+                        score=_score(hit, tests, loss),
+                        validation=_score(held, tests // 2, loss),
                         untuned_score=base,
                         device="cpu",
                         seconds=60.0,
@@ -109,8 +111,8 @@ def world(
     return found
 
 
-def _score(value: float, n: int) -> Score:
-    return Score("accuracy", float(value), float(np.sqrt(max(value * (1 - value), 1 / n) / n)), n, float(1.2 - value))
+def _score(value: float, n: int, loss: float) -> Score:
+    return Score("accuracy", float(value), float(np.sqrt(max(value * (1 - value), 1 / n) / n)), n, loss)
 
 
 def key_of(configuration: dict[str, object]) -> str:
