@@ -32,6 +32,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     folder = tmp_path_factory.mktemp("home")
     (folder / "backbones").mkdir()
     monkeypatch.setenv("METAPEFT_HOME", str(folder))
+    monkeypatch.setenv("METAPEFT_SLOTS", str(folder / "slots"))  # no waiting for what else trains on this machine
     if (shared_backbones() / SMOLLM / "manifest.json").exists():
         (folder / "backbones" / SMOLLM).symlink_to(shared_backbones() / SMOLLM)
     return folder

@@ -22,6 +22,7 @@ from pathlib import Path
 from metapeft.progress import say
 from metapeft.runtime import MB, free_memory_mb, total_memory_mb
 
+FOLDER = "METAPEFT_SLOTS"  # in the environment: for containers that share a machine, but no folder for temporary files
 POLL_SECONDS = 0.1
 QUIET_SECONDS = 3.0  # of waiting, before a person is told
 OVERHEAD_MB = 400.0  # a process that trains, beside what MLX holds
@@ -32,7 +33,8 @@ class Slots:
 
     def __init__(self, count: int, folder: Path | None = None):
         self.count = count
-        self.folder = folder or Path(tempfile.gettempdir()) / f"metapeft-slots-{os.getuid()}"
+        usual = Path(tempfile.gettempdir()) / f"metapeft-slots-{os.getuid()}"
+        self.folder = folder or Path(os.environ.get(FOLDER) or usual)
         (self.folder / "queue").mkdir(parents=True, exist_ok=True)
 
     @contextmanager
