@@ -111,7 +111,7 @@ class Tracker:
         """`recommendation.json`, and its basis and first choice as tags."""
         record = recommendation.to_json()
         self.log_json(record, "recommendation.json")
-        tags: dict[str, Any] = {"basis": record["basis"]}
+        tags: dict[str, Any] = {"basis": record["basis"], "recommendation_id": record.get("id")}
         metrics = {}
         if record["recommendations"]:
             first = record["recommendations"][0]
