@@ -2,10 +2,15 @@
 
 All of them work on the study of the stage `sweep`: each claims a trial, trains it, records it, and goes on until the
 study has its trials. What a killed worker had in hand is claimed again by another, or by the stage itself.
+
+Whoever starts workers has given each its place (Airflow: a slot of the pool `mlx`), so they do not take turns with the
+other sweeps of the machine (`metapeft.search.slots`).
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +20,8 @@ from metapeft.settings import Settings
 from metapeft.stages.stage import Result, options, process
 from metapeft.stages.sweep import prepare
 from metapeft.training.trial import Trial
+
+PLACES = "METAPEFT_SLOTS"
 
 
 def run(settings: Settings, work: Path, label: str = "sweep") -> Result:
@@ -39,9 +46,11 @@ def run(settings: Settings, work: Path, label: str = "sweep") -> Result:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = options("sweep_worker", __doc__)
     parser.add_argument("--worker", default="", help="which one this is, for the log: 1 of 4")
-    return process(
-        parser, lambda settings, given: run(settings, given.work, f"sweep {given.worker}".strip()), arguments
-    )
+    with tempfile.TemporaryDirectory(prefix="metapeft-place-") as place:
+        os.environ[PLACES] = place
+        return process(
+            parser, lambda settings, given: run(settings, given.work, f"sweep {given.worker}".strip()), arguments
+        )
 
 
 if __name__ == "__main__":

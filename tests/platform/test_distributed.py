@@ -63,7 +63,7 @@ class Platform:
         self.home = folder / "home"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.database, self.redis, self.api, self.mlflow = (free_port() for _ in range(4))
-        self.environment = {**os.environ, **self._variables()}
+        self.environment = {**os.environ, **self._variables(), "METAPEFT_SLOTS": str(folder / "slots")}
 
     def _variables(self) -> dict[str, str]:
         airflow = self.folder / "airflow"
