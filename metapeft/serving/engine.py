@@ -299,7 +299,7 @@ class Engine:
         if self.reading is not None:
             self._read()
         if self.writing.rows:
-            self._write()
+            self._write(go_on=self.reading is None and not self.pending)
 
     def _drop(self) -> None:
         """Requests that were given up or whose time is over leave."""
@@ -356,13 +356,20 @@ class Engine:
         self.reading = None
         self.counts.prompt_tokens += sum(len(row.prompt) for row in batch.rows)
         write(batch.rows, logits)
+        if self.writing.ahead is not None:  # those that join have not fed their last token yet
+            self._write(go_on=False)
         self.writing.extend(batch)
         self._tell(batch.rows)
 
-    def _write(self) -> None:
+    def _write(self, go_on: bool) -> None:
+        """One token for every row. go_on: nobody waits to join, the next step may start at once."""
         begin = time.perf_counter()
         rows = list(self.writing.rows)
-        write(rows, self.writing.step())
+        if any(row.needs_logits for row in rows):
+            write(rows, self.writing.step())
+        else:
+            unfinished = any(len(row.written) + 1 < row.limit for row in rows)
+            self.writing.greedy(go_on and unfinished)
         self.counts.steps += 1
         self.counts.step_rows += len(rows)
         self.counts.mixed_steps += len({row.resident for row in rows}) > 1

@@ -93,7 +93,11 @@ def sample(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
 
 
 class Batch:
-    """Rows that are computed together. `tokens`: written since the last step, per row."""
+    """Rows that are computed together.
+
+    `ahead`: the tokens after the last that was written, (rows,), where a step for them was started before anyone asked:
+    while it computes, Python prepares the next.
+    """
 
     def __init__(self, model: nn.Module, mixture: Mixture, rows: Sequence[Row]):
         self.model, self.mixture = model, mixture
@@ -107,6 +111,7 @@ class Batch:
             for cache in self.cache:
                 cache.prepare(lengths=[len(row.prompt) for row in rows], right_padding=padding)
         self._ends: dict[int, mx.array] = {}
+        self.ahead: mx.array | None = None
 
     def advance(self, tokens: int) -> mx.array | None:
         """Read some `tokens` places of every prompt; the logits after each (rows, vocabulary) when all are read."""
@@ -132,12 +137,25 @@ class Batch:
 
     def step(self) -> mx.array:
         """Feed every row its last token; the next logits, (rows, vocabulary)."""
-        ids = mx.array([[row.last] for row in self.rows])
+        assert self.ahead is None, "what was computed ahead is written first"
+        return self._feed(mx.array([row.last for row in self.rows]))
+
+    def greedy(self, go_on: bool) -> None:
+        """Append every row's most likely token. go_on: start the step after it too."""
+        tokens = self.ahead if self.ahead is not None else mx.argmax(self.step(), axis=-1)
+        self.ahead = mx.argmax(self._feed(tokens), axis=-1) if go_on else None
+        mx.async_eval(*(part for part in (tokens, self.ahead) if part is not None))
+        for row, token in zip(self.rows, np.array(tokens), strict=True):
+            row.last = int(token)
+            row.written.append(Token(row.last))
+
+    def _feed(self, tokens: mx.array) -> mx.array:
         with self.mixture.rows([row.resident for row in self.rows]):
-            return run(self.model, ids, cache=self.cache)[:, -1]
+            return run(self.model, tokens[:, None], cache=self.cache)[:, -1]
 
     def extend(self, other: Batch) -> None:
         """Take in the rows of another batch whose prompts are read."""
+        assert self.ahead is None and other.ahead is None, "what was computed ahead is written first"
         if not self.rows:
             self.cache = other.cache
         else:
@@ -150,6 +168,8 @@ class Batch:
         if len(places) == len(self.rows):
             return
         self.rows = [self.rows[i] for i in places]
+        if self.ahead is not None:
+            self.ahead = self.ahead[mx.array(list(places))] if places else None
         if not places:
             self.cache = []
         for cache in self.cache:

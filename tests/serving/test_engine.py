@@ -14,6 +14,7 @@ import pytest
 
 from metapeft.errors import UserError
 from metapeft.serving.engine import Busy, Classification, Engine, Generation, Limits, Piece, TooSlow
+from metapeft.serving.generate import Sampling
 from metapeft.serving.score import Answers
 from tests.backbones.tiny import tiny
 from tests.serving.made import save
@@ -73,6 +74,16 @@ def test_what_others_do_changes_no_answer(engine: Engine, folders: list[Folder])
         time.sleep(0.02)
     for n, asked in enumerate(crowd):
         assert asked.result() == alone[folders[n % 3].key]
+
+
+def test_greedy_and_drawn_rows_mix(engine: Engine, folders: list[Folder]) -> None:
+    """Steps that are computed ahead are for greedy rows: drawn ones come and go between them."""
+    alone = ask(engine, folders[1], "another", 60).result()
+    drawn = ask(engine, folders[0], "x", 20, sampling=Sampling(1.0, seed=3)).result()
+    flying = ask(engine, folders[1], "another", 60)
+    for _ in range(4):
+        assert ask(engine, folders[0], "x", 20, sampling=Sampling(1.0, seed=3)).result() == drawn
+    assert flying.result() == alone
 
 
 def test_an_adapter_in_use_stays_though_there_is_no_room(folders: list[Folder]) -> None:
@@ -141,7 +152,7 @@ def test_a_failing_step_fails_its_rows_only(engine: Engine, monkeypatch: pytest.
     def fail() -> None:
         raise RuntimeError("out of memory")
 
-    engine.call(lambda: monkeypatch.setattr(engine.writing, "step", fail)).result()
+    engine.call(lambda: monkeypatch.setattr(engine.writing, "_feed", lambda tokens: fail())).result()
     with pytest.raises(RuntimeError, match="out of memory"):
         ask(engine, None, "x", 5).result()
     assert ask(engine, None, "x", 5).result() and engine.counts.failures == 1
