@@ -363,6 +363,7 @@ def run_strategy(
     """The trials in their order."""
     from metapeft.data.task import Example, Task
     from metapeft.search import sweep
+    from metapeft.search.slots import FOLDER
     from metapeft.settings import Settings, SweepSettings
     from metapeft.training.configuration import full
 
@@ -382,9 +383,13 @@ def run_strategy(
     )
     settings = Settings(seed=seed, backbone=record.backbone, sweep=chosen)
     with tempfile.TemporaryDirectory() as folder:
+        os.environ[FOLDER] = folder  # it trains nothing, so it needs none of the machine's places
         storage = f"sqlite:///{folder}/study.db"
         warm = start if strategy in ("warm", "repeats") else ()
-        return sweep.sweep(world, task, settings, warm_start=warm, storage=storage, rule=rule).trials
+        try:
+            return sweep.sweep(world, task, settings, warm_start=warm, storage=storage, rule=rule).trials
+        finally:
+            del os.environ[FOLDER]
 
 
 def plain(strategy: str, world: World, seed: int, count: int, steps: int) -> list[Any]:
