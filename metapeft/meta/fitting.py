@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -28,6 +28,7 @@ HESITATION = 1.0  # standard errors: tasks left out must show clearly that simil
 NOMINAL = 5  # tasks on which the uncertainty is believed to have been right, before any was checked
 
 Group = list[Observation]
+Predicted = tuple[Group, np.ndarray, np.ndarray]
 
 
 def fit(observations: Sequence[Observation]) -> Model:
@@ -36,7 +37,7 @@ def fit(observations: Sequence[Observation]) -> Model:
         return Model()
     with one_thread():
         model = fit_deviations(observations, Model(metric=learn(observations), reach=1.0))
-        splits = [Split.of(observations, part) for part in folds(observations)]
+        splits = [split for part in folds(observations) if (split := Split.of(observations, part)).asked]
         return _calibrated(_reaching(model, splits), splits)
 
 
@@ -63,50 +64,44 @@ def folds(observations: Sequence[Observation]) -> list[set[str]]:
     return [part for part in parts if part]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Split:
     """Families left out, and what is known without them."""
 
     known: list[Observation]
     asked: list[Group]
     metric: Metric
-    _terms: dict[float, list[dict[str, np.ndarray]]]  # by length
 
     @classmethod
     def of(cls, observations: Sequence[Observation], families: set[str]) -> Split:
         known = without(observations, families)
-        return cls(known, groups([o for o in observations if o.task.family in families]), learn(known), {})
+        return cls(known, groups([o for o in observations if o.task.family in families]), learn(known))
 
-    def predict(self, model: Model) -> list[tuple[Group, np.ndarray, np.ndarray]]:
-        """Every group with the mean and covariance of its gains, from the other families alone."""
-        if not self.asked:
-            return []
-        model = replace(model, metric=self.metric)
+    def predict(self, models: Sequence[Model]) -> Iterator[list[Predicted]]:
+        """For each of the models, which share their length: every group with the mean and covariance of its gains, from
+        the other families alone, by the metric that those families taught."""
         points = [o for group in self.asked for o in group]
         here, there = Places.seen(points), Places.seen(self.known)
-        if model.length not in self._terms:
-            self._terms[model.length] = [
-                terms(model, *sides) for sides in ((there, there), (here, here), (there, here))
-            ]
-        evidence, inside, across = self._terms[model.length]
-        mean, covariance = Conditioned(model, self.known, evidence).at(here, inside, across)
-        found, start = [], 0
-        for group in self.asked:
-            own = slice(start, start := start + len(group))
-            found.append((group, mean[own], covariance[own, own]))
-        return found
+        shared = replace(models[0], metric=self.metric)
+        evidence, inside, across = (terms(shared, *s) for s in ((there, there), (here, here), (there, here)))
+        for model in models:
+            mean, covariance = Conditioned(model, self.known, evidence).at(here, inside, across)
+            found, start = [], 0
+            for group in self.asked:
+                own = slice(start, start := start + len(group))
+                found.append((group, mean[own], covariance[own, own]))
+            yield found
 
 
 def _reaching(model: Model, splits: list[Split]) -> Model:
     """The smallest reach that is as good as the best, within HESITATION: zero unless tasks left out say more."""
-    choices = [(0.0, LENGTHS[-1])] + [(reach, length) for length in LENGTHS for reach in REACHES if reach]
-    losses = np.array([_losses(replace(model, reach=reach, length=length), splits) for reach, length in choices])
+    choices = [replace(model, reach=reach, length=length) for length in LENGTHS for reach in REACHES]
+    losses = np.concatenate([_losses(choices, split) for split in splits], axis=1)
     best = int(losses.mean(axis=1).argmin())
     worse = losses - losses[best]
     error = _standard_errors(worse, [group[0].task.family for split in splits for group in split.asked])
     good = [i for i in range(len(choices)) if worse[i].mean() <= HESITATION * error[i] + 1e-12]
-    chosen = min(good, key=lambda i: (choices[i][0], losses[i].mean()))
-    return replace(model, reach=choices[chosen][0], length=choices[chosen][1])
+    return choices[min(good, key=lambda i: (choices[i].reach, losses[i].mean()))]
 
 
 def _standard_errors(values: np.ndarray, families: list[str]) -> np.ndarray:
@@ -117,15 +112,18 @@ def _standard_errors(values: np.ndarray, families: list[str]) -> np.ndarray:
     return found
 
 
-def _losses(model: Model, splits: list[Split]) -> list[float]:
-    """Of every task left out: the mean squared error of the differences between its configurations."""
-    predicted = [found for split in splits for found in split.predict(model)]
-    return [float(np.var(np.array([o.gain for o in group]) - mean)) for group, mean, _ in predicted]
+def _losses(models: Sequence[Model], split: Split) -> np.ndarray:
+    """(models, groups): the mean squared error of the differences between the configurations of a task left out."""
+    rows = []
+    for length in LENGTHS:
+        for predicted in split.predict([m for m in models if m.length == length]):
+            rows.append([float(np.var(np.array([o.gain for o in group]) - mean)) for group, mean, _ in predicted])
+    return np.array(rows).reshape(len(models), len(split.asked))
 
 
 def _calibrated(model: Model, splits: list[Split]) -> Model:
     levels, choices = [], []
-    for group, mean, covariance in (found for split in splits for found in split.predict(model)):
+    for group, mean, covariance in (found for split in splits for found in next(split.predict([model]))):
         covariance = covariance + np.diag(noise(model, group))
         error = np.array([o.gain for o in group]) - mean
         centre = np.eye(len(group)) - 1 / len(group)

@@ -24,8 +24,8 @@ from metapeft.meta.embedding import Metric, plain
 from metapeft.meta.evidence import FEATURES, Configuration, Known, Observation, key
 from metapeft.meta.unfinished import Remaining
 
-MOST = 1200  # observations that variances are fitted to
-STEPS = 40  # of the optimizer
+MOST = 600  # observations that variances are fitted to
+STEPS = 30  # of the optimizer
 FREEDOM = 0.7  # standard deviation of a log standard deviation around its belief
 REACHED = {"similar_method": "task_method", "similar_configuration": "task_configuration"}
 LEVEL_FEATURES = (
