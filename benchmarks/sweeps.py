@@ -42,6 +42,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -382,14 +383,11 @@ def run_strategy(
         warm=strategy != "cold",
     )
     settings = Settings(seed=seed, backbone=record.backbone, sweep=chosen)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ[FOLDER] = folder  # it trains nothing, so it needs none of the machine's places
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {FOLDER: folder}):
+        # FOLDER: what trains nothing needs none of the machine's places.
         storage = f"sqlite:///{folder}/study.db"
         warm = start if strategy in ("warm", "repeats") else ()
-        try:
-            return sweep.sweep(world, task, settings, warm_start=warm, storage=storage, rule=rule).trials
-        finally:
-            del os.environ[FOLDER]
+        return sweep.sweep(world, task, settings, warm_start=warm, storage=storage, rule=rule).trials
 
 
 def plain(strategy: str, world: World, seed: int, count: int, steps: int) -> list[Any]:
