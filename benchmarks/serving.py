@@ -84,6 +84,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="of every measurement, until no new request starts")
     parser.add_argument("--soak", type=float, help="seconds with 64 clients (default: 300; quick: 20)")
     parser.add_argument("--rounds", type=int, help="turns of each server (default: 3; quick: 1)")
+    parser.add_argument("--clients", default=",".join(map(str, CLIENTS)), help="how many at the same time")
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.prepare:
@@ -99,8 +100,8 @@ def main() -> int:
         subprocess.run([sys.executable, __file__, "--prepare", str(work)], check=True)
         facts = json.loads((work / "made.json").read_text(encoding="utf-8"))
         with ours(facts) as metapeft, theirs(facts, work) as stock:
-            rows = side_by_side([metapeft, stock], seconds, rounds, options.quick)
-            print(table(rows), flush=True)
+            clients = [int(count) for count in options.clients.split(",")]
+            rows = side_by_side([metapeft, stock], clients, seconds, rounds, options.quick)
             soaked = soaking(metapeft, soak)
             print(table([soaked]), flush=True)
             selected = selecting(metapeft, 10 if options.quick else 30)
@@ -238,12 +239,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def side_by_side(contenders: list[Contender], seconds: float, rounds: int, quick: bool) -> list[dict[str, Any]]:
+def side_by_side(
+    contenders: list[Contender], counts: list[int], seconds: float, rounds: int, quick: bool
+) -> list[dict[str, Any]]:
     """Every contender in turns under every load; the rounds of one load are added up."""
     for contender in contenders:  # libraries warm up
         load(contender, 1, contender.bodies[:1], 1.0)
-    rows = []
-    for clients in CLIENTS:
+    rows: list[dict[str, Any]] = []
+    for clients in counts:
         for kind, count in (("one", 1), ("mixed", ADAPTERS)):
             total = {contender.name: Load() for contender in contenders}
             for _ in range(rounds):
@@ -257,7 +260,9 @@ def side_by_side(contenders: list[Contender], seconds: float, rounds: int, quick
                     sum_.tokens += found.tokens
                     sum_.errors += found.errors
                     sum_.latencies += found.latencies
-            rows += [found.row(name, kind, clients) for name, found in total.items() if found.latencies]
+            new = [found.row(name, kind, clients) for name, found in total.items() if found.latencies]
+            print(table(new), flush=True)
+            rows += new
     return rows
 
 

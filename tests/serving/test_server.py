@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 from safetensors.numpy import load_file, save_file
 
@@ -38,14 +40,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copytree(tiny_folder("llama"), home / "tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METAPEFT_HOME", str(home))
-        settings = settings_of(home)
-        backbone = backbones.load(settings.backbone)
+        served = settings_of(home)
+        backbone = backbones.load(served.backbone)
         made = [
             (save(home / "made" / name, backbone, method, seed), name, method, 0.9, seed)
             for seed, (name, method) in enumerate(METHODS.items())
         ]
         made.append((save(home / "made" / "alpha-2", backbone, "lora", 7), "alpha", "lora", 0.5, 7))
-        register_all(settings, made)
+        register_all(served, made)
         yield home
 
 
@@ -200,6 +202,45 @@ def test_wrong_input_is_said_in_one_sentence(server: Server, body: dict[str, Any
     assert words in answer.json()["error"]["message"]
 
 
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "model": st.sampled_from(["tiny", "task/alpha", "task/alpha@1", "task/@", "@", ""]) | st.text(max_size=8),
+        "prompt": st.text(max_size=12) | st.lists(st.integers(-1, 300), max_size=4) | st.lists(st.text(max_size=3)),
+        "messages": st.lists(
+            st.fixed_dictionaries(
+                {"role": st.sampled_from(["user", "system", "tool", ""]), "content": st.text(max_size=9)}
+            ),
+            max_size=3,
+        ),
+        "input": st.text(max_size=9) | st.lists(st.text(max_size=4), max_size=3),
+        "labels": st.lists(st.text(max_size=3), max_size=3),
+        "template": st.sampled_from(["{text}", "{text", "{x}", ""]),
+        "max_tokens": st.integers(-1, 5),
+        "temperature": st.floats(-1, 3, allow_nan=False),
+        "top_p": st.floats(0, 1),
+        "n": st.integers(0, 3),
+        "seed": st.integers(-1, 2**64),
+        "stop": st.text(max_size=3) | st.lists(st.text(max_size=3), max_size=5),
+        "stream": st.booleans(),
+        "logprobs": st.booleans() | st.integers(-1, 6),
+        "top_logprobs": st.integers(-1, 3),
+        "rows": st.lists(st.dictionaries(st.sampled_from(["text", "labels"]), st.text(max_size=3)), max_size=2),
+        "task": st.text(max_size=5),
+    },
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(["chat/completions", "completions", "classify", "select"]), FIELDS)
+def test_no_input_makes_the_server_fail(server: Server, route: str, body: dict[str, Any]) -> None:
+    with server.client() as http:
+        answer = http.post(f"/v1/{route}", json={"max_tokens": 3, **body})
+    assert answer.status_code in (200, 400, 404), (answer.status_code, answer.text)
+    if answer.status_code != 200:
+        assert answer.json()["error"]["message"]
+
+
 def test_bodies_are_bounded_and_other_names_refused(server: Server) -> None:
     with server.client() as http:
         assert http.post("/v1/select", content=b'{"rows": ["' + b"x" * (17 * 2**20)).status_code == 413
@@ -287,27 +328,27 @@ def test_a_broken_version_is_refused_and_its_promotion_undone(
     server: Server, client: openai.OpenAI, place: Path
 ) -> None:
     """One whose numbers overflow, and one whose files were changed after it was registered."""
-    settings, backbone = settings_of(place), backbones.load(str(place / "tiny"))
+    served, backbone = settings_of(place), backbones.load(str(place / "tiny"))
     before = client.completions.create(model="task/alpha@1", prompt="abc", max_tokens=9).choices[0].text
     wild = save(place / "made" / "wild", backbone, "lora", 11)
     weights = {key: tensor * 1e30 for key, tensor in load_file(wild / "adapter_model.safetensors").items()}
     save_file(weights, wild / "adapter_model.safetensors")
     folder.publish(wild, {p.name: p.read_bytes() for p in wild.iterdir() if p.name != folder.MANIFEST})
-    register(settings, wild, "alpha", "lora", score=0.95, seed=11)
+    register(served, wild, "alpha", "lora", score=0.95, seed=11)
     refused = deployed(server, 3)
     assert refused["outcome"] == "refused" and "finite" in refused["reason"]
     assert "champion again: version 1" in refused["reason"]
-    assert models.resolve(settings, "task/alpha")[1].version == 1
+    assert models.resolve(served, "task/alpha")[1].version == 1
 
     other = save(place / "made" / "changed", backbone, "lora", 12)
-    number = register(settings, other, "alpha", "lora", score=0.5, seed=12).model.version
-    where, _ = models.resolve(settings, f"task/alpha@{number}")
+    number = register(served, other, "alpha", "lora", score=0.5, seed=12).model.version
+    where, _ = models.resolve(served, f"task/alpha@{number}")
     again = save(place / "made" / "swapped", backbone, "lora", 13)
     folder.publish(where, {p.name: p.read_bytes() for p in again.iterdir() if p.name != folder.MANIFEST})
-    models.promote(settings, models.resolve(settings, "task/alpha")[1].name, number)
+    models.promote(served, models.resolve(served, "task/alpha")[1].name, number)
     refused = deployed(server, number)
     assert refused["outcome"] == "refused" and "not those that were registered" in refused["reason"]
-    assert models.resolve(settings, "task/alpha")[1].version == 1
+    assert models.resolve(served, "task/alpha")[1].version == 1
     with pytest.raises(openai.BadRequestError, match="not those that were registered"):
         client.completions.create(model=f"task/alpha@{number}", prompt="abc", max_tokens=9)
     assert client.completions.create(model="task/alpha", prompt="abc", max_tokens=9).choices[0].text == before

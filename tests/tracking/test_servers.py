@@ -1,0 +1,70 @@
+"""Notes that servers leave, and messages that never make a promotion fail."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from metapeft.tracking import servers
+
+
+class Listener(http.server.BaseHTTPRequestHandler):
+    heard: ClassVar[list[tuple[str, str, str]]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.heard.append((self.path, self.headers["Authorization"], json.loads(body)["model"]))
+        self.send_response(202)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> object:
+    Listener.heard = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+def test_a_listed_server_is_told_with_its_own_token(home: Path, url: str) -> None:
+    assert servers.tell("task-a") == 0
+    with servers.listed(url, "secret"):
+        [note] = servers.folder().glob("*.json")
+        assert stat.S_IMODE(note.stat().st_mode) == 0o600
+        assert servers.tell("task-a") == 1
+    assert servers.tell("task-a") == 0
+    assert Listener.heard == [("/v1/deploy", "Bearer secret", "task-a")]
+
+
+def test_a_server_elsewhere_is_named_by_the_environment(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAPEFT_SERVER", url + "/")
+    monkeypatch.setenv("METAPEFT_SERVER_KEY", "mp-key")
+    assert servers.tell("task-b") == 1
+    assert Listener.heard == [("/v1/deploy", "Bearer mp-key", "task-b")]
+
+
+def test_killed_damaged_and_silent_servers_are_no_failure(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    servers.folder().mkdir(parents=True)
+    stale = servers.folder() / f"{gone.pid}.json"
+    stale.write_text('{"url": "http://127.0.0.1:1", "token": "x"}', encoding="utf-8")
+    (servers.folder() / f"{os.getppid()}.json").write_text("{torn", encoding="utf-8")
+    assert servers.tell("task-c") == 0
+    assert not stale.exists()
+    with servers.listed("http://127.0.0.1:1", "x"):
+        assert servers.tell("task-c") == 0
+    assert "could not be told" in capsys.readouterr().err
