@@ -30,6 +30,7 @@ from metapeft.peft import METHODS
 
 Fit = Callable[[Sequence[Observation]], Model]
 LEAST = 4  # configurations tried on a task that is judged
+LEAST_JUDGED = 8  # tasks that targets are judged by
 SIZES = (8, 12, 16, 24, 32)  # known tasks on the learning curve
 DRAWS = 6  # of known tasks, per size
 RESAMPLES = 2000
@@ -197,7 +198,7 @@ def evaluate(observations: Sequence[Observation], trials: int = 0, curve: bool =
     judged = judge(observations)
     found = Evaluation(trials, len(observations), judged, {}, [], [], [])
     if judged:
-        found.summary, found.selectors = summary(judged), selectors(judged)
+        found.summary, found.selectors = summary(judged) | repetition(observations), selectors(judged)
         found.curve = [*(learning_curve(observations) if curve else []), _point(judged, _known(observations))]
     found.targets = targets(found)
     return found
@@ -324,6 +325,20 @@ def summary(judged: Sequence[Judged]) -> dict[str, Any]:
     }
 
 
+def repetition(observations: Sequence[Observation]) -> dict[str, Any]:
+    """What another seed alone changes: the standard deviation of the test score over `repeated` configurations, and the
+    regret of running one of them again, E max(0, first - again) = deviation / sqrt(pi)."""
+    pairs = [(o.between, o.repeats - 1) for o in observations if math.isfinite(o.between)]
+    if not pairs:
+        return {"repeated": 0, "repeat_deviation": None, "repeat_regret": None}
+    deviation = math.sqrt(sum(v * n for v, n in pairs) / sum(n for _, n in pairs))
+    return {
+        "repeated": len(pairs),
+        "repeat_deviation": deviation,
+        "repeat_regret": deviation / math.sqrt(math.pi),
+    }
+
+
 def _weighted_spearman(judged: Sequence[Judged]) -> float:
     """Weighted by how much of a task's spread is more than noise: where all are equal there is no order to find."""
     weights = np.array([max(0.0, j.spread**2 - (1.5 * j.floor) ** 2) ** 0.5 for j in judged])
@@ -363,11 +378,11 @@ def selectors(judged: Sequence[Judged]) -> list[dict[str, Any]]:
 
 
 def targets(found: Evaluation) -> list[dict[str, Any]]:
-    """What is promised, and whether it is kept; nothing is met without evidence."""
+    """What is promised, and whether it is kept. No value with fewer than LEAST_JUDGED tasks: it would be luck."""
     s, curve = found.summary, found.curve
 
     def target(name: str, value: float | None, wanted: str, met: bool) -> dict[str, Any]:
-        known = value is not None and math.isfinite(value)
+        known = value is not None and math.isfinite(value) and s.get("tasks", 0) >= LEAST_JUDGED
         return {
             "name": name,
             "value": round(value, 4) if known and value is not None else None,

@@ -77,6 +77,7 @@ class Observation:
     validation: float = math.nan
     loss: float = math.nan
     tests: int = 0  # examples of the test split
+    between: float = math.nan  # variance of the test score between the repeats
     status: str = "ok"
 
     @cached_property
@@ -173,6 +174,7 @@ def _averaged(task: Known, steps: int, group: Sequence[tuple[Trial, float]], rem
         validation=float(np.mean(validations)) if validations else math.nan,
         loss=float(np.mean(losses)) if losses else math.nan,
         tests=max((t.score.n for t, _ in group if t.score), default=0),
+        between=float(np.var(scores, ddof=1)) if len(scores) > 1 else math.nan,
         status=group[0][0].status,
     )
 

@@ -21,7 +21,7 @@ CHEAP = (SBS,)
 
 @pytest.fixture(scope="module")
 def told() -> World:
-    return world(32, filled=0.5)
+    return world(26, filled=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_where_profiles_tell_it_beats_the_single_best_and_is_calibrated(judged: 
 
 
 def test_where_profiles_tell_nothing_it_is_the_average_and_stays_calibrated() -> None:
-    blind = world(28, filled=0.5, transfer=0.0).observations()
+    blind = world(20, filled=0.5, transfer=0.0).observations()
     found = judge(blind, rival=CHEAP)
     assert gap(found) < 1.1
     s = protocol.summary(found)
@@ -142,7 +142,16 @@ def test_the_bootstrap_is_over_tasks(judged: list[Judged]) -> None:
     assert bootstrap(judged * 2, gap) == pytest.approx((low, high))  # doubling every task's groups adds no evidence
 
 
+def test_what_another_seed_changes_is_measured() -> None:
+    assert protocol.repetition(world(2).observations())["repeated"] == 0
+    found = protocol.repetition(world(12, seeds=3).observations())
+    assert found["repeated"] == 12 * 20
+    assert 0.01 < found["repeat_deviation"] < 0.04  # 300 examples, and 0.01 of the training's own
+    assert found["repeat_regret"] == pytest.approx(found["repeat_deviation"] / np.sqrt(np.pi))
+
+
 def test_targets_say_what_was_missed() -> None:
+    assert not any(t["met"] for t in evaluate(world(6, filled=0.5).observations(), curve=False).targets)
     found = evaluate(world(12, filled=0.5).observations(), curve=False)
     assert {t["name"] for t in found.targets} >= {"remaining gap", "Spearman", "coverage of 90 % intervals"}
     assert all(set(t) == {"name", "value", "target", "met"} and isinstance(t["met"], bool) for t in found.targets)
