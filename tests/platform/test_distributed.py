@@ -29,7 +29,7 @@ from tests.stages.made import spam_file
 
 pytestmark = [
     pytest.mark.skipif("METAPEFT_TEST_PLATFORM" not in os.environ, reason="make test-platform runs it"),
-    pytest.mark.timeout(1500),
+    pytest.mark.timeout(3000),
 ]
 ROOT = Path(__file__).resolve().parents[2]
 TRIALS = 10
@@ -130,8 +130,8 @@ class Platform:
         self.airflow("api-server", "api-server", "--host", "127.0.0.1", "--port", str(self.api), "--workers", "1")
         self.airflow("scheduler", "scheduler")
         self.airflow("dag-processor", "dag-processor")
-        until("MLflow", 180, lambda: self.http(f"http://127.0.0.1:{self.mlflow}/health"))
-        until("Airflow's API", 180, lambda: self.http(f"http://127.0.0.1:{self.api}/api/v2/monitor/health"))
+        until("MLflow", 600, lambda: self.http(f"http://127.0.0.1:{self.mlflow}/health"))
+        until("Airflow's API", 600, lambda: self.http(f"http://127.0.0.1:{self.api}/api/v2/monitor/health"))
         for name in ("worker-1", "worker-2"):
             self.airflow(
                 name, "celery", "worker", "--concurrency", "1", "--celery-hostname", f"{name}@%h", "-q", "default"
@@ -167,7 +167,7 @@ class Platform:
             except psycopg.OperationalError as error:
                 raise OSError(error) from error
 
-        with until("PostgreSQL", 60, connect) as connection:
+        with until("PostgreSQL", 300, connect) as connection:
             for name in ("airflow", "mlflow", "sweeps"):
                 connection.execute(f"CREATE DATABASE {name}")
 
@@ -241,7 +241,7 @@ def states(platform: Platform) -> Counter[str]:
 
 def test_a_worker_killed_in_mid_sweep_costs_nothing(platform: Platform, tmp_path: Path) -> None:
     path = "/dags/tune_task"
-    until("the DAG", 120, lambda: platform.rest(path)["dag_id"] == "tune_task")
+    until("the DAG", 600, lambda: platform.rest(path)["dag_id"] == "tune_task")
     pools = {pool["name"]: pool["slots"] for pool in platform.rest("/pools")["pools"]}
     assert pools["mlx"] == 2 and pools["dvc"] == 1, "made by Airflow's own start"
     platform.rest(path, "PATCH", {"is_paused": False})
@@ -258,7 +258,7 @@ def test_a_worker_killed_in_mid_sweep_costs_nothing(platform: Platform, tmp_path
         now = states(platform)
         return now["COMPLETE"] >= 1 and now["RUNNING"] >= 2
 
-    until("two workers in the sweep", 600, both_at_work)
+    until("two workers in the sweep", 900, both_at_work)
     hosts = {t["hostname"] for t in tasks() if t["task_id"] == "sweep_worker" and t["state"] == "running"}
     assert hosts, "mapped tasks are running"
     before = states(platform)
@@ -269,7 +269,7 @@ def test_a_worker_killed_in_mid_sweep_costs_nothing(platform: Platform, tmp_path
         state = platform.rest(f"{path}/dagRuns/{run}")["state"]
         return state if state in ("success", "failed") else None
 
-    outcome = until("the run to end", 600, ended)
+    outcome = until("the run to end", 900, ended)
     rows = [(t["task_id"], t["map_index"], t["state"], t["try_number"]) for t in tasks()]
     assert outcome == "success", rows
     assert max(number for name, _, _, number in rows if name == "sweep_worker") == 2, (

@@ -1,0 +1,75 @@
+"""The DAG that puts task files under DVC, run in a project of its own: a Git and DVC repository with a remote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metapeft.data import versions
+from tests.dags.conftest import ROOT
+from tests.stages.made import spam_file, spam_rows
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    folder = tmp_path / "project"
+    (folder / "data").mkdir(parents=True)
+    (folder / "dags").mkdir()
+    for name in ("dags/version_datasets.py", "params.yaml"):
+        shutil.copy(ROOT / name, folder / name)
+    dvc = (sys.executable, "-m", "dvc")
+    for command in (("git", "init", "-q"), (*dvc, "init", "-q"), (*dvc, "remote", "add", "-q", "-d", "r", "../remote")):
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def run(project: Path) -> list[tuple[str, int, str]]:
+    """States of the tasks of one run."""
+    from airflow.dag_processing.dagbag import DagBag
+
+    bag = DagBag(str(project / "dags"))
+    assert not bag.import_errors
+    done = bag.dags["version_datasets"].test()
+    return sorted((ti.task_id, ti.map_index, str(ti.state)) for ti in done.get_task_instances())
+
+
+def events() -> list[dict[str, Any]]:
+    """What the asset `datasets` was updated with, oldest first."""
+    from airflow.models.asset import AssetEvent, AssetModel
+    from airflow.utils.session import create_session
+    from sqlalchemy import select
+
+    with create_session() as session:
+        query = select(AssetEvent.extra).join(AssetModel, AssetModel.id == AssetEvent.asset_id)
+        return list(session.scalars(query.where(AssetModel.name == "datasets").order_by(AssetEvent.id)))
+
+
+@pytest.mark.slow
+def test_changed_files_are_versioned_broken_ones_fail_alone_and_others_hear_of_it(
+    airflow_home: Path, project: Path
+) -> None:
+    file = spam_file(project / "data")
+    (project / "data" / "broken.csv").write_text("text,label\nonly one,row\n")
+    before = len(events())
+    states = run(project)
+    assert states == [("files", -1, "success"), ("version", 0, "failed"), ("version", 1, "success")]
+    identity = versions.tracked(file)
+    assert identity == versions.content_id(file) and not (project / "data/broken.csv.dvc").exists()
+    (event,) = events()[before:]
+    assert event["task"] == "spam" and event["dvc_id"] == identity and event["version"]
+    assert (project.parent / "remote/files/md5" / identity[:2] / identity[2:]).exists()
+
+    (project / "data" / "broken.csv").unlink()
+    assert run(project) == [("files", -1, "success"), ("version", 0, "skipped")]
+    assert len(events()) == before + 1, "nothing new, nothing told"
+
+    file.unlink()
+    file.write_text("".join(json.dumps(row) + "\n" for row in spam_rows(90)))
+    assert run(project)[1] == ("version", 0, "success")
+    assert [e["dvc_id"] for e in events()[before:]] == [identity, versions.tracked(file)]
