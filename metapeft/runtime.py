@@ -134,13 +134,12 @@ def _choose_device() -> None:
 
 def _limit_gpu() -> None:
     """METAPEFT_MEMORY_MB. Metal by default takes up to 1.5 times what the system recommends."""
-    limits = []
-    if own := os.environ.get(MEMORY):
-        limits.append(int(float(own) * MB))
-    if device() == "metal":
-        limits += filter(None, [mx.device_info().get("max_recommended_working_set_size")])
+    recommended = mx.device_info().get("max_recommended_working_set_size") if device() == "metal" else None
+    own = os.environ.get(MEMORY)
+    limits = [int(recommended)] if recommended else []
+    limits += [int(float(own) * MB)] if own else []
     if limits:
-        mx.set_memory_limit(min(map(int, limits)))
+        mx.set_memory_limit(min(limits))
 
 
 class Measured:

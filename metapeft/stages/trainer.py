@@ -18,7 +18,8 @@ from metapeft.training.trial import Score, Trial
 if TYPE_CHECKING:
     from metapeft.training.session import Session
 
-ENGINE = ("metapeft/backbones", "metapeft/kernels", "metapeft/peft", "metapeft/training")  # what decides how a trial ends
+# What decides how a trial ends.
+ENGINE = ("metapeft/backbones", "metapeft/kernels", "metapeft/peft", "metapeft/training")
 Event = Callable[[dict[str, Any]], None]
 
 
