@@ -106,7 +106,8 @@ def grow(
         plan = Plan(places, cells)
         done = {trial.id for trial in store.trials()}
         grown.cells, grown.known = len(cells), sum(cell.id in done for cell in cells)
-        grown.predicted_seconds = plan.seconds(done)
+        work.learn(store.trials(), cells)
+        grown.predicted_seconds = plan.seconds(done) * grown.slowness
         if on_plan is not None:
             on_plan(grown)
         visits = failures = 0
@@ -257,10 +258,17 @@ class _Work:
             trial.profile_version = measured.version
             trial.versions |= {"processor": processor(), "engine": f"{engine()} {way(session)}"}
             store.append(trial)
-            if trial.status == "ok":
-                self.ratios.append(trial.seconds / cell.seconds)
-                self.grown.slowness = statistics.median(self.ratios[-50:])
+            self.learn([trial], visit)
             yield trial
+
+    def learn(self, trials: Sequence[Trial], cells: Sequence[Cell]) -> None:
+        """How far predicted seconds are off here, from the last trials of this processor and engine."""
+        predicted = {cell.id: cell.seconds for cell in cells}
+        for trial in trials:
+            mine = (processor(), engine()) == (trial.versions.get("processor"), trial.versions.get("engine", "")[:6])
+            if mine and trial.id in predicted and trial.status == "ok":
+                self.ratios.append(trial.seconds / predicted[trial.id])
+        self.grown.slowness = statistics.median(self.ratios[-50:] or [1.0])
 
     def _trial(self, session: Session, cell: Cell) -> Trial:
         from metapeft.training.trainer import run_trial
