@@ -196,7 +196,8 @@ class Registry:
         return f" (champion again: version {back.version})"
 
     def _fetch(self, model: Model) -> Version:
-        """Its files, compared with what the registry says of them."""
+        """Its files, compared with what the registry says of them; a version that fails is no longer served."""
+        self._versions.pop(f"{model.name}@{model.version}", None)
         folder, _ = models.resolve(self.settings, f"{model.name}@{model.version}")
         if model.weights and models.weights_digest(folder) != model.weights:
             raise UserError(f"{model.name} version {model.version}: its weights are not those that were registered")

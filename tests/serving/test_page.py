@@ -138,7 +138,7 @@ def test_the_page_ranks_methods_for_a_small_dataset(browser: Any, server: Server
     assert len(shown) == len(found["recommendations"])
     for text, entry in zip(shown, found["recommendations"], strict=True):
         assert entry["method"] in text and f"{entry['score']['low']:.3f}" in text
-    page.wait_for_function("document.querySelector('#decisions').innerText.includes('spam')")
+    page.locator("#decisions", has_text="spam").wait_for()
     page.wait_for_selector("#map circle")
     assert all(url.startswith(server.url + "/") for url in asked), "an external asset"
     assert wrong == []
@@ -148,14 +148,17 @@ def test_the_page_ranks_methods_for_a_small_dataset(browser: Any, server: Server
 
 
 def test_a_mistake_is_shown_and_markup_in_data_stays_text(browser: Any, server: Server) -> None:
+    from playwright.sync_api import expect
+
     page, _, _ = opened(browser, server, 1200)
     page.fill("#rows", '{"text": "<img src=x onerror=alert(1)>"}')
     page.click("#send")
     page.wait_for_selector("#progress.error")
     assert "label" in page.inner_text("#progress") and page.query_selector("#progress img") is None
+    before = page.inner_text("#progress")
     page.fill("#rows", "not json, nor,\nany table")
     page.click("#send")
-    page.wait_for_function("document.querySelector('#progress').innerText.length > 10")
+    expect(page.locator("#progress.error")).not_to_have_text(before)
     page.close()
 
 
