@@ -64,6 +64,8 @@ def warm_start(
     chosen = turns[:FIRST]
     pool = [(c, predict(c), 1.0) for c in turns] + [(v, predict(v), CHEAPER) for c in turns for v in _cheaper(c)]
     points = [(c, (share * p[0], p[1], p[2])) for c, p, share in pool if p is not None]
+    if not points:
+        return turns[:most]
     return _unique([*chosen, *_spread(points, chosen, most)])
 
 
@@ -71,8 +73,6 @@ def _spread(
     pool: Sequence[tuple[dict[str, Any], tuple[float, float, float]]], chosen: Sequence[dict[str, Any]], most: int
 ) -> list[dict[str, Any]]:
     """Greedily what adds most hypervolume to what is chosen already, as long as it is worth a trial."""
-    if not pool:
-        return []
     slowest, largest = (1.1 * max(p[i] for _, p in pool) for i in (1, 2))
     scaled = [(c, (1 - p[0], p[1] / slowest, p[2] / largest)) for c, p in pool]
     kept = [p for c, p in scaled if c in chosen]

@@ -85,7 +85,8 @@ def _swept(settings: Settings, work: Path, task: Task, method: str | None) -> tu
     trials = read_trials(work / "sweep" / "trials.jsonl")
     usable = [t for t in trials if t.id not in record["infeasible"] and method in (None, t.method)]
     name = NAMED[settings.recommend.prefer]
-    best = named(usable).get(name)
+    shown = record["points"].get(name) if method is None else None  # the very point that the sweep's table names
+    best = next((t for t in usable if t.id == shown), None) or named(usable).get(name)
     return (best.configuration, f"{name} of {len(usable)} trials") if best else None
 
 
