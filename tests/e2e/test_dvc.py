@@ -117,7 +117,7 @@ def test_experiments_differences_and_a_remote(checkout: Checkout) -> None:
     assert checkout.repro() == set(NAMES)
     checkout.git("add", "--all")
     checkout.git(*git, "commit", "--quiet", "-m", "first")
-    out = checkout.dvc("exp", "run", "--name", "longer", "-S", "train.steps=5", "-S", "train.configuration.warmup=0.2")
+    out = checkout.dvc("exp", "run", "--name", "longer", "-S", "train.steps=5", "-S", "+train.configuration.warmup=0.2")
     assert "Running stage 'train'" in out and "Running stage 'version'" not in out
     assert yaml.safe_load((checkout.folder / "params.yaml").read_text())["train"]["steps"] == 5
 
