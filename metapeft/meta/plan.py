@@ -48,34 +48,37 @@ def _virtual(method: str, learning_rate: float, tokens: int, **values: Any) -> d
 
 
 # The rows of the table. They never change: a table with other rows is another one. What they leave out are defaults.
-CONFIGURATIONS: tuple[dict[str, Any], ...] = (
+FIRST: tuple[dict[str, Any], ...] = (
     _lora(3e-4, 8, 16.0, False),
     _lora(1e-3, 8, 16.0, True),
     _lora(1e-3, 8, 16.0, False),
-    _lora(1e-3, 32, 32.0, True),
     _lora(2e-3, 8, 16.0, True),
     _lora(5e-3, 4, 8.0, True),
     _adalora(1e-3, 12, 8, False),
     _adalora(3e-3, 12, 8, False),
     _adalora(3e-3, 12, 8, True),
     _adalora(1e-2, 6, 4, True),
-    _adalora(1e-2, 12, 8, True),
     _virtual("prompt", 3e-3, 16),
     _virtual("prompt", 1e-2, 16),
     _virtual("prompt", 3e-2, 16),
     _virtual("prompt", 1e-2, 8, initialisation="vocabulary"),
-    _virtual("prompt", 3e-2, 32),
     _virtual("prefix", 2e-3, 16),
     _virtual("prefix", 5e-3, 16),
     _virtual("prefix", 1e-2, 16),
     _virtual("prefix", 2e-2, 8),
-    _virtual("prefix", 5e-3, 32),
     _virtual("p_tuning", 3e-4, 16, encoder="mlp"),
     _virtual("p_tuning", 1e-3, 16, encoder="mlp"),
     _virtual("p_tuning", 3e-3, 16, encoder="mlp"),
     _virtual("p_tuning", 1e-3, 32, encoder="mlp"),
+)
+LATER: tuple[dict[str, Any], ...] = (  # when the others are done everywhere
+    _lora(1e-3, 32, 32.0, True),
+    _adalora(1e-2, 12, 8, True),
+    _virtual("prompt", 3e-2, 32),
+    _virtual("prefix", 5e-3, 32),
     _virtual("p_tuning", 1e-3, 16, encoder="lstm"),
 )
+CONFIGURATIONS = (*FIRST, *LATER)
 
 
 def configurations(depth: int) -> list[dict[str, Any]]:
@@ -105,7 +108,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Cell:
-    """One possible trial. `place` is an index; `repeats`: the same was planned with another seed."""
+    """One possible trial. `place` is an index; `later`: after all that are not; `repeats`: the same was planned with
+    another seed."""
 
     id: str
     place: int
@@ -113,6 +117,7 @@ class Cell:
     seed: int
     seconds: float
     memory_mb: float = 0.0
+    later: bool = False
     repeats: bool = False
 
 
@@ -137,7 +142,8 @@ class Plan:
         """
         open_ = [i for i, c in enumerate(self.cells) if c.id not in done and c.seconds <= remaining]
         repeats = [i for i in open_ if self.cells[i].repeats and self._first(i) in done]
-        news = [i for i in open_ if not self.cells[i].repeats]
+        rest = [i for i in open_ if not self.cells[i].repeats]
+        news = [i for i in rest if not self.cells[i].later] or rest
         if repeats and (not news or visits % REPEAT_EVERY == REPEAT_EVERY - 1):
             repeated = Counter(c.place for c in self.cells if c.repeats and c.id in done)
             where = min(repeats, key=lambda i: (repeated[self.cells[i].place], self.cells[i].seconds))

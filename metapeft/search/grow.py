@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from metapeft.data.task import Task
 from metapeft.errors import MetapeftError, UserError
 from metapeft.meta.experience import Experience
-from metapeft.meta.plan import Cell, Place, Plan, configurations
+from metapeft.meta.plan import FIRST, Cell, Place, Plan, configurations
 from metapeft.search.locks import FileLocks
 from metapeft.search.slots import Slots
 from metapeft.settings import DataSettings, home
@@ -227,11 +227,12 @@ class _Work:
         place = len(places)
         places.append(Place(task.name, task.family or task.name, len(task.train), len(task.test), 2.0 + untuned))
         self.origin.append((task.name, data))
-        for row in rows:
+        for number, row in enumerate(rows):
             costs = cost(row, profile, rate, self.steps)
             for seed in (0, REPEATED_SEED) if repeat else (0,):
                 identity = trial_id(task.name, task.version, self.backbone.id, row, seed, self.steps, len(task.train))
-                cells.append(Cell(identity, place, row, seed, costs.seconds, costs.peak_memory_mb, repeats=seed != 0))
+                late, again = number >= len(FIRST), seed != 0
+                cells.append(Cell(identity, place, row, seed, costs.seconds, costs.peak_memory_mb, late, again))
 
     def run(self, visit: Sequence[Cell], store: Experience) -> Iterator[Trial]:
         """Runs and records the cells of one place while there is time, taking turns with this machine's sweeps."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from metapeft.meta import plan as module
-from metapeft.meta.plan import CONFIGURATIONS, VISIT, Cell, Place, Plan, configurations, covariance
+from metapeft.meta.plan import CONFIGURATIONS, FIRST, VISIT, Cell, Place, Plan, configurations, covariance
 from metapeft.peft.base import METHODS
 
 
@@ -107,3 +107,16 @@ def test_covariance_is_one() -> None:
     same_task, other_task = matrix[row[0, "1"], row[4, "1"]], matrix[row[0, "1"], row[1, "1"]]
     same_family = matrix[row[0, "1"], row[3, "1"]]
     assert matrix[row[0, "1"], row[0, "1"]] > same_task > same_family > other_task > 0
+
+
+def test_later_rows_come_when_the_first_are_done_everywhere() -> None:
+    places = [Place(f"task{n}", f"family{n}", 600, 300, 2.0) for n in range(2)]
+    rows = list(enumerate(configurations(30)))
+    cells = [Cell(f"{n}-{k}", n, row, 0, 10.0, later=k >= len(FIRST)) for n in (0, 1) for k, row in rows]
+    plan, order = Plan(places, cells), list[Cell]()
+    while visit := plan.visit({cell.id for cell in order}):
+        order += visit
+    assert [cell.later for cell in order] == sorted(cell.later for cell in order)
+    assert len(order) == len(cells) and any(cell.later for cell in order)
+    counts = [sum(row["method"] == method for row in FIRST) for method in METHODS]
+    assert min(counts) >= 4  # so that the first part is a table already
