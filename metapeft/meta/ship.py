@@ -98,8 +98,9 @@ def datasheet(trials: Sequence[Trial], profiles: dict[tuple[str, str], Profile])
             [(name, str(n)) for name, n in Counter(made_with(t) for t in trials).most_common()],
         ),
         "",
-        "`seconds` are wall time, some of it on machines that did other work at the same time or held a trial up: they say what a trial "
-        "cost there, not what it costs; predictions of time count work instead (`metapeft/meta/costs.py`).",
+        "`seconds` are wall time, some of it on machines that did other work at the same time or held a trial "
+        "up: they say what a trial cost there, not what it costs; "
+        "predictions of time count work instead (`metapeft/meta/costs.py`).",
         "",
         "## How trials ended",
         "",
