@@ -56,6 +56,8 @@ def predict(session: Session, adapter: Adapter | None, split: str, indices: Sequ
     places = range(len(session.encoded[split])) if indices is None else indices
     examples = [session.encoded[split][i] for i in places]
     start = adapter.lowest_layer() if adapter is not None else 0
+    if adapter is not None:
+        mx.eval(adapter.module.parameters())  # read from disk they are lazy, and bound to this thread's stream
     if start > 0:
         session.trunk(split, start).prepare(places, session.workers)
     labels = Labels(session) if session.task.kind == "classification" else None

@@ -318,12 +318,15 @@ def test_five_thousand_trials_are_read_in_a_moment(store: Experience) -> None:
     curve = [{"step": step, "train_loss": 1 / step, "validation_score": 0.5} for step in (10, 20, 30, 40)]
     store.extend([trial(n % 9, id=f"{n:016x}", seed=n, curve=curve, seconds=n / 7) for n in range(5000)])
     store.compact()
-    fresh = Experience(store.folder, shipped=None)
-    begin = time.process_time()
-    first = fresh.trials()
-    middle = time.process_time()
-    assert fresh.trials() == first and len(first) == 5000
-    assert middle - begin < 0.6 and time.process_time() - middle < 0.3  # 0.12 and 0.04 on a quiet machine
+    cold, warm = [], []
+    for _ in range(3):  # the best of three, of this thread: not a collection of what other tests left behind
+        fresh = Experience(store.folder, shipped=None)
+        begin = time.thread_time()
+        first = fresh.trials()
+        middle = time.thread_time()
+        assert fresh.trials() == first and len(first) == 5000
+        cold, warm = [*cold, middle - begin], [*warm, time.thread_time() - middle]
+    assert min(cold) < 0.6 and min(warm) < 0.3  # 0.12 and 0.04 on a quiet machine
 
 
 @pytest.mark.parametrize("name", ["schema_1.parquet", "schema_1.jsonl"])
