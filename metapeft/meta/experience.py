@@ -49,7 +49,7 @@ _PARTS = tuple(f.name for f in fields(Score) if f.name != "value")
 _COLUMNS = {name: tuple((part, f"{name}_{part}") for part in _PARTS) for name in _SCORES}
 _JSON = ("configuration", "curve", "versions")
 _INTEGERS = ("seed", "budget", "tokens", "trained_parameters", "adapter_bytes", "train_examples")
-_FLOATS = ("seconds", "train_seconds", "peak_memory_mb")
+_FLOATS = ("seconds", "train_seconds", "cpu_seconds", "peak_memory_mb")
 _log = logging.getLogger(__name__)
 
 # Process id and folder -> file descriptor. A forked child inherits the table, but not its parent's segment.
@@ -256,6 +256,7 @@ def _record(trial: Trial) -> Record:
 
 def _trial(record: Record) -> Trial:
     values = {name: record[name] for name in _FIELDS if name in record}
+    values["cpu_seconds"] = values.get("cpu_seconds") or 0.0  # tables written before it was measured
     for name in _SCORES:
         if values.get(name) is not None:
             values[name] = {k: math.nan if v is None else v for k, v in values[name].items()}

@@ -82,12 +82,13 @@ def run_trial(
         session.decoder.release()
     mx.clear_cache()
     mx.reset_peak_memory()
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     adapter: Adapter | None = None
     run: _Run | None = None
     try:
         trial.untuned_score = untuned(session, "test") if test else None
-        begin = time.perf_counter()  # the untuned score belongs to the task, not to this trial
+        # The untuned score belongs to the task, not to this trial.
+        begin, cpu = time.perf_counter(), time.process_time()
         text = getattr(method, "text", "")
         ids = list(backbone.tokenizer.encode(text)) if text else text_ids(session.shared, session.encoded["train"], 256)
         adapter = create(method, session.model, seed=seed, text_ids=ids)
@@ -109,10 +110,11 @@ def run_trial(
     finally:
         if adapter is not None:
             adapter.detach(session.model)
-        trial.seconds = time.perf_counter() - begin
+        trial.seconds, trial.cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu
         trial.peak_memory_mb = mx.get_peak_memory() / 2**20
         if run is not None:
             trial.seconds += run.earlier_seconds
+            trial.cpu_seconds += run.earlier_cpu_seconds
     if folder is not None:
         (folder / "state.safetensors").unlink(missing_ok=True)
     return trial
@@ -148,8 +150,8 @@ class _Run:
         self.best: Score | None = None
         self.best_vector: mx.array | None = None
         self.since_best = 0
-        self.earlier_seconds = 0.0
-        self.begin = time.perf_counter()
+        self.earlier_seconds = self.earlier_cpu_seconds = 0.0
+        self.begin, self.begin_cpu = time.perf_counter(), time.process_time()
         self.saved = self.begin
         if isinstance(adapter, AdaLoRA):
             adapter.schedule(steps)
@@ -321,6 +323,7 @@ class _Run:
             "curve": self.trial.curve,
             "tokens": self.trial.tokens,
             "seconds": self._elapsed(),
+            "cpu_seconds": self.earlier_cpu_seconds + time.process_time() - self.begin_cpu,
         }
         temporary = self.folder / ".state.partial.safetensors"
         mx.save_safetensors(str(temporary), arrays, metadata={"state": json.dumps(facts)})
@@ -352,7 +355,7 @@ class _Run:
         self.step, self.losses, self.since_best = facts["step"], facts["losses"], facts["since_best"]
         self.lowest = facts["lowest"]
         self.trial.curve, self.trial.tokens = facts["curve"], facts["tokens"]
-        self.earlier_seconds = facts["seconds"]
+        self.earlier_seconds, self.earlier_cpu_seconds = facts["seconds"], facts.get("cpu_seconds", 0.0)
 
 
 def sample(examples: int) -> list[int] | None:

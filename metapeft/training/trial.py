@@ -26,7 +26,8 @@ class Trial:
     """The outcome of one trial. Every field is JSON; `curve` holds one dict per evaluation point.
 
     `curve` rows: {"step", "examples", "seconds", "train_loss", "validation_loss", "validation_score"} (the last two may
-    be None where no validation ran). `seconds` is training plus evaluation wall time; `peak_memory_mb` is MLX's peak.
+    be None where no validation ran). `seconds` is training plus evaluation wall time, `cpu_seconds` the processor's in
+    that time (other work on the machine lengthens the former, hardly the latter); `peak_memory_mb` is MLX's peak.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Trial:
     curve: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     train_seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of this process, all its threads; 0: not measured
     tokens: int = 0
     peak_memory_mb: float = 0.0
     trained_parameters: int = 0

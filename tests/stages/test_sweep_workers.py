@@ -30,7 +30,8 @@ def small(folder: Path, trials: int = 5, steps: int = 2) -> Settings:
 def told(work: Path) -> list[dict[str, Any]]:
     """What a trial came to, without what no two runs share."""
     lines = (work / "sweep" / "trials.jsonl").read_text().splitlines()
-    changing = ("started", "seconds", "train_seconds", "peak_memory_mb", "curve", "score")  # score: of the fastest, …
+    changing = ("started", "seconds", "train_seconds", "cpu_seconds", "peak_memory_mb", "curve")
+    changing += ("score",)  # of the fastest, …
     trials = [json.loads(line) for line in lines]
     return sorted(({k: v for k, v in t.items() if k not in changing} for t in trials), key=lambda trial: trial["id"])
 
