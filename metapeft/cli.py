@@ -640,6 +640,7 @@ def demo(task: Annotated[str, Argument(help="A catalog name or a file.")] = "tre
             "memory MB": f"{best.peak_memory_mb:.0f}",
             "adapter": size(best.adapter_bytes),
             "learning rate": f"{best.configuration['learning_rate']:.2g}",
+            "ended": "" if best.status == "ok" else best.status,
         }
         for rank, best in enumerate(tried, start=1)
     ]

@@ -38,12 +38,15 @@ def run(task: str) -> dict[str, Any]:
 
 
 def best_per_method(trials: list[Any]) -> list[dict[str, Any]]:
-    """The best trial of each method, best validation score first, as JSON records."""
+    """The best trial of each method, best validation score first, as JSON records; last, of methods of which none came
+    to its end, the one that came furthest."""
     from metapeft.search.pareto import judged
 
-    ended = [trial for trial in trials if trial.status == "ok" and judged(trial) is not None]
-    ended.sort(key=lambda t: (-judged(t).value, judged(t).loss))  # type: ignore[union-attr]
+    def order(trial: Any) -> tuple[Any, ...]:
+        score = judged(trial)
+        return trial.status != "ok", score is None, -score.value if score else 0.0, score.loss if score else 0.0
+
     best: dict[str, Any] = {}
-    for trial in ended:
+    for trial in sorted(trials, key=order):
         best.setdefault(trial.method, trial)
     return [trial.to_json() for trial in best.values()]

@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -70,6 +71,13 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "mlx": importlib.metadata.version("mlx"),
     }
+
+
+@lru_cache(maxsize=1)
+def processor() -> str:
+    """What computes, in words: devices of one kind differ in speed."""
+    about = describe()
+    return ", ".join(filter(None, (about["device_name"], about["blas"], f"{about['cores']} cores")))
 
 
 def versions() -> dict[str, str]:

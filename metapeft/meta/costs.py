@@ -27,6 +27,7 @@ from metapeft.training.trial import Trial
 MB = 2**20
 RECENT = 100  # trials that costs are corrected by
 SHRINK = 1.0
+WAITING = 1.15  # wall seconds times cores over processor seconds, where a training has the machine for itself
 PADDING = 1.2  # time per token: padding within groups of similar length, and workers that wait for each other
 SAMPLE = 64  # validation examples scored during training
 CHUNK_TOKENS = 288  # tokens evaluated at once, per worker
@@ -35,6 +36,15 @@ TRUNK_BYTES = 2**29  # of hidden states kept in memory
 # loss and rank allocation, whose cost per step depends on the matrices, not on the tokens.
 LOW_RANK = 1.15
 TRIPLETS = 2.0
+
+
+@dataclass(frozen=True)
+class _Ratio:
+    """Of one trial: the logarithm of what was measured over what was predicted."""
+
+    method: str
+    version: str
+    log: float
 
 
 @dataclass(frozen=True)
@@ -68,49 +78,52 @@ def corrected(
     trials: Sequence[Trial],
     profiles: Mapping[tuple[str, str], Profile],
 ) -> list[Cost]:
-    """Costs, corrected by how long trials on this kind of device really took and what memory they had.
+    """Costs, corrected by how long trials really took on this processor, and their memory on this kind of device.
 
     Of all trials, then of the method's, then of the task's, in turn: what is left to correct is the median ratio, drawn
     towards none as if SHRINK more trials had gone as predicted.
     """
-    ratios = []
-    for trial in [t for t in trials if t.status == "ok" and t.device == speed.measured.get("device") and t.seconds > 0][
-        -RECENT:
-    ]:
-        known = (
-            profile
-            if trial.task_version == profile.task_version
-            else profiles.get((trial.task_version, trial.backbone))
-        )
-        if known is not None and trial.backbone == known.backbone:
-            before = cost(trial.configuration, known, speed, trial.budget)
-            took = (
-                math.log(trial.seconds / max(1e-3, before.seconds)),
-                math.log(max(1.0, trial.peak_memory_mb) / max(1.0, before.peak_memory_mb)),
-            )
-            ratios.append((trial.method, trial.task_version, took))
+    times: list[_Ratio] = []
+    memories: list[_Ratio] = []
+    mine = [t for t in trials if t.status == "ok" and t.seconds > 0 and t.device == speed.measured.get("device")]
+    for trial in mine[-RECENT:]:
+        same = trial.task_version == profile.task_version
+        known = profile if same else profiles.get((trial.task_version, trial.backbone))
+        if known is None or trial.backbone != known.backbone:
+            continue
+        before = cost(trial.configuration, known, speed, trial.budget)
+        larger = math.log(max(1.0, trial.peak_memory_mb) / max(1.0, before.peak_memory_mb))
+        memories.append(_Ratio(trial.method, trial.task_version, larger))
+        if trial.versions.get("processor") == speed.measured.get("processor"):
+            longer = math.log(undisturbed(trial, speed) / max(1e-3, before.seconds))
+            times.append(_Ratio(trial.method, trial.task_version, longer))
 
-    def factors(method: str) -> tuple[float, float]:
-        logs = [0.0, 0.0]
-        subsets = (
-            [took for _, _, took in ratios],
-            [took for m, _, took in ratios if m == method],
-            [took for _, version, took in ratios if version == profile.task_version],
-        )
-        for subset in subsets:
-            for k in range(2):
-                left = sorted(took[k] - logs[k] for took in subset)
-                if left:
-                    logs[k] += median(left) * len(left) / (len(left) + SHRINK)
-        return math.exp(logs[0]), math.exp(logs[1])
+    def factor(ratios: list[_Ratio], method: str) -> float:
+        found = 0.0
+        for subset in (
+            ratios,
+            [r for r in ratios if r.method == method],
+            [r for r in ratios if r.version == profile.task_version],
+        ):
+            if subset:
+                found += median(r.log - found for r in subset) * len(subset) / (len(subset) + SHRINK)
+        return math.exp(found)
 
-    by_method = {method: factors(method) for method in {c["method"] for c in configurations}}
+    by_method = {c["method"]: (factor(times, c["method"]), factor(memories, c["method"])) for c in configurations}
     found = []
     for configuration in configurations:
         c = cost(configuration, profile, speed, steps)
         time, memory = by_method[configuration["method"]]
         found.append(Cost(c.seconds * time, c.peak_memory_mb * memory, c.adapter_bytes, c.trained_parameters))
     return found
+
+
+def undisturbed(trial: Trial, speed: Speed) -> float:
+    """Seconds that a trial takes where no other program is at work: on a CPU the processor's time tells them."""
+    workers = float(speed.measured.get("workers", 1))
+    if trial.device != "cpu" or trial.cpu_seconds <= 0:
+        return trial.seconds
+    return min(trial.seconds, WAITING * trial.cpu_seconds / workers)
 
 
 def adapted(method: Any, shapes: Shapes) -> dict[str, tuple[int, int]]:

@@ -2,7 +2,8 @@
 
 A rate in FLOP/s of matrix products alone would promise too much: on a CPU norms, activations and softmax take as long
 as the products. So the backbone's own layers are timed, forwards and with gradients, by as many workers as training
-uses.
+uses, and by the code that trains. On a CPU the processor's time counts where it is less than the clock's: other work on
+the machine at this moment says nothing about later.
 """
 
 from __future__ import annotations
@@ -20,9 +21,15 @@ from metapeft.settings import home
 
 if TYPE_CHECKING:
     from metapeft.backbones import Backbone
-    from metapeft.runtime import mx
+    from metapeft.kernels.decoder import Decoder
+    from metapeft.profiling.shapes import Shapes
+    from metapeft.runtime import mx, nn
 
+VERSION = 2  # of how it is measured
 WORK = 4e10  # FLOPs per timed pass and worker, about
+LENGTH = 48  # tokens of a sequence
+PASSES = 3
+UNEVEN = 1.1
 
 
 @dataclass(frozen=True)
@@ -63,20 +70,84 @@ def read(backbone_content: str) -> Speed | None:
 
 
 def measure(backbone: Backbone) -> Speed:
-    """The better of two passes of each kind."""
-    from metapeft.backbones.forward import run
+    """The best of a few passes of each kind, by the way that training goes here: native, or MLX's."""
+    from metapeft.kernels.decoder import decoder
     from metapeft.profiling.shapes import shapes
-    from metapeft.runtime import mx
+    from metapeft.runtime import processor
     from metapeft.training.workers import workers
 
-    model, sizes = backbone.model, shapes(backbone.model)
-    hands = workers()
+    sizes, hands = shapes(backbone.model), workers()
     parameters = sum(layer.parameters for layer in sizes.each())
-    length = 48
-    rows = int(min(8, max(1, WORK / (2 * parameters * length))))
-    ids = mx.zeros((rows, length), dtype=mx.int32)
-    states = 0.1 * mx.random.normal((rows, length, sizes.width), key=mx.random.key(0))
-    places = mx.arange(min(32, rows * length))
+    rows = int(min(8, max(1, WORK / (2 * parameters * LENGTH))))
+    view = decoder(backbone.model)
+    passes = _by_mlx(backbone.model, sizes, rows) if view is None else _natively(view, sizes, rows)
+
+    def seconds(call: Callable[[], Any]) -> float:
+        best = float("inf")
+        for _ in range(PASSES):
+            wall, cpu = time.perf_counter(), time.process_time()
+            hands.map([call] * hands.count)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            # Workers wait for each other, which costs a little; for other programs they do not wait on a machine's own.
+            best = min(best, wall, UNEVEN * cpu / hands.count) if about["device"] == "cpu" else min(best, wall)
+        return best
+
+    about = _machine() | {
+        "processor": processor(),
+        "workers": hands.count,
+        "rows": rows,
+        "tokens": LENGTH,
+        "way": "mlx" if view is None else "native",
+    }
+    found = {name: seconds(call) / (hands.count * n) for name, (call, n) in passes.items() if name != "step"}
+    step = seconds(passes["step"][0])
+    if view is not None:
+        view.release()
+    return Speed(**found, step=step, measured=about)
+
+
+def _natively(view: Decoder, sizes: Shapes, rows: int) -> dict[str, tuple[Callable[[], Any], int]]:
+    """What a worker is given, and how many tokens or positions it computes."""
+    import numpy as np
+
+    from metapeft.kernels.decoder import Gradients, Rows
+
+    states = np.random.default_rng(0).normal(0, 0.1, (rows * LENGTH, sizes.width)).astype(np.float32)
+    positions = list(range(min(32, len(states))))
+
+    def layers(count: int, gradient: bool) -> Callable[[], Any]:
+        sequences = range(min(LENGTH, count), count + 1, LENGTH)
+        held = Rows(states[:count].copy(), list(sequences))
+        if not gradient:
+            return view.predict(held, [], [])
+        return view.loss_and_gradients(held, [0], [0], 1.0, Gradients({}, hidden=np.zeros_like(held.hidden)))
+
+    def head(gradient: bool) -> Callable[[], Any]:
+        held = Rows(states.copy(), [len(states)], start=sizes.depth)
+        if not gradient:
+            return view.predict(held, positions, positions)
+        return view.loss_and_gradients(
+            held, positions, positions, 1.0, Gradients({}, hidden=np.zeros_like(held.hidden))
+        )
+
+    return {
+        "forward": (lambda: layers(len(states), False), len(states)),
+        "gradient": (lambda: layers(len(states), True), len(states)),
+        "head_forward": (lambda: head(False), len(positions)),
+        "head_gradient": (lambda: head(True), len(positions)),
+        "step": (lambda: layers(1, True), 1),
+    }
+
+
+def _by_mlx(model: nn.Module, sizes: Shapes, rows: int) -> dict[str, tuple[Callable[[], Any], int]]:
+    """The same on MLX: graphs, which the worker evaluates."""
+    from metapeft.backbones.forward import run
+    from metapeft.runtime import mx
+
+    ids = mx.zeros((rows, LENGTH), dtype=mx.int32)
+    states = 0.1 * mx.random.normal((rows, LENGTH, sizes.width), key=mx.random.key(0))
+    positions = mx.arange(min(32, rows * LENGTH))
+    mx.eval(ids, states, positions)
 
     def layers(x: mx.array) -> mx.array:
         return run(model, ids, embeddings=x, logits=False).astype(mx.float32).sum()
@@ -85,28 +156,16 @@ def measure(backbone: Backbone) -> Speed:
         return run(model, ids[:1, :1], embeddings=x[:1, :1], logits=False).astype(mx.float32).sum()
 
     def head(x: mx.array) -> mx.array:
-        logits = run(model, ids, start=sizes.depth, hidden=x, rows=places)
+        logits = run(model, ids, start=sizes.depth, hidden=x, rows=positions)
         return mx.logsumexp(logits.astype(mx.float32), axis=-1).sum()
 
-    timed = {
-        "forward": (layers, rows * length),
-        "gradient": (mx.grad(layers), rows * length),
-        "head_forward": (head, places.size),
-        "head_gradient": (mx.grad(head), places.size),
+    return {
+        "forward": (lambda: layers(states), rows * LENGTH),
+        "gradient": (lambda: mx.grad(layers)(states), rows * LENGTH),
+        "head_forward": (lambda: head(states), positions.size),
+        "head_gradient": (lambda: mx.grad(head)(states), positions.size),
+        "step": (lambda: mx.grad(layers_of_one)(states), 1),
     }
-    mx.eval(states, ids, places)
-
-    def seconds(call: Callable[[mx.array], mx.array]) -> float:
-        best = float("inf")
-        for _ in range(2):
-            begin = time.perf_counter()
-            hands.map([lambda: call(states)] * hands.count)
-            best = min(best, time.perf_counter() - begin)
-        return best
-
-    found = {name: seconds(call) / (hands.count * n) for name, (call, n) in timed.items()}
-    about = _machine() | {"workers": hands.count, "rows": rows, "tokens": length}
-    return Speed(**found, step=seconds(mx.grad(layers_of_one)), measured=about)
 
 
 def _machine() -> dict[str, Any]:
@@ -117,5 +176,5 @@ def _machine() -> dict[str, Any]:
 
 
 def _path(backbone_content: str) -> Path:
-    key = hashlib.sha256(json.dumps(_machine(), sort_keys=True).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([VERSION, _machine()], sort_keys=True).encode()).hexdigest()[:12]
     return home() / "speed" / f"{backbone_content}-{key}.json"

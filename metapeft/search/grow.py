@@ -257,13 +257,15 @@ class _Work:
                     return
                 trial = self._trial(session, cell)
             trial.profile_version = measured.version
-            trial.versions |= {"processor": processor(), "engine": f"{engine()} {way(session)}"}
+            trial.versions["engine"] = f"{engine()} {way(session)}"
             store.append(trial)
             self.learn([trial], visit)
             yield trial
 
     def learn(self, trials: Sequence[Trial], cells: Sequence[Cell]) -> None:
         """How far predicted seconds are off here, from the last trials of this processor and engine."""
+        from metapeft.runtime import processor
+
         predicted = {cell.id: cell.seconds for cell in cells}
         for trial in trials:
             mine = (processor(), engine()) == (trial.versions.get("processor"), trial.versions.get("engine", "")[:6])
@@ -285,7 +287,7 @@ class _Work:
 
     def _failed(self, task: Task, cell: Cell, error: str) -> Trial:
         """The record of a trial that left none itself."""
-        from metapeft.runtime import device, versions
+        from metapeft.runtime import device, processor, versions
 
         return Trial(
             id=cell.id,
@@ -299,19 +301,10 @@ class _Work:
             status="failed",
             error=error,
             device=device(),
-            versions=versions(),
+            versions=versions() | {"processor": processor()},
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             train_examples=len(task.train),
         )
-
-
-@cache
-def processor() -> str:
-    """What computes: devices of one kind differ in speed."""
-    from metapeft.runtime import describe
-
-    about = describe()
-    return ", ".join(filter(None, (about["device_name"], about["blas"], f"{about['cores']} cores")))
 
 
 @cache

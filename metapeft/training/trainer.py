@@ -24,7 +24,7 @@ from metapeft.data.task import Task
 from metapeft.peft import create
 from metapeft.peft.adalora import AdaLoRA
 from metapeft.peft.base import Adapter
-from metapeft.runtime import MB, device, mx, nn, optim, require_memory, versions
+from metapeft.runtime import MB, device, mx, nn, optim, processor, require_memory, versions
 from metapeft.training import native
 from metapeft.training.batches import batch_at, shards
 from metapeft.training.configuration import TrainConfig, full, split
@@ -74,7 +74,7 @@ def run_trial(
         budget=steps,
         status="ok",
         device=device(),
-        versions=versions(),
+        versions=versions() | {"processor": processor()},
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         train_examples=len(task.train),
     )

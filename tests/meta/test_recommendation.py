@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from metapeft.errors import UserError
-from metapeft.meta import Experience, Recommendation, recommend
+from metapeft.meta import Experience, Recommendation, costs, recommend
 from metapeft.meta import recommendation as module
 from metapeft.meta.evidence import without
 from metapeft.meta.fitting import fit, groups
@@ -163,6 +164,21 @@ def test_costs_are_corrected_by_what_was_measured_here(store: Experience) -> Non
     assert after.seconds == pytest.approx(3 * slow.seconds, rel=0.15)
     assert after.peak_memory_mb == pytest.approx(2 * slow.peak_memory_mb, rel=0.1)
     assert after.adapter_bytes == slow.adapter_bytes
+
+
+def test_seconds_of_another_processor_and_of_a_busy_machine_do_not_count(store: Experience) -> None:
+    before = {str(r.configuration): r.seconds for r in asked(store).recommendations}
+    seconds = statistics.median(before.values())
+    for seed in range(9):
+        elsewhere = {"processor": "another, 64 cores"}
+        store.append(trial(0.8, seed=seed, seconds=50 * seconds, versions=elsewhere))
+    after = {str(r.configuration): r.seconds for r in asked(store).recommendations}
+    both = before.keys() & after.keys()
+    assert both and all(before[c] == after[c] for c in both)
+
+    workers = SPEED.measured["workers"]
+    quiet, busy = (trial(0.8, seconds=wall, cpu_seconds=workers * 10.0 / costs.WAITING) for wall in (10.0, 50.0))
+    assert costs.undisturbed(quiet, SPEED) == pytest.approx(costs.undisturbed(busy, SPEED)) == pytest.approx(10.0)
 
 
 def test_neighbours_are_known_tasks_with_like_profiles(store: Experience) -> None:
