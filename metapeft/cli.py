@@ -42,7 +42,7 @@ tasks = group("tasks", "The catalog of public tasks.")
 experience = group("experience", "All trials ever run here.")
 meta = group("meta", "The model that recommends: fitted to the experience, judged on tasks never seen.")
 models = group("models", "The registry of adapters.")
-adapters = group("adapters", "Adapter folders.")
+adapters = group("adapters", "The library of adapters, and adapter folders.")
 keys = group("keys", "Who may use the server.")
 
 Task = Annotated[str, Argument(help="A file (.jsonl, .csv, .parquet), a Hugging Face dataset id, or a catalog name.")]
@@ -523,6 +523,41 @@ def models_restore(
     show(restore(settings(params), name, folder).to_json(), as_json)
 
 
+@adapters.command("list")
+def adapters_list(
+    like: Annotated[str | None, Option(help="A task: those of the tasks nearest to it, the nearest first.")] = None,
+    backbone: Backbone = None,
+    seed: Seed = None,
+    params: Params = None,
+    as_json: Json = False,
+) -> None:
+    """The library: the best adapter of every method on every task that was trained on here."""
+    from metapeft.meta import library
+
+    if like is None:
+        found: list[dict[str, Any]] = [entry.to_json() for entry in library.entries()]
+    else:
+        from metapeft import api
+
+        profile = api.profile(like, backbone=backbone, seed=seed, params=params)
+        near = library.find(profile, count=10, without={profile.task})
+        found = [{"similarity": near_by.similarity, **near_by.entry.to_json()} for near_by in near]
+    rows = [
+        {
+            **({"similarity": number(entry["similarity"], 2)} if like is not None else {}),
+            "task": entry["task"],
+            "examples": entry["train_examples"],
+            "method": entry["method"],
+            **{name: score_json(entry[name]) for name in ("validation", "score", "untuned")},
+            "size": size(entry["bytes"]),
+            "licence": entry["licence"],
+            "folder": Path(entry["folder"]).relative_to(library.folder()),
+        }
+        for entry in found
+    ]
+    show(found, as_json, rows, title=f"{len(found)} adapters in {library.folder()}")
+
+
 @adapters.command("convert")
 def adapters_convert(
     source: Annotated[Path, Argument(help="Folder in metapeft's, Hugging Face PEFT's or mlx-lm's format.")],
@@ -714,6 +749,10 @@ def registered(model: Any) -> dict[str, Any]:
 
 def score_text(score: Score | None) -> str:
     return plus_minus(score.value, score.standard_error) if score else ""
+
+
+def score_json(score: dict[str, Any] | None) -> str:
+    return plus_minus(score["value"], score["standard_error"]) if score else ""
 
 
 def interval(mean: float, low: float, high: float, level: float) -> str:

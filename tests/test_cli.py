@@ -82,6 +82,7 @@ COMMANDS = [
     ["models", "promote"],
     ["models", "rollback"],
     ["models", "restore"],
+    ["adapters", "list"],
     ["adapters", "convert"],
     ["keys", "create"],
     ["keys", "list"],

@@ -2,7 +2,8 @@
 
 A trial that is in the experience is never run again; one that is being run is claimed by a lock that dies with its
 process. So growing may be killed, repeated, and done by several processes at once, which share the work. A trial that
-was cut goes on where its last state was saved.
+was cut goes on where its last state was saved. Adapters are offered to the library (`metapeft.meta.library`), which
+keeps the best of every task and method.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from metapeft.data.task import Task
 from metapeft.errors import MetapeftError, UserError
 from metapeft.meta.experience import Experience
 from metapeft.meta.plan import FIRST, Cell, Place, Plan, configurations
+from metapeft.progress import say
 from metapeft.search.locks import FileLocks
 from metapeft.search.slots import Slots
 from metapeft.settings import DataSettings, home
@@ -32,6 +34,7 @@ from metapeft.training.trial import Trial, trial_id
 
 if TYPE_CHECKING:
     from metapeft.backbones import Backbone
+    from metapeft.profiling import Profile
     from metapeft.training.session import Session
 
 STEPS = 40
@@ -255,7 +258,7 @@ class _Work:
             with self.slots.place(deadline) as turn:
                 if turn is None or not turn.begin(cell.memory_mb, deadline):
                     return
-                trial = self._trial(session, cell)
+                trial = self._trial(session, cell, measured)
             trial.profile_version = measured.version
             trial.versions["engine"] = f"{engine()} {way(session)}"
             store.append(trial)
@@ -273,14 +276,19 @@ class _Work:
                 self.ratios.append(trial.seconds / predicted[trial.id])
         self.grown.slowness = statistics.median(self.ratios[-50:] or [1.0])
 
-    def _trial(self, session: Session, cell: Cell) -> Trial:
+    def _trial(self, session: Session, cell: Cell, measured: Profile) -> Trial:
+        from metapeft.meta import library
         from metapeft.training.trainer import run_trial
 
-        folder = home() / "growing" / cell.id  # its state, while it runs; adapters of the table are not kept
+        folder = home() / "growing" / cell.id  # its state, while it runs; the library keeps the task's best adapters
         try:
             trial = run_trial(session, cell.configuration, steps=self.steps, seed=cell.seed, folder=folder)
         except Exception as error:  # the growth outlives a broken trial, and keeps it
             trial = self._failed(session.task, cell, f"{type(error).__name__}: {error}")
+        try:
+            library.offer(folder, trial, session.task, measured)
+        except (UserError, OSError) as error:
+            say(f"grow: the adapter of {trial.id} was not kept: {error}")
         shutil.rmtree(folder, ignore_errors=True)
         trial.adapter = ""
         return trial

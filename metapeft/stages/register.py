@@ -28,7 +28,9 @@ class Stored:
 
 def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     """Record and register. Doing it again for the same trial changes nothing."""
+    from metapeft.meta import library
     from metapeft.meta.experience import Experience
+    from metapeft.profiling import Profile
     from metapeft.stages.tracked import pipeline_run, run_url
 
     task = read_task(work / "version")
@@ -36,6 +38,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     recommendation = Stored(read_json(work / "recommend" / "recommendation.json"))
     trial = Trial.from_json(read_json(work / "evaluate" / "trial.json"))
     Experience().append(trial)  # now with its score
+    library.offer(work / "train" / "adapter", trial, task, Profile.from_json(profile.record))
     with pipeline_run(settings, work, task) as tracker:
         tracker.log_task(task)
         tracker.log_profile(profile)

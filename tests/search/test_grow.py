@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from metapeft.errors import MetapeftError, UserError
+from metapeft.meta import library
 from metapeft.meta.experience import Experience
 from metapeft.training import trainer
 from metapeft.training.trial import Trial
@@ -33,6 +34,10 @@ def recorded(home: Path) -> list[str]:
     return [json.loads(line)["id"] for line in lines]
 
 
+def place(trial: Trial) -> tuple[str, str]:
+    return trial.task_version, trial.method
+
+
 def start(model: str, trials: int = 1000) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.search.growing", model, str(trials)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
@@ -51,6 +56,13 @@ def test_a_task_is_grown_once_at_both_sizes(model: str, home: Path) -> None:
     assert all(t.profile_version and t.budget == 3 for t in trials)
     assert len(list((home / "profiles").glob("*.json"))) == 2
     assert list((home / "growing").iterdir()) == []
+    kept = library.entries()
+    assert {(e.trial.task_version, e.trial.method) for e in kept} == {
+        (t.task_version, t.method) for t in trials if t.status == "ok"
+    }
+    for entry in kept:
+        same = [t for t in trials if (t.task_version, t.method, t.status) == (*place(entry.trial), "ok")]
+        assert entry.worth == max(library.worth(t, t.adapter_bytes // 2) for t in same) and entry.read().tensors
     again = grown(model, ["t1"])
     assert again.complete and again.trials == 0 and again.known == first.cells
 
