@@ -224,6 +224,8 @@ def _half(value: Any) -> Any:
     """A tensor in float16, where its numbers are of that size."""
     from metapeft.runtime import mx
 
+    if value.size == 0:  # a layer that AdaLoRA left no rank
+        return value
     return value.astype(mx.float16) if float(mx.max(mx.abs(value))) <= HALF else value
 
 
