@@ -14,7 +14,7 @@ all alike. All train LoRA r=8 on the same float32 weights and token ids, batch s
 
 Rates leave out each contender's first step (libraries warm up), never the trunk. Memory is MLX's peak, and for PyTorch
 the largest resident set. The roofline divides the arithmetic of each part by its time. The sweep compares `metapeft
-sweep` with as many runs of `metapeft train` (a few of them measured).
+sweep` with as many runs of `metapeft train` (a few of them measured), in wall seconds and in processor seconds.
 """
 
 from __future__ import annotations
@@ -495,18 +495,21 @@ def sweeps(task: str, trials: int, steps: int, separate: int) -> list[dict[str, 
     counted as the first and the mean of the others for the rest.
     """
     with tempfile.TemporaryDirectory(prefix="metapeft-benchmark-") as folder:
-        together, home = command(
+        together, cpu_together, home = command(
             Path(folder, "sweep"), "sweep", task, "--trials", trials, "--steps", steps, "--full-budget"
         )
         [found] = home.glob("work/*/sweep/trials.jsonl")
         tried = [json.loads(line)["configuration"] for line in found.read_text(encoding="utf-8").splitlines()]
         print(f"{len(tried)} trials in a sweep: {together:.0f} s", flush=True)
-        apart = []
+        apart, cpu_apart = [], []
         for configuration in tried[:: max(1, len(tried) // separate)][:separate]:
-            seconds, _ = command(Path(folder, "apart"), "train", task, "--steps", steps, *options_of(configuration))
+            seconds, cpu, _ = command(
+                Path(folder, "apart"), "train", task, "--steps", steps, *options_of(configuration)
+            )
             apart.append(seconds)
+            cpu_apart.append(cpu)
             print(f"{configuration['method']} by itself: {seconds:.0f} s", flush=True)
-    whole = apart[0] + (trials - 1) * sum(apart[1:]) / len(apart[1:])
+    whole, cpu_whole = (s[0] + (trials - 1) * sum(s[1:]) / len(s[1:]) for s in (apart, cpu_apart))
     return [
         {
             "task": task,
@@ -516,12 +519,14 @@ def sweeps(task: str, trials: int, steps: int, separate: int) -> list[dict[str, 
             "separate_runs_measured": [round(s, 1) for s in apart],
             "separate_seconds": round(whole, 1),
             "share": round(together / whole, 3),
+            "cpu_share": round(cpu_together / cpu_whole, 3),
         }
     ]
 
 
-def command(home: Path, *arguments: Any) -> tuple[float, Path]:
-    """Wall seconds of a metapeft command in this METAPEFT_HOME, which is made with links to the downloads."""
+def command(home: Path, *arguments: Any) -> tuple[float, float, Path]:
+    """Wall and processor seconds of a metapeft command in this METAPEFT_HOME, which is made with links to the
+    downloads."""
     from metapeft.settings import home as known
 
     if not home.exists():
@@ -531,7 +536,15 @@ def command(home: Path, *arguments: Any) -> tuple[float, Path]:
                 (home / name).symlink_to((known() / name).resolve())
     environment = os.environ | {"METAPEFT_HOME": str(home), "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "metapeft.cli", *map(str, arguments)]
-    return timed(partial(subprocess.run, words, env=environment, cwd=home, check=True, stdout=subprocess.DEVNULL)), home
+    before = processor_seconds()
+    wall = timed(partial(subprocess.run, words, env=environment, cwd=home, check=True, stdout=subprocess.DEVNULL))
+    return wall, processor_seconds() - before, home
+
+
+def processor_seconds() -> float:
+    """Of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def options_of(configuration: dict[str, Any]) -> list[str]:
