@@ -99,8 +99,9 @@ def datasheet(trials: Sequence[Trial], profiles: dict[tuple[str, str], Profile])
         ),
         "",
         "`seconds` are wall time, some of it on machines that did other work at the same time or held a trial "
-        "up: they say what a trial cost there, not what it costs; "
-        "predictions of time count work instead (`metapeft/meta/costs.py`).",
+        "up: they say what a trial cost there, not what it costs; `cpu_seconds`, where measured (0: not), are "
+        "those of the processor, over all its cores, and hardly know of other work. Predictions of time count work and "
+        "measure this machine's speed (`metapeft/meta/costs.py`).",
         "",
         "## How trials ended",
         "",
@@ -110,7 +111,7 @@ def datasheet(trials: Sequence[Trial], profiles: dict[tuple[str, str], Profile])
         "## Methods",
         "",
         *_table(
-            ("method", "trials", "diverged", "mean gain", "gain of the best", "median seconds"),
+            ("method", "trials", "diverged", "mean gain", "gain of the best", "median CPU seconds"),
             [method_row(name, [t for t in trials if t.method == name]) for name in METHODS],
         ),
         "",
@@ -170,7 +171,7 @@ def method_row(name: str, trials: Sequence[Trial]) -> tuple[str, ...]:
         if (found := gained(trial)) is not None:
             gains[trial.task_version].append(found)
     diverged = sum(t.status == "diverged" for t in trials)
-    seconds = [t.seconds for t in trials if t.status == "ok"]
+    seconds = [t.cpu_seconds for t in trials if t.status == "ok" and t.cpu_seconds > 0]
     usual, best = _mean(map(fmean, gains.values())), _mean(map(max, gains.values()))
     return name, str(len(trials)), str(diverged), usual, best, _middle(seconds, 0)
 
