@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from synthetic import BACKBONE, CONFIGURATIONS, Kind, Nature, World, trial
 
+from benchmarks.synthetic import BACKBONE, CONFIGURATIONS, Kind, Nature, World, trial
 from metapeft.meta.evidence import Known, Observation, complete, gather
 from metapeft.meta.forecast import forecast
 from metapeft.meta.model import Conditioned, Model

@@ -38,8 +38,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from histories import Selector, Step, shadowed, swept, true_regret
-from synthetic import Nature, world
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.histories import Selector, Step, scaled, shadowed, swept, true_regret
+from benchmarks.synthetic import Nature, world
 
 BEFORE, AFTER, RETRAINED = 60, 120, 100
 HARM = 0.03
@@ -106,8 +108,6 @@ class House:
 
     @classmethod
     def built(cls, seed: int, refit: bool) -> House:
-        from histories import scaled
-
         from metapeft.meta.evaluate import judge
         from metapeft.meta.fitting import fit
         from metapeft.monitoring.drift import Profiles
@@ -399,7 +399,7 @@ def table(
     observed: dict[str, Any],
 ) -> str:
     lines = [
-        "| degradation | harm | delay: median | worst | within 30 | first seen by | regret before, worse, retrained, again |",
+        "| degradation | harm | median delay | worst | within 30 | first seen by | regret before, worse, refitted |",
         "|---|---|---|---|---|---|---|",
     ]
     for scenario in SCENARIOS:
@@ -425,8 +425,8 @@ def table(
         lines.append(f"without a change, {followed}: {count} alarms in {total} decisions {dict(which)}")
     if observed["enough"]:
         lines.append(
-            f"real experience ({observed['tasks']} judged tasks): {observed['alarms_per_thousand']:.2f} alarms per 1,000"
-            f" as ranked; ranked at random (harm {100 * observed['harm']:.1f}) delays {observed['delays']}"
+            f"real experience ({observed['tasks']} judged tasks): {observed['alarms_per_thousand']:.2f} alarms per"
+            f" 1,000 as ranked; ranked at random (harm {100 * observed['harm']:.1f}) delays {observed['delays']}"
         )
     else:
         lines.append(f"real experience: {observed['tasks']} tasks can be judged, too few")
