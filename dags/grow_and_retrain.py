@@ -1,6 +1,6 @@
 """### Grow the experience and retrain the meta-model
 
-Every night, and when a dataset has changed: `grow` runs, for as long as the form says, the trials that teach most per
+Every night, when a dataset has changed, and when the advice got worse (`monitor_selection`): `grow` runs, for as long as the form says, the trials that teach most per
 second (it goes on where it stopped); `retrain` fits a new meta-model to everything known and lets it compete with the
 champion on families of tasks left out of both; `promoted` updates the asset `meta-model` if it won. The loser stays as
 challenger: `metapeft meta promote` can still choose it, `metapeft meta rollback` undoes a promotion. `version` puts the
@@ -13,10 +13,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import AssetOrTimeSchedule, CronTriggerTimetable, Param, task
+from airflow.sdk import AssetAny, AssetOrTimeSchedule, CronTriggerTimetable, Param, task
 from airflow.sdk.exceptions import AirflowSkipException
 
-from metapeft.airflow.assets import DATASETS, EXPERIENCE, META_MODEL
+from metapeft.airflow.assets import DATASETS, DEGRADED, EXPERIENCE, META_MODEL
 from metapeft.airflow.defaults import Workflow, deadline, on_mlx, task_defaults
 from metapeft.airflow.operators import CommandOperator
 from metapeft.airflow.pools import DVC
@@ -27,7 +27,9 @@ with Workflow(
     "grow_and_retrain",
     description="Run the trials that teach most, then fit the meta-model again",
     doc_md=__doc__,
-    schedule=AssetOrTimeSchedule(timetable=CronTriggerTimetable("0 2 * * *", timezone="UTC"), assets=[DATASETS]),
+    schedule=AssetOrTimeSchedule(
+        timetable=CronTriggerTimetable("0 2 * * *", timezone="UTC"), assets=AssetAny(DATASETS, DEGRADED)
+    ),
     catchup=False,
     tags=["metapeft", "meta-model"],
     max_active_runs=1,

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapeft import stages
+from metapeft.errors import UserError
 from metapeft.settings import DEFAULT_BACKBONE, Settings, home, load_settings
 from metapeft.stages.files import read_task, read_trials
 from metapeft.stages.stage import read_json
 from metapeft.training.trial import Trial
 
 if TYPE_CHECKING:
+    from metapeft.data.task import Task
     from metapeft.meta import Recommendation
+    from metapeft.monitoring.monitor import Report
     from metapeft.profiling import Profile
     from metapeft.search import Sweep
     from metapeft.search.grow import Grown
@@ -186,6 +189,36 @@ def grow(
             advance(min(1.0, done) * (max_seconds or 1.0), note, line=True)
 
         return growth.grow(names, base, max_seconds=max_seconds, max_trials=max_trials, on_plan=planned, on_trial=ended)
+
+
+def monitor(
+    *, shadow: int | None = None, tell: bool = True, estimate: bool = True, params: Path | None = None
+) -> Report:
+    """Is the advice still as good as promised, and what is served with it? Says what is new by the configured channels.
+
+    shadow: trials of the runner-up that are run first (None: as the settings say). tell: False says and remembers
+    nothing. estimate: whether a new alert comes with the benefit of retraining (minutes).
+    """
+    from metapeft.monitoring import monitor as monitoring
+
+    settings = settings_for("monitor", params=params, monitor={"shadow": shadow})
+    if settings.monitor.shadow:
+        from metapeft import backbones
+        from metapeft.monitoring import shadow as trials
+
+        trials.run(settings.monitor.shadow, decided, backbones.load)
+    return monitoring.monitor(settings, tell=tell, estimate=estimate)
+
+
+def decided(entry: dict[str, Any]) -> Task | None:
+    """The task of a recommendation that was given here, None where its rows are gone or have changed."""
+    for facts in sorted((home() / "work").glob("*/version/task.json")):
+        try:
+            if read_json(facts)["version"] == entry["task_version"]:
+                return read_task(facts.parent)
+        except (UserError, KeyError):
+            continue  # half removed by somebody
+    return None
 
 
 def settings_for(task: str | Path, *, params: Path | None = None, **given: Any) -> Settings:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from metapeft.training.trial import Score, Trial
 
 MLFLOW = "mlflow"  # in the place of a file: the tracking store of the settings
+DEGRADED = 3  # of `metapeft monitor --exit-code`: there is an alert
 INTERRUPTED = 130  # what typer makes of Ctrl-C: 128 + SIGINT
 
 app = typer.Typer(
@@ -594,6 +595,35 @@ def serve(
     limits = Limits(rows, queue, adapter_mb)
     chosen = api.settings_for("serve", backbone=backbone, params=params)
     run(chosen, host, port, limits, Bounds(seconds=timeout), poll_seconds, params)
+
+
+@app.command()
+def monitor(
+    shadow: Annotated[
+        int | None, Option(min=0, help="First train the runner-up beside so many first choices (default: settings).")
+    ] = None,
+    textfile: Annotated[Path | None, Option(help="Also write a .prom file for node_exporter.")] = None,
+    dry: Annotated[bool, Option("--dry-run", help="Say nothing to anyone and remember nothing.")] = False,
+    quick: Annotated[bool, Option("--quick", help="Do not estimate what retraining would gain.")] = False,
+    exit_code: Annotated[bool, Option("--exit-code", help="End with exit code 3 when there is an alert.")] = False,
+    params: Params = None,
+    as_json: Json = False,
+) -> None:
+    """Is the advice still as good as promised, and what is served with it? Alerts go where METAPEFT_ALERT_… says."""
+    from metapeft import api
+    from metapeft.monitoring import wording
+
+    report = api.monitor(shadow=shadow, tell=not dry, estimate=not quick, params=params)
+    if textfile is not None:
+        from metapeft.monitoring import exported
+
+        exported.write(report.to_json(), textfile)
+    show(report.to_json(), as_json, wording.rows(report), title=wording.title(report))
+    if not as_json:
+        for line in wording.lines(report):
+            print(line)
+    if exit_code and not report.healthy:
+        raise typer.Exit(DEGRADED)
 
 
 @keys.command("create")

@@ -60,6 +60,15 @@ class TrainSettings(Section):
     configuration: dict[str, Any] = Field(default_factory=dict, description="overrides of the chosen hyperparameters")
 
 
+class MonitorSettings(Section):
+    """What `metapeft monitor` watches (see `metapeft.monitoring`)."""
+
+    false_alarms: float = Field(
+        0.8, gt=0, le=100, description="per 1,000 decisions, of all tests of the advice together"
+    )
+    shadow: int = Field(0, ge=0, description="trials of the runner-up that a run may make, to know what was missed")
+
+
 class TrackingSettings(Section):
     uri: str | None = Field(None, description="None: SQLite in METAPEFT_HOME")
     experiment: str = "metapeft"
@@ -75,6 +84,7 @@ class Settings(Section):
     recommend: RecommendSettings = RecommendSettings()
     sweep: SweepSettings = SweepSettings()
     train: TrainSettings = TrainSettings()
+    monitor: MonitorSettings = MonitorSettings()
     tracking: TrackingSettings = TrackingSettings()
 
 

@@ -12,3 +12,5 @@ EXPERIENCE = Asset(name="experience", uri="metapeft://experience", group="metape
 META_MODEL = Asset(name="meta-model", uri="metapeft://meta-model", group="metapeft")
 # Somebody put or changed task files in the project's data folder: updated from outside (the UI, or the REST API).
 INCOMING = Asset(name="incoming", uri="metapeft://incoming", group="metapeft")
+# The monitor raised an alert that another meta-model may mend.
+DEGRADED = Asset(name="degraded", uri="metapeft://degraded", group="metapeft")

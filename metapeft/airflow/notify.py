@@ -31,6 +31,15 @@ def failed(context: Mapping[str, Any]) -> None:
     send(f"metapeft: {place} failed: {reason}", getattr(ti, "log_url", "") or "")
 
 
+def degraded(context: Mapping[str, Any]) -> None:
+    """`on_success_callback` of the task that found the advice worse. Writes the alerts into its log; `metapeft monitor`
+    has posted them already, once."""
+    ti = context.get("task_instance") or context.get("ti")
+    found = ti.xcom_pull(task_ids=ti.task_id) if ti is not None else None
+    for alert in (found or {}).get("alerts", ()):
+        log.error("metapeft: %s. %s What to do: %s", alert["title"], alert["text"], alert["do"])
+
+
 async def late(context: Mapping[str, Any] | None = None, **_: Any) -> None:
     """Callback of a missed deadline; runs in the triggerer, so it must not block it."""
     run = (context or {}).get("dag_run") or {}

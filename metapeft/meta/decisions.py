@@ -46,10 +46,15 @@ class Outcome:
     inside_90: float | None
 
 
-def record(found: Recommendation) -> str:
-    """Write a recommendation down; returns its id. Raises UserError when METAPEFT_HOME cannot be written."""
+def record(found: Recommendation, steps: int | None = None) -> str:
+    """Write a recommendation down; returns its id. steps: the training budget that its scores are predicted for.
+
+    Raises UserError when METAPEFT_HOME cannot be written.
+    """
     path = _file()
     line = {"id": found.id, "at": datetime.now(UTC).isoformat(timespec="microseconds"), **found.to_json()}
+    if steps is not None:
+        line["steps"] = steps
     data = json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

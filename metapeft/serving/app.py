@@ -28,7 +28,7 @@ from metapeft.data.rows import Row as DataRow
 from metapeft.data.task import separator
 from metapeft.data.templates import check_template, render
 from metapeft.errors import UserError
-from metapeft.serving import openai
+from metapeft.serving import feedback, openai
 from metapeft.serving.engine import Busy, Classification, Engine, Generation, Piece, TooSlow
 from metapeft.serving.keys import Key, Keyring
 from metapeft.serving.metrics import Metrics
@@ -68,6 +68,7 @@ class Service:
     local: bool = True
     token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
     bounds: Bounds = Bounds()
+    given: feedback.Given = field(default_factory=feedback.Given)
     log: Callable[[dict[str, Any]], None] = lambda record: print(json.dumps(record), file=sys.stderr, flush=True)
 
 
@@ -208,6 +209,7 @@ def create_app(service: Service) -> FastAPI:
             request.state.written = written
             service.metrics.tokens.labels(label(version)).inc(written)
             record = openai.head("chat.completion", "chatcmpl", body.model)
+            service.given.remember(record["id"], label(version), [piece.text.removeprefix(skip) for piece in pieces])
             return JSONResponse({**record, "choices": choices, "usage": openai.usage(len(ids), written)})
         record = openai.head("chat.completion.chunk", "chatcmpl", body.model)
         first = set(range(len(jobs)))
@@ -256,6 +258,7 @@ def create_app(service: Service) -> FastAPI:
         request.state.written = written
         service.metrics.tokens.labels(label(version)).inc(written)
         choices = [choice(n, piece) for n, piece in enumerate(pieces)]
+        service.given.remember(record["id"], label(version), [piece.text for piece in pieces])
         return JSONResponse({**record, "choices": choices, "usage": openai.usage(prompt_tokens, written)})
 
     @app.post("/v1/classify", tags=["completions"], dependencies=[known])
@@ -298,11 +301,15 @@ def create_app(service: Service) -> FastAPI:
                     "probabilities": {name: round(float(p), 6) for name, p in zip(labels, chances, strict=True)},
                 }
             )
+        record = openai.head("list", "classify", body.model)
+        service.given.remember(record["id"], label(version), [str(row["label"]) for row in data])
         return {
-            **openai.head("list", "classify", body.model),
+            **record,
             "data": data,
             "usage": openai.usage(sum(map(len, prompts)), 0),
         }
+
+    feedback.add_route(app, service, known)
 
     @app.post(
         "/v1/select",
@@ -423,6 +430,7 @@ def create_app(service: Service) -> FastAPI:
         prompt_tokens: int,
     ) -> Response:
         """Server-sent events. What fails before the first text is a plain error response."""
+        service.given.remember(record["id"], label(version))
         begin = time.perf_counter()
         n, piece = await first_of(request, events, jobs)
         service.metrics.first.observe(time.perf_counter() - begin)

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from metapeft.monitoring import exported
 from metapeft.runtime import mx
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Metrics:
     def __init__(self, engine: Engine, registry: Registry):
         self.registry = CollectorRegistry()
         self.registry.register(_Engine(engine, registry))
+        self.registry.register(exported.Collector())
         self.requests = Counter(
             "metapeft_http_requests", "Requests answered", ["route", "status"], registry=self.registry
         )
@@ -37,6 +39,9 @@ class Metrics:
             "metapeft_first_token_seconds", "Until the first text", buckets=SECONDS, registry=self.registry
         )
         self.tokens = Counter("metapeft_model_tokens", "Tokens written", ["model"], registry=self.registry)
+        self.feedback = Counter(
+            "metapeft_feedback", "Answers that callers judged", ["model", "verdict"], registry=self.registry
+        )
         self.deployments = Counter("metapeft_deployments", "Deployments", ["outcome"], registry=self.registry)
 
     def deployed(self, deployment: Deployment) -> None:

@@ -45,7 +45,7 @@ def ranked(settings: Settings, work: Path, own: bool = True) -> Recommendation:
 
     profile = Profile.from_json(read_json(work / "profile" / "profile.json"))
     found = recommend(read_task(work / "version"), profile, settings, own=own)
-    decisions.record(found)
+    decisions.record(found, settings.train.steps)
     return found
 
 

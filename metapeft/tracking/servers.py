@@ -42,7 +42,7 @@ def listed(url: str, token: str) -> Iterator[None]:
 def tell(name: str) -> int:
     """Tell every server that the registered model `name` has changed; how many took note. Never fails."""
     told = 0
-    for url, token in _known():
+    for url, token in known():
         try:
             _post(f"{url}/v1/deploy", token, {"model": name})
             told += 1
@@ -51,7 +51,8 @@ def tell(name: str) -> int:
     return told
 
 
-def _known() -> Iterator[tuple[str, str]]:
+def known() -> Iterator[tuple[str, str]]:
+    """(address, token) of every server that runs here, and of the one that METAPEFT_SERVER names."""
     if url := os.environ.get("METAPEFT_SERVER"):
         yield url.rstrip("/"), os.environ.get("METAPEFT_SERVER_KEY", "")
     if not folder().is_dir():

@@ -19,7 +19,7 @@ import pytest
 from metapeft.airflow import notify, pools
 from tests.dags.conftest import ROOT, airflow_environment
 
-DAGS = {"tune_task", "grow_and_retrain", "version_datasets"}
+DAGS = {"tune_task", "grow_and_retrain", "version_datasets", "monitor_selection"}
 HEAVY = {
     *("mlx", "mlflow", "great_expectations", "optuna", "dvc", "transformers", "pandas", "numpy", "sklearn"),
     *("matplotlib", "datasets"),
@@ -54,6 +54,8 @@ def test_every_dag_is_documented_owned_limited_and_watched(dags: dict[str, Any],
 
 
 def test_assets_connect_the_dags(dags: dict[str, Any]) -> None:
+    from airflow.sdk import AssetAny
+
     def updates(name: str) -> set[str]:
         return {asset.name for task in dags[name].tasks for asset in task.outlets}
 
@@ -61,7 +63,9 @@ def test_assets_connect_the_dags(dags: dict[str, Any]) -> None:
         condition = getattr(dags[name].timetable, "asset_condition", None)
         return {asset.name for asset in condition.objects} if condition is not None else set()
 
-    assert updates("version_datasets") == starts("grow_and_retrain") == {"datasets"}
+    assert updates("version_datasets") == {"datasets"} and updates("monitor_selection") == {"degraded"}
+    assert starts("grow_and_retrain") == {"datasets", "degraded"}
+    assert isinstance(dags["grow_and_retrain"].timetable.asset_condition, AssetAny), "either of them starts it"
     assert "meta-model" in updates("grow_and_retrain")
     assert updates("tune_task") == {"experience"} and not starts("tune_task")
 
@@ -69,8 +73,8 @@ def test_assets_connect_the_dags(dags: dict[str, Any]) -> None:
 def test_the_commands_that_dags_run_exist(dags: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     from metapeft import cli
 
-    for name in ("grow", "retrain"):
-        task = dags["grow_and_retrain"].get_task(name)
+    for dag, name in (("grow_and_retrain", "grow"), ("grow_and_retrain", "retrain"), ("monitor_selection", "monitor")):
+        task = dags[dag].get_task(name)
         assert cli.main([*task.arguments, "--help"]) == 0
         text = capsys.readouterr().out
         assert all(option in text for option in (*task.form.values(), "--json"))

@@ -1,0 +1,164 @@
+"""Are incoming tasks like those that the champion learned from? Their profiles, feature by feature.
+
+    ks     the largest Kolmogorov-Smirnov distance of any feature, between the last WINDOW tasks and the known ones
+    psi    the population stability index (bins of equal share of the known tasks), averaged over features
+
+Both are multiplied by n m / (n + m) (its root for the former), which makes windows of different size comparable, and
+looked at after every new task; how high they get without a change is simulated with whole profiles, so that features
+which go together count as what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from metapeft.monitoring.limits import HORIZON, WINDOW, Limit, drawn, highest, windowed, worlds
+from metapeft.monitoring.watches import SHARES, Finding
+from metapeft.profiling.profiles import SCALES
+
+BINS = 4
+LEAST_KNOWN, LEAST_NEW = 8, 10  # tasks
+RUNS = 200
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """rows: (tasks, features) on common scales; families: of the tasks."""
+
+    rows: np.ndarray
+    families: tuple[str, ...]
+
+    @cached_property
+    def ordered(self) -> np.ndarray:
+        found: np.ndarray = np.sort(self.rows, axis=0)
+        return found
+
+    @cached_property
+    def edges(self) -> np.ndarray:
+        """(features, BINS - 1)"""
+        found: np.ndarray = np.quantile(self.rows, np.arange(1, BINS) / BINS, axis=0).T
+        return found
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """(rows, features) bins."""
+        return np.array([np.searchsorted(e, rows[:, i], side="left") for i, e in enumerate(self.edges)]).T
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """(features, BINS) of the known tasks, smoothed."""
+        return _smoothed(_counted(self.places(self.rows)).sum(axis=0))
+
+    def ks(self, rows: np.ndarray) -> np.ndarray:
+        """(features,) distances between these rows and the known ones."""
+        found = []
+        for known, new in zip(self.ordered.T, np.sort(rows, axis=0).T, strict=True):
+            at = np.concatenate([known, new])
+            a, b = (np.searchsorted(s, at, side="right") / len(s) for s in (known, new))
+            found.append(float(np.abs(a - b).max()))
+        return np.array(found)
+
+    def psi(self, rows: np.ndarray) -> np.ndarray:
+        """(features,)"""
+        return _index(self.shares, _smoothed(_counted(self.places(rows)).sum(axis=0)))
+
+    def statistics(self, rows: np.ndarray) -> dict[str, float]:
+        """Of the last rows."""
+        n, m = len(self.rows), len(rows)
+        size = n * m / (n + m)
+        return {"ks": float(self.ks(rows).max() * size**0.5), "psi": float(self.psi(rows).mean() * size)}
+
+    @cached_property
+    def highest(self) -> dict[str, np.ndarray]:
+        """(RUNS,) each, ascending: how high the statistics get in histories of the known tasks themselves."""
+        random = np.random.default_rng(0)
+        tasks = drawn(worlds(self.families, random, RUNS), HORIZON, random)
+        n, own = len(self.rows), _counted(self.places(self.rows)).reshape(len(self.rows), -1)
+        order = np.argsort(self.rows, axis=0, kind="stable")
+        last = np.ones(self.rows.shape, dtype=bool)  # of equal values, where the distribution has made its whole step
+        last[:-1] = np.diff(self.ordered, axis=0) > 0
+        known = (np.arange(n) + 1)[:, None] / n
+        m = np.minimum(np.arange(HORIZON) + 1, WINDOW)[:, None]
+        size = (n * m / (n + m))[:, 0]
+        found: dict[str, list[float]] = {"ks": [], "psi": []}
+        for run in tasks:
+            counts = windowed(np.eye(n, dtype=np.float32)[run], axis=0)
+            far = np.zeros(HORIZON)
+            for feature in range(self.rows.shape[1]):
+                if last[:-1, feature].any():
+                    steps = np.cumsum(counts[:, order[:, feature]], axis=1) / m
+                    away = np.abs(steps - known.T)[:, last[:, feature]]
+                    far = np.maximum(far, away.max(axis=1))
+            index = _index(self.shares, _smoothed((counts @ own).reshape(HORIZON, -1, BINS))).mean(axis=-1)
+            found["ks"].append(float((far * size**0.5)[LEAST_NEW - 1 :].max()))
+            found["psi"].append(float((index * size)[LEAST_NEW - 1 :].max()))
+        return {name: highest(np.array(values)[:, None]) for name, values in found.items()}
+
+
+def _counted(places: np.ndarray) -> np.ndarray:
+    """(rows, features) -> (rows, features, BINS) of 0 and 1."""
+    return np.eye(BINS, dtype=np.float32)[places]
+
+
+def _smoothed(counts: np.ndarray) -> np.ndarray:
+    found: np.ndarray = (counts + 0.5) / (counts.sum(axis=-1, keepdims=True) + 0.5 * BINS)
+    return found
+
+
+def _index(known: np.ndarray, new: np.ndarray) -> np.ndarray:
+    found: np.ndarray = ((new - known) * np.log(new / known)).sum(axis=-1)
+    return found
+
+
+def scaled(features: dict[str, float]) -> np.ndarray:
+    """(features,) of a profile on common scales."""
+    return np.array([(change(features[n]) - centre) / scale for n, (change, centre, scale) in SCALES.items()])
+
+
+def watch(known: Profiles, rows: np.ndarray, places: Sequence[int], false_alarms: float) -> tuple[Finding, list[str]]:
+    """How incoming tasks stand to the known ones, and the features that moved most. rows: (tasks, features), the oldest
+    first; places: of the decisions that brought them."""
+    limits = {t: Limit(known.highest[t], false_alarms * SHARES["profiles", t]) for t in ("ks", "psi")}
+    alarms: list[int] = []
+    fired = since = None
+    start, worst, chance, test = 0, 0.0, 1.0, "ks"
+    level = expected = float("nan")
+    moved: list[str] = []
+    for now in range(len(rows)):
+        own = rows[max(start, now + 1 - WINDOW) : now + 1]
+        if len(own) < LEAST_NEW:
+            continue
+        found = known.statistics(own)
+        evidence = {t: value / limits[t].value for t, value in found.items()}
+        best = max(evidence, key=lambda t: evidence[t])
+        level = float(known.psi(own).mean())
+        expected = (BINS - 1) * (1 / len(own) + 1 / len(known.rows))
+        if fired is not None:
+            if now - fired >= WINDOW and evidence[best] < 0.75:
+                fired, since, start, worst, chance = None, None, now + 1, 0.0, 1.0
+            continue
+        worst, test, chance = evidence[best], best, limits[best].chance(found[best])
+        if worst >= 1:
+            fired, since = now, max(start, now + 1 - WINDOW)
+            alarms.append(now)
+            far = known.ks(own)
+            moved = [list(SCALES)[i] for i in np.argsort(-far)[:3]]
+    return (
+        Finding(
+            watch="profiles",
+            value=level,
+            expected=expected,
+            evidence=worst,
+            test=test,
+            chance=chance,
+            decisions=len(rows),
+            fired=None if fired is None else places[fired],
+            since=None if since is None else places[since],
+            alarms=tuple(places[a] for a in alarms),
+            at_alarm=level,
+        ),
+        moved if fired is not None else [],
+    )

@@ -1,0 +1,256 @@
+"""One look at everything: `monitor(settings) -> Report`. Reads what is on disk; deterministic but for the servers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from metapeft.meta import decisions as given
+from metapeft.meta import versions
+from metapeft.meta.evidence import Observation
+from metapeft.meta.experience import Experience
+from metapeft.meta.knowledge import Knowledge, knowledge
+from metapeft.monitoring import alerts as told
+from metapeft.monitoring import benefit as benefits
+from metapeft.monitoring import channels, drift, feedback, served, state
+from metapeft.monitoring.alerts import RETRAINED, Alert
+from metapeft.monitoring.benefit import Benefit
+from metapeft.monitoring.outcomes import Decision, joined
+from metapeft.monitoring.promise import promised
+from metapeft.monitoring.watches import Finding, Limits, watch
+from metapeft.profiling.profiles import SCALES
+from metapeft.settings import Settings
+from metapeft.tracking import models
+
+
+@dataclass
+class Report:
+    """What a run found. watches: how each stands, with `known` saying what is missing where nothing can be said yet.
+
+    new, over: keys of the alerts that were raised in this run, and of those that ended. undelivered: channel -> what.
+    """
+
+    at: str
+    model: int
+    decisions: int
+    joined: int
+    compared: int
+    watches: list[dict[str, Any]]
+    alerts: list[Alert]
+    new: tuple[str, ...] = ()
+    over: tuple[str, ...] = ()
+    undelivered: dict[str, str] = field(default_factory=dict)
+    servers: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def healthy(self) -> bool:
+        return not self.alerts
+
+    @property
+    def retrain(self) -> bool:
+        """Whether one of the alerts of this run may be mended by a new meta-model."""
+        return any(alert.retrain for alert in self.alerts if alert.key in self.new)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "healthy": self.healthy, "retrain": self.retrain}
+
+
+def monitor(settings: Settings, *, tell: bool = True, estimate: bool = True) -> Report:
+    """Look, remember, and say what is new.
+
+    tell: False neither says nor remembers anything. estimate: whether the benefit of retraining is estimated when there
+    is a new alert that it may mend (minutes). Raises UserError when METAPEFT_HOME cannot be written or a channel's
+    address is none.
+    """
+    carried = channels.configured()
+    with state.alone():
+        remembered = state.read()
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        report, seen = _look(settings, now, remembered, estimate)
+        if tell:
+            changes = state.compare(remembered, report.alerts, now)
+            report.new, report.over = changes.new, changes.over
+            remembered.servers, remembered.report = seen, report.to_json()
+            state.write(remembered)  # what is known is kept even if telling is interrupted
+            report.undelivered = state.tell(remembered, carried)
+            remembered.report = report.to_json()
+            state.write(remembered)
+    return report
+
+
+def _look(
+    settings: Settings, now: str, remembered: state.State, estimate: bool
+) -> tuple[Report, dict[str, dict[str, float]]]:
+    champion, known = versions.champion(), knowledge(Experience())
+    entries = [entry for entry in given.read() if entry["model"] == champion.number]
+    decisions = joined(entries, known.trials)
+    observations = known.observations(champion.model.remaining)
+    first = entries[0]["at"] if entries else now
+    promise = promised(champion, _before(observations, known, first) if not champion.seen else observations)
+    found: list[Alert] = []
+    watches: list[dict[str, Any]] = []
+    allowed = settings.monitor.false_alarms
+    moved: list[str] = []
+    findings: list[Finding] = []
+    kinds = [d.kind for d in decisions if d.regret is not None]
+    if promise and any(d.followed for d in decisions):
+        findings += watch(decisions, promise, Limits(promise, kinds, allowed))
+    else:
+        missing = "a trial of a recommended configuration" if promise else f"{_least()} judged tasks in the experience"
+        watches += [_unknown(name, missing) for name in ("regret", "order", "intervals", "chances", "seconds")]
+    profiles = _profiles(champion, observations)
+    rows, places = _incoming(decisions, known)
+    if len(profiles.rows) >= drift.LEAST_KNOWN and len(rows) >= drift.LEAST_NEW:
+        finding, moved = drift.watch(profiles, rows, places, allowed)
+        findings.append(finding)
+    else:
+        need = f"{drift.LEAST_NEW} recommendations for different tasks, {drift.LEAST_KNOWN} profiled tasks tried before"
+        watches.append(_unknown("profiles", need))
+    gain = _benefit(findings, decisions, entries, observations, remembered, estimate)
+    for finding in findings:
+        alert = told.of_watch(finding, decisions, moved, gain if finding.watch in RETRAINED else None)
+        watches.append(_standing(finding))
+        if alert is not None:
+            found.append(alert)
+    for row, alert in _adapters(settings):
+        watches.append(row)
+        found += [alert] if alert is not None else []
+    health, seen = served.look(remembered.servers)
+    for one in health:
+        raised = told.of_server(one, now)
+        found += raised
+        watches.append(
+            {
+                "watch": f"serving:{one.server}",
+                "value": one.errors / one.requests if one.requests else None,
+                "expected": served.ERRORS,
+                "evidence": None,
+                "decisions": one.requests,
+                "fires": bool(raised),
+                "known": "",
+            }
+        )
+    report = Report(
+        at=now,
+        model=champion.number,
+        decisions=len(decisions),
+        joined=sum(bool(d.followed) for d in decisions),
+        compared=len(kinds),
+        watches=sorted(watches, key=lambda w: _ORDER.index(w["watch"]) if w["watch"] in _ORDER else len(_ORDER)),
+        alerts=found,
+        servers=served.summed(health),
+    )
+    return report, {**remembered.servers, **seen}
+
+
+_ORDER = ["regret", "order", "intervals", "chances", "profiles", "seconds"]
+
+
+def _least() -> int:
+    from metapeft.meta.evaluate import LEAST_JUDGED
+
+    return LEAST_JUDGED
+
+
+def _before(observations: Sequence[Observation], known: Knowledge, at: str) -> list[Observation]:
+    """Of tasks that were tried before the first decision: what a model that was fitted to nothing predicts from."""
+    began: dict[tuple[str, str], str] = {}
+    for trial in known.trials:
+        place = (trial.task_version, trial.backbone)
+        began[place] = min(began.get(place, trial.started), trial.started)
+    return [o for o in observations if began.get((o.task.version, o.task.backbone), at) < at]
+
+
+def _profiles(champion: versions.Version, observations: Sequence[Observation]) -> drift.Profiles:
+    """Of the tasks that the champion learned from (all known, where it was fitted to nothing)."""
+    seen = set(champion.seen)
+    tasks = {o.task: o.task for o in observations if o.task.features is not None and (not seen or o.id in seen)}
+    rows = np.array([drift.scaled(t.features) for t in tasks if t.features is not None])
+    return drift.Profiles(rows.reshape(len(rows), len(SCALES)), tuple(t.family for t in tasks))
+
+
+def _incoming(decisions: Sequence[Decision], known: Knowledge) -> tuple[np.ndarray, list[int]]:
+    """Profiles of the tasks that were asked about, each once, and by which decision first."""
+    rows, places, met = [], [], set()
+    for place, decision in enumerate(decisions):
+        task = (decision.task_version, decision.backbone)
+        if task in known.profiles and task not in met:
+            met.add(task)
+            rows.append(drift.scaled(known.profiles[task].features))
+            places.append(place)
+    return np.array(rows).reshape(len(rows), len(SCALES)), places
+
+
+def _benefit(
+    findings: Sequence[Finding],
+    decisions: Sequence[Decision],
+    entries: Sequence[dict[str, Any]],
+    observations: Sequence[Observation],
+    remembered: state.State,
+    estimate: bool,
+) -> Benefit | None:
+    """Of retraining, when something that it may mend is worse; as it was estimated before while the alert lasts."""
+    fired = [f for f in findings if f.fired is not None and f.watch in RETRAINED]
+    if not fired:
+        return None
+    for finding in fired:
+        earlier = remembered.alerts.get(finding.watch)
+        if earlier is not None and earlier.alert.get("benefit"):
+            return Benefit(**{k: earlier.alert["benefit"][k] for k in ("tasks", "now", "refitted", "error")})
+    if not estimate:
+        return None
+    since = min(f.since or 0 for f in fired)
+    return benefits.benefit(decisions[since:], observations, benefits.first_choices(entries))
+
+
+def _standing(finding: Finding) -> dict[str, Any]:
+    return {
+        "watch": finding.watch,
+        "value": told.finite(finding.value),
+        "expected": told.finite(finding.expected),
+        "evidence": told.finite(finding.evidence),
+        "decisions": finding.decisions,
+        "fires": finding.fired is not None,
+        "known": "" if finding.decisions else "no decision tells of it yet",
+    }
+
+
+def _unknown(name: str, missing: str) -> dict[str, Any]:
+    return {"watch": name, "value": None, "expected": None, "evidence": None, "decisions": 0, "fires": False} | {
+        "known": f"needs {missing}"
+    }
+
+
+def _adapters(settings: Settings) -> list[tuple[dict[str, Any], Alert | None]]:
+    """Every adapter version that has feedback, against its registered score."""
+    said: dict[str, list[feedback.Feedback]] = {}
+    for one in feedback.read():
+        said.setdefault(one.model, []).append(one)
+    if not said:
+        return []
+    registered = {f"{m.name}@{m.version}": m for m in models.list_models(settings)}
+    found = []
+    for name, answers in sorted(said.items()):
+        model = registered.get(name)
+        if model is None or model.metric == "macro_f1" or not math.isfinite(model.score):
+            continue  # the backbone alone, a version that is gone, or a score that no single answer has
+        error = model.standard_error if math.isfinite(model.standard_error) else 0.0
+        seen = feedback.watch(name, [a.verdict == "right" for a in answers], model.score, error)
+        since = answers[seen.since].at if seen.since is not None else ""
+        back = f"`metapeft models rollback {model.name}` gives the version before back." if model.version > 1 else None
+        row = {
+            "watch": f"feedback:{name}",
+            "value": told.finite(seen.accuracy),
+            "expected": seen.promised,
+            "evidence": seen.evidence,
+            "decisions": seen.answers,
+            "fires": seen.fired is not None,
+            "known": "",
+        }
+        found.append((row, told.of_feedback(seen, since, back)))
+    return found
