@@ -53,12 +53,14 @@ def run_trial(
     folder: Path | None = None,
     progress: Progress | None = None,
     test: bool = True,
+    prepare: Callable[[Adapter], None] | None = None,
 ) -> Trial:
     """Trains one configuration and measures it. Never raises for what a configuration does: the status says it.
 
     folder: where the adapter goes (and, while training, the state that a restarted run continues from); None keeps
     nothing. progress: called with {"step", "steps", "train_loss", …} after every step and evaluation; returning True
     stops the trial early (status "stopped", best weights so far). test: whether the test split is scored.
+    prepare: called with the fresh adapter, attached, before it trains: to start from other weights.
     """
     configuration = full(configuration)
     method, train = split(configuration)
@@ -94,6 +96,8 @@ def run_trial(
         adapter = create(method, session.model, seed=seed, text_ids=ids)
         trial.trained_parameters = sum(value.size for _, value in leaves(adapter.module.parameters()))
         adapter.attach(session.model)
+        if prepare is not None:
+            prepare(adapter)
         run = _Run(session, adapter, train, steps, seed, folder, trial, progress)
         run.train()
         trial.validation = run.validated()
@@ -139,7 +143,7 @@ class _Run:
         self.examples = session.encoded["train"]
         self.sample = sample(len(session.encoded["validation"]))
         self.lengths = [e.length for e in self.examples]
-        self.start = adapter.lowest_layer()
+        self.start = session.start(adapter)
         self.layout = Layout(adapter.module.trainable_parameters())
         self.optimizer = optim.AdamW(
             learning_rate=config.learning_rate, weight_decay=config.weight_decay, bias_correction=True
