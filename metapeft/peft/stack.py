@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+
 from metapeft.backbones.forward import Prefix as KeysValues
 from metapeft.errors import UserError
 from metapeft.peft.adalora import TripletLowRank
@@ -95,7 +97,7 @@ def _factors(delta: nn.Module) -> tuple[mx.array, mx.array]:
     assert isinstance(delta, LowRank | TripletLowRank)
     if not isinstance(delta, TripletLowRank):
         return delta.a, delta.scale * delta.b
-    kept = mx.array([i for i, e in enumerate(delta.e[:, 0].tolist()) if e != 0], dtype=mx.int32)
+    kept = mx.array(np.flatnonzero(np.array(delta.e[:, 0])), dtype=mx.int32)
     return (delta.a * delta.e)[kept], (delta.scale * delta.b)[:, kept]
 
 

@@ -30,6 +30,7 @@ from metapeft.training.batches import batch_at, shards
 from metapeft.training.configuration import TrainConfig, full, split
 from metapeft.training.encode import text_ids
 from metapeft.training.evaluation import evaluate, untuned
+from metapeft.training.noise import GradientNoise
 from metapeft.training.session import Session, completion_logits
 from metapeft.training.trial import Score, Trial, trial_id
 from metapeft.training.vector import Layout, leaves
@@ -154,6 +155,7 @@ class _Run:
         self.best: Score | None = None
         self.best_vector: mx.array | None = None
         self.since_best = 0
+        self.noise = GradientNoise()
         self.earlier_seconds = self.earlier_cpu_seconds = 0.0
         self.begin, self.begin_cpu = time.perf_counter(), time.process_time()
         self.saved = self.begin
@@ -228,6 +230,7 @@ class _Run:
             jobs = [partial(self._gradient, *each, total) for each in zip(seeds, wanted, strict=True)]
         extra = [self._extra_gradient] if isinstance(self.adapter, AdaLoRA) else []
         losses, gradients = zip(*self.session.workers.map([*jobs, *extra]), strict=True)
+        self.noise.update(gradients[: len(jobs)], [len(part) for part in parts])
         if self.native is not None:
             gradients = (self.native.gradient(self.parameters, gradients[: len(jobs)]), *gradients[len(jobs) :])
         gradient: mx.array = sum(gradients[1:], gradients[0])
@@ -301,6 +304,7 @@ class _Run:
             "train_loss": sum(recent) / max(1, len(recent)),
             "validation_loss": found.loss,
             "validation_score": found.value,
+            "gradient_noise": self.noise.scale(),
         }
         self.trial.curve.append(row)
         return row
@@ -326,6 +330,7 @@ class _Run:
             "since_best": self.since_best,
             "curve": self.trial.curve,
             "tokens": self.trial.tokens,
+            "noise": self.noise.state,
             "seconds": self._elapsed(),
             "cpu_seconds": self.earlier_cpu_seconds + time.process_time() - self.begin_cpu,
         }
@@ -359,6 +364,7 @@ class _Run:
         self.step, self.losses, self.since_best = facts["step"], facts["losses"], facts["since_best"]
         self.lowest = facts["lowest"]
         self.trial.curve, self.trial.tokens = facts["curve"], facts["tokens"]
+        self.noise.state = facts.get("noise", self.noise.state)
         self.earlier_seconds, self.earlier_cpu_seconds = facts["seconds"], facts.get("cpu_seconds", 0.0)
 
 
@@ -380,12 +386,15 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def _save(adapter: Adapter, folder: Path, trial: Trial, task: Task) -> None:
-    """With what serving needs to ask as training did; no template: it was trained on conversations."""
     from metapeft.peft import adapters
 
     trial.adapter = str(folder)
+    adapters.save(adapter, folder, describe(trial, task))
+    trial.adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
+
+
+def describe(trial: Trial, task: Task) -> dict[str, Any]:
+    """An adapter's metadata: what serving needs to ask as training did; no template if it was trained on chats."""
     template = task.template if isinstance(task.train[0].prompt, str) else ""
     form = {"name": task.name, "kind": task.kind, "labels": list(task.labels), "template": template}
-    metadata = {"trial": trial.to_json(), "backbone": trial.backbone, "steps": trial.budget, "task": form}
-    adapters.save(adapter, folder, metadata)
-    trial.adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
+    return {"trial": trial.to_json(), "backbone": trial.backbone, "steps": trial.budget, "task": form}
