@@ -29,7 +29,7 @@ from metapeft.training.evaluation import Predictions, predict, score
 from metapeft.training.session import Session, Shard, completion_logits
 
 How = Literal["frozen", "converted", "distilled"]
-DISTILL_STEPS = 12
+DISTILL_STEPS = 8
 DISTILL_BATCHES = 4  # cached, and gone through again and again
 GUARD = 64  # examples at most
 
@@ -47,7 +47,7 @@ class Handover:
 
 @dataclass(frozen=True)
 class Change:
-    """Of the guard set's outputs at an exchange: token losses (nats per token) and answers (share that is different)."""
+    """Of the guard set's outputs at an exchange: token losses (nats per token), the share of answers that differ."""
 
     examples: int
     score_before: float

@@ -17,7 +17,7 @@ from metapeft.switching.handover import DISTILL_STEPS, How
 from metapeft.training.trial import Trial
 
 FEW, MANY = 20, 120  # steps between which cost is measured: it is a line
-SLOWER = 4.0  # a step of distillation, which the native decoder does not compute, against one of training
+SLOWER = 2.5  # a step of distillation, which the native decoder does not compute, against one of training
 
 
 @dataclass(frozen=True)

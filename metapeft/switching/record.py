@@ -35,8 +35,8 @@ class Leg:
 
 @dataclass
 class Record:
-    """decisions: what `decide.to_json` makes, with "leg" and "step" in their evidence. kept: the leg whose adapter, with
-    all beneath it, is the result. budget_seconds: predicted ones, see `metapeft.switching.prices`."""
+    """decisions: what `decide.to_json` makes, with "leg" and "step" in their evidence. kept: the leg whose adapter is
+    the result, with all beneath it. budget_seconds: predicted ones, see `metapeft.switching.prices`."""
 
     trial: str
     budget_seconds: float

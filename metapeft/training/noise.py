@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from metapeft.runtime import mx
 
 MEMORY = 0.9  # of the running means: a single step says little
@@ -27,11 +29,11 @@ class GradientNoise:
             return
         whole = sum(gradients[1:], gradients[0])
         small = [mx.sum(g * g) * (total / size) ** 2 for g, size in zip(gradients, sizes, strict=True)]
-        large, *squares = (float(value.item()) for value in (mx.sum(whole * whole), *small))
+        large, *squares = np.array(mx.stack([mx.sum(whole * whole), *small]), dtype=float)
         # Each shard: |g|^2 = |G|^2 + S / size in the mean, and so for the whole.
         inverse = sum(1 / size for size in sizes) / count
         variance = (sum(squares) / count - large) / (inverse - 1 / total)
-        found = (variance, large - variance / total, 1.0)
+        found = (float(variance), float(large - variance / total), 1.0)
         self.state = [MEMORY * old + (1 - MEMORY) * new for old, new in zip(self.state, found, strict=True)]
 
     def scale(self) -> float | None:
