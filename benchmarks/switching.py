@@ -1,6 +1,6 @@
 """Does switching methods while training pay, and is anything forgotten?
 
-    python benchmarks/switching.py [--quick] [--json FILE] [--tasks a,b] [--seeds 0,1,2] [--parts one,wrong,sequences,forecast]
+    python benchmarks/switching.py [--quick] [--json FILE] [--tasks a,b] [--seeds 0,1,2] [--parts one,sequences]
 
 one        each task trained with every method (its configuration that is expected to be best there), with the
            recommended one of them, and with switching from the recommended one; equal budgets in predicted seconds
@@ -183,10 +183,11 @@ def static(name: str, choice: dict[str, Any], seed: int) -> dict[str, Any]:
 def switched(name: str, choice: dict[str, Any], seed: int, budget: float) -> dict[str, Any]:
     from metapeft.settings import home
     from metapeft.switching import run
+    from metapeft.switching.decide import Policy
 
     session, _ = prepared(name)
     start, steps = choice["configuration"], choice["steps"]
-    folder = home() / "benchmarks" / f"switching-{run.identity(session, start, steps, seed, run.Policy())}"
+    folder = home() / "benchmarks" / f"switching-{run.identity(session, start, steps, seed, Policy())}"
     trial, record = run.train(
         session,
         start,

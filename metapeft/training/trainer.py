@@ -228,7 +228,7 @@ class _Run:
             jobs = self.native.jobs(wanted, total, seeds)
         else:
             jobs = [partial(self._gradient, *each, total) for each in zip(seeds, wanted, strict=True)]
-        extra = [self._extra_gradient] if isinstance(self.adapter, AdaLoRA) else []
+        extra = [self._extra_gradient] if isinstance(self.adapter, AdaLoRA) or self.adapter.penalty else []
         losses, gradients = zip(*self.session.workers.map([*jobs, *extra]), strict=True)
         self.noise.update(gradients[: len(jobs)], [len(part) for part in parts])
         if self.native is not None:
@@ -267,13 +267,13 @@ class _Run:
         return value, self.layout.join(gradient)
 
     def _extra_gradient(self) -> tuple[mx.array, mx.array]:
-        """Zero, and the gradient of the method's own loss (AdaLoRA's orthogonality), which is the same for any data."""
+        """Zero, and the gradient of the losses that are the same for any data: AdaLoRA's orthogonality, a penalty."""
 
         def loss(parameters: Any) -> mx.array:
             self.adapter.module.update(parameters)
             value = self.adapter.extra_loss()
-            assert value is not None
-            return value
+            total = mx.array(0.0) if value is None else value
+            return total if self.adapter.penalty is None else total + self.adapter.penalty()
 
         gradient = mx.grad(loss)(self.parameters)
         self.adapter.module.update(self.parameters)

@@ -14,8 +14,9 @@ from metapeft.switching.advice import Advice, Alternative
 from metapeft.switching.decide import Policy
 from metapeft.switching.forecast import Forecaster, Joint
 from metapeft.switching.prices import Price
+from metapeft.switching.record import Record
 from metapeft.training.session import Session
-from metapeft.training.trial import Score
+from metapeft.training.trial import Score, Trial
 from tests.training import made
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -41,7 +42,7 @@ class Certain(Forecaster):
         return Joint(means, np.diag([0.02**2] * len(means)))
 
     def ahead(self, curve: Any, steps: int) -> tuple[float, float]:
-        return 0.0, 0.05
+        return 0.0, 0.005
 
 
 def advice(start: str, *others: str, **worth: float) -> Advice:
@@ -54,7 +55,9 @@ def session() -> Session:
     return found
 
 
-def train(at: Session, folder: Path, start: str, *others: str, policy: Policy = POLICY, **worth: float) -> Any:
-    """From `start`, 30 steps' budget; (trial, record)."""
+def train(
+    at: Session, folder: Path, start: str, *others: str, policy: Policy = POLICY, steps: int = 30, **worth: float
+) -> tuple[Trial, Record]:
+    """From `start`, with the budget of `steps`."""
     given = advice(start, *others, **worth)
-    return run.train(at, SMALL[start], lambda: given, steps=30, folder=folder, policy=policy)
+    return run.train(at, SMALL[start], lambda: given, steps=steps, folder=folder, policy=policy)
