@@ -179,7 +179,7 @@ def recommend(
         len(task.train),
         profile.features,
     )
-    evidence = _evidence(known, version.model, here, own)
+    evidence = counting(known, version.model, here, own)
     with one_thread():
         conditioned = _conditioned(version.model, evidence)
         others = [t for t in trials if t.task_version != task.version and t.backbone == profile.backbone]
@@ -231,7 +231,7 @@ def _r(value: float) -> float:
     return round(float(value), 4)
 
 
-def _evidence(known: Knowledge, model: Model, here: Known, own: bool) -> list[Observation]:
+def counting(known: Knowledge, model: Model, here: Known, own: bool) -> list[Observation]:
     """What counts for a task: its own observations, with its profile as it is now, and those of enough other tasks."""
     observed = known.observations(model.remaining)
     mine = [replace(o, task=here) for o in observed if o.task == here] if own else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from metapeft.peft.lora import LoRAConfig, MatrixAdapter
 from metapeft.peft.matrices import linear_layers, shape
 from metapeft.peft.prefix import Prefix, PrefixConfig
 from metapeft.peft.saved import ROOT, Saved, layer_of, within_layer
+from metapeft.peft.stack import Stack
 from metapeft.peft.virtual import Table, VirtualTokens
 from metapeft.runtime import mx, nn
 
@@ -25,6 +27,8 @@ def save(adapter: Adapter, folder: Path, metadata: dict[str, Any]) -> None:
 
 def take(adapter: Adapter, metadata: dict[str, Any]) -> Saved:
     """An adapter's present weights as data; encoders are reduced to the virtual tokens they make."""
+    if isinstance(adapter, Stack):
+        return replace(take(adapter.matrices, metadata), virtual=take(adapter.virtual, {}))
     if isinstance(adapter, AdaLoRA):
         # A rank is in force where E is not zero: `kept` may be newer than restored best weights.
         deltas = adapter.deltas if adapter.kept is not None else {}
@@ -48,6 +52,10 @@ def load(folder: Path, model: nn.Module) -> Adapter:
 def build(saved: Saved, model: nn.Module, name: str = "the adapter") -> Adapter:
     """An adapter for `model`, in float32, not yet attached. Raises UserError, naming `name`, when it does not fit."""
     config = saved.config
+    if saved.virtual is not None:
+        matrices, virtual = build(replace(saved, virtual=None), model, name), build(saved.virtual, model, name)
+        assert isinstance(matrices, MatrixAdapter)
+        return Stack(matrices, virtual)
     if isinstance(config, LoRAConfig):
         return lora.from_tensors(config, _fitted(saved, model, name))
     if isinstance(config, AdaLoRAConfig):

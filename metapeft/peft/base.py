@@ -7,6 +7,7 @@ tuning and P-tuning as the keys and values of virtual tokens, computed once per 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,6 +42,7 @@ class Adapter:
 
     config: MethodConfig
     module: nn.Module
+    penalty: Callable[[], mx.array] | None = None  # a loss of the parameters that whoever trains them adds
 
     def attach(self, model: nn.Module) -> None:
         raise NotImplementedError
@@ -53,6 +55,7 @@ class Adapter:
         return None
 
     def extra_loss(self) -> mx.array | None:
+        """The method's own loss of its parameters, beside the task's."""
         return None
 
     def after_step(self, step: int, gradients: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from metapeft.peft import huggingface, mlx_lm, parse
 from metapeft.peft.saved import Format, Saved
 
 OURS = "metapeft.json"
+MATRICES, VIRTUAL = "matrices.", "virtual."  # before the names of a stack's files
 FORMATS: tuple[Format, ...] = ("metapeft", "peft", "mlx-lm")
 
 
@@ -59,11 +60,25 @@ def _read(place: Path) -> Saved:
 
 def write(folder: Path, saved: Saved) -> None:
     """Writes our format; an adapter that is already there is replaced in one step (see `folder.publish`)."""
+    folders.publish(folder, _files(saved))
+
+
+def _files(saved: Saved) -> dict[str, bytes]:
+    """Two adapters in one folder have names of their own: PEFT would take the one it knows for the whole."""
+    if saved.virtual is not None:
+        halves = {MATRICES: _files(replace(saved, virtual=None)), VIRTUAL: _files(saved.virtual)}
+        return {half + name: content for half, files in halves.items() for name, content in files.items()}
     ours = {"format": 1, "configuration": saved.config.to_json(), "metadata": saved.metadata}
-    folders.publish(folder, huggingface.encode(saved) | {OURS: json.dumps(ours, indent=2, sort_keys=True).encode()})
+    return huggingface.encode(saved) | {OURS: json.dumps(ours, indent=2, sort_keys=True).encode()}
 
 
 def _decode(files: dict[str, bytes], folder: Path) -> Saved:
+    if any(name.startswith(VIRTUAL) for name in files):
+        matrices, virtual = (
+            _decode({n.removeprefix(half): content for n, content in files.items() if n.startswith(half)}, folder)
+            for half in (MATRICES, VIRTUAL)
+        )
+        return replace(matrices, virtual=virtual)
     for name in (huggingface.CONFIG, huggingface.WEIGHTS, OURS):
         if name not in files:
             raise UserError(f"{folder / folders.MANIFEST} does not list {name}; the adapter was damaged, save it again")
@@ -83,11 +98,21 @@ def _decode(files: dict[str, bytes], folder: Path) -> Saved:
 
 def to_mlx_lm(folder: Path, saved: Saved) -> None:
     """Writes a folder for `mlx_lm --adapter-path`. Raises UserError for methods that mlx-lm does not have."""
+    _alone(saved, "mlx-lm")
     folders.publish(folder, mlx_lm.encode(saved), sealed=False)
 
 
+def _alone(saved: Saved, whose: str) -> None:
+    if saved.virtual is not None:
+        raise UserError(
+            f"{whose} cannot hold this adapter: {saved.virtual.config.method} on {saved.config.method}; serve it with"
+            " metapeft, or train one method without --switch"
+        )
+
+
 def to_peft(folder: Path, saved: Saved) -> None:
-    """Writes a folder for `PeftModel.from_pretrained`."""
+    """Writes a folder for `PeftModel.from_pretrained`. Raises UserError for a stack with virtual tokens."""
+    _alone(saved, "Hugging Face PEFT")
     folders.publish(folder, huggingface.encode(saved), sealed=False)
 
 
@@ -109,4 +134,5 @@ def convert(source: Path, destination: Path, to: Format, backbone: str | None = 
 
 
 def _replaceable(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / "adapter_config.json").exists() or not any(folder.iterdir()))
+    names = ("adapter_config.json", MATRICES + "adapter_config.json")
+    return folder.is_dir() and (any((folder / name).exists() for name in names) or not any(folder.iterdir()))

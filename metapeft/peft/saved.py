@@ -23,6 +23,7 @@ class Saved:
     `metadata` is JSON of the caller's choice. Formats that have a place for them read these keys: `backbone` (the base
     model's name), `layers` (its depth), `kv_heads` (prefix tuning), `steps` (AdaLoRA's whole schedule).
     `rank_pattern` (AdaLoRA): module path -> which of the initial ranks are in force; empty before the first pruning.
+    `virtual`: virtual tokens that go with the changed matrices (`metapeft.peft.stack`).
     """
 
     config: MethodConfig
@@ -30,6 +31,7 @@ class Saved:
     metadata: dict[str, Any] = field(default_factory=dict)
     format: Format = "metapeft"
     rank_pattern: dict[str, list[bool]] = field(default_factory=dict)
+    virtual: Saved | None = None
 
     def modules(self) -> dict[str, dict[str, mx.array]]:
         """Module path -> its matrices by "A", "B" and for AdaLoRA "E" (empty for the prompt-like methods)."""

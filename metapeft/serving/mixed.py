@@ -17,8 +17,9 @@ from typing import Any
 from metapeft.errors import UserError
 from metapeft.peft import adapters, checkpoints
 from metapeft.peft.adalora import TripletLowRank
-from metapeft.peft.lora import LowRank, MatrixAdapter
+from metapeft.peft.lora import LowRank
 from metapeft.peft.matrices import Adapted, linear_layers, replace
+from metapeft.peft.stack import parts
 from metapeft.runtime import mx, nn
 
 Pair = tuple[mx.array, mx.array]
@@ -52,15 +53,16 @@ def read(folder: Path, model: nn.Module, name: str) -> Resident:
     saved = checkpoints.read(folder)
     adapter = adapters.build(saved, model, name)
     found = Resident(name, saved.config.method)
-    if isinstance(adapter, MatrixAdapter):
-        found.matrices = {path: _factors(delta) for path, delta in adapter.deltas.items()}
-    else:
+    matrices, virtual = parts(adapter)
+    if matrices is not None:
+        found.matrices = {path: _factors(delta) for path, delta in matrices.deltas.items()}
+    if virtual is not None:
         adapter.attach(model)
         found.prefix = adapter.prefix(model)
         adapter.detach(model)
-    parts = [part for pair in (*found.matrices.values(), *(found.prefix or ())) for part in pair]
-    mx.eval(parts)
-    if not all(bool(mx.all(mx.isfinite(part))) for part in parts):
+    arrays = [part for pair in (*found.matrices.values(), *(found.prefix or ())) for part in pair]
+    mx.eval(arrays)
+    if not all(bool(mx.all(mx.isfinite(part))) for part in arrays):
         raise UserError(f"{name} holds numbers that are not finite; train it again")
     return found
 

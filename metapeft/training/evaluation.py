@@ -55,7 +55,7 @@ def predict(session: Session, adapter: Adapter | None, split: str, indices: Sequ
     """Predictions for the examples at `indices` (all of them by default), in that order."""
     places = range(len(session.encoded[split])) if indices is None else indices
     examples = [session.encoded[split][i] for i in places]
-    start = adapter.lowest_layer() if adapter is not None else 0
+    start = session.start(adapter)
     if adapter is not None:
         mx.eval(adapter.module.parameters())  # read from disk they are lazy, and bound to this thread's stream
     if start > 0:

@@ -13,6 +13,7 @@ from metapeft.kernels.decoder import Decoder, Found, Gradients, Rows
 from metapeft.peft.base import Adapter
 from metapeft.peft.lora import MatrixAdapter
 from metapeft.peft.prefix import Prefix as PrefixAdapter
+from metapeft.peft.stack import Stack
 from metapeft.peft.virtual import VirtualTokens
 from metapeft.runtime import mx
 from metapeft.training.vector import Layout
@@ -26,7 +27,7 @@ def usable(session: Session, adapter: Adapter | None) -> Decoder | None:
     view = session.decoder
     if view is None or not view.covers():
         return None
-    if adapter is None or isinstance(adapter, MatrixAdapter | PrefixAdapter | VirtualTokens):
+    if adapter is None or isinstance(adapter, MatrixAdapter | PrefixAdapter | VirtualTokens | Stack):
         return view
     return None
 
@@ -47,11 +48,18 @@ def common_rows(session: Session, view: Decoder, virtual: np.ndarray | None, sta
     return shared if virtual is None else np.concatenate([virtual, shared])
 
 
-def known_prefix(session: Session, view: Decoder, adapter: Adapter | None, start: int) -> Prefix | None:
-    """Keys and values that every example attends to, computed once (without gradients)."""
-    given = adapter.prefix(session.model) if isinstance(adapter, PrefixAdapter) else None
+def given_prefix(session: Session, adapter: Adapter | None) -> Prefix | None:
+    """Keys and values that come before all tokens: those frozen beneath, or the adapter's own."""
+    own = isinstance(adapter, PrefixAdapter | Stack)
+    given = adapter.prefix(session.model) if own and adapter is not None else session.below
     if given is not None:
         mx.eval(given)
+    return given
+
+
+def known_prefix(session: Session, view: Decoder, adapter: Adapter | None, start: int) -> Prefix | None:
+    """Keys and values that every example attends to, computed once (without gradients)."""
+    given = given_prefix(session, adapter)
     rows = common_rows(session, view, virtual_rows(adapter), start)
     return view.record(Rows(rows, [len(rows)], prefix=given, start=start)) if len(rows) else given
 
@@ -105,10 +113,7 @@ class Loss:
     def jobs(self, shards: Sequence[Sequence[int]], total: int, seeds: Sequence[int]) -> list[Callable[[], Any]]:
         """One per shard, for `Workers.map`: (loss, gradient by what the method puts into the model)."""
         self.virtual = virtual_rows(self.adapter)
-        self.given = None
-        if isinstance(self.adapter, PrefixAdapter):
-            self.given = self.adapter.prefix(self.session.model)
-            mx.eval(self.given)
+        self.given = given_prefix(self.session, self.adapter)
         return [partial(self._job, shard, total, seed) for shard, seed in zip(shards, seeds, strict=True)]
 
     def gradient(self, parameters: Any, found: Sequence[mx.array]) -> mx.array:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from metapeft.backbones.forward import Prefix, PrefixCache, anatomy, extended, r
 from metapeft.data.task import Task
 from metapeft.kernels.decoder import decoder
 from metapeft.peft.base import Adapter
+from metapeft.peft.stack import beneath
 from metapeft.runtime import mx, nn
 from metapeft.training.encode import Encoded, encode_task, shared_beginning
 from metapeft.training.trial import Score
@@ -55,6 +58,7 @@ class Session:
         self.chance = math.log(backbone.tokenizer.vocab_size)  # loss of guessing every token, in nats
         self.workers = workers()
         self.untuned: dict[str, Score] = {}
+        self.below: Prefix | None = None  # keys and values that are frozen beneath every adapter: see `over`
         self._room = Room()
         self._trunks: dict[tuple[str, int], Trunk] = {}
         # Models hold lazy constants (rotary frequencies): computed here, every thread may use them.
@@ -63,6 +67,22 @@ class Session:
         view = decoder(self.model)
         # None where MLX computes: on a GPU, without a compiler, and for architectures that are not like Llama.
         self.decoder = view if view is None or view.window is None or longest + VIRTUAL <= view.window else None
+
+    @contextmanager
+    def over(self, adapter: Adapter) -> Iterator[Session]:
+        """A session on the backbone with `adapter` in force, frozen: its trials and scores are those on top of it.
+
+        While the block runs, this session's own model is that one too. Raises UserError where it cannot be frozen.
+        """
+        with beneath(self.model, adapter) as prefix:
+            upper = copy.copy(self)
+            upper.below, upper._trunks, upper._room = prefix, {}, Room(self._room.left)
+            upper.untuned = dict(self.untuned)
+            yield upper
+
+    def start(self, adapter: Adapter | None) -> int:
+        """The layer below which nothing depends on what is trained and attached."""
+        return 0 if adapter is None or self.below is not None else adapter.lowest_layer()
 
     def trunk(self, split: str, depth: int) -> Trunk:
         """The hidden states that enter layer `depth`; what a shallower trunk of the split knows is its start."""
@@ -85,6 +105,9 @@ class Session:
         the shards.
         """
         virtual = adapter.prefix(self.model) if adapter is not None else None
+        if self.below is not None:
+            assert virtual is None, "virtual tokens do not lie on virtual tokens (metapeft.peft.stack)"
+            virtual = self.below
         if whole or not self.shared:
             return virtual
         return extended(self.model, virtual, self.shared, start, self.beginning(start) if start > 0 else None)

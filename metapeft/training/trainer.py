@@ -30,6 +30,7 @@ from metapeft.training.batches import batch_at, shards
 from metapeft.training.configuration import TrainConfig, full, split
 from metapeft.training.encode import text_ids
 from metapeft.training.evaluation import evaluate, untuned
+from metapeft.training.noise import GradientNoise
 from metapeft.training.session import Session, completion_logits
 from metapeft.training.trial import Score, Trial, trial_id
 from metapeft.training.vector import Layout, leaves
@@ -53,12 +54,14 @@ def run_trial(
     folder: Path | None = None,
     progress: Progress | None = None,
     test: bool = True,
+    prepare: Callable[[Adapter], None] | None = None,
 ) -> Trial:
     """Trains one configuration and measures it. Never raises for what a configuration does: the status says it.
 
     folder: where the adapter goes (and, while training, the state that a restarted run continues from); None keeps
     nothing. progress: called with {"step", "steps", "train_loss", …} after every step and evaluation; returning True
     stops the trial early (status "stopped", best weights so far). test: whether the test split is scored.
+    prepare: called with the fresh adapter, attached, before it trains: to start from other weights.
     """
     configuration = full(configuration)
     method, train = split(configuration)
@@ -94,6 +97,8 @@ def run_trial(
         adapter = create(method, session.model, seed=seed, text_ids=ids)
         trial.trained_parameters = sum(value.size for _, value in leaves(adapter.module.parameters()))
         adapter.attach(session.model)
+        if prepare is not None:
+            prepare(adapter)
         run = _Run(session, adapter, train, steps, seed, folder, trial, progress)
         run.train()
         trial.validation = run.validated()
@@ -139,7 +144,7 @@ class _Run:
         self.examples = session.encoded["train"]
         self.sample = sample(len(session.encoded["validation"]))
         self.lengths = [e.length for e in self.examples]
-        self.start = adapter.lowest_layer()
+        self.start = session.start(adapter)
         self.layout = Layout(adapter.module.trainable_parameters())
         self.optimizer = optim.AdamW(
             learning_rate=config.learning_rate, weight_decay=config.weight_decay, bias_correction=True
@@ -150,6 +155,7 @@ class _Run:
         self.best: Score | None = None
         self.best_vector: mx.array | None = None
         self.since_best = 0
+        self.noise = GradientNoise()
         self.earlier_seconds = self.earlier_cpu_seconds = 0.0
         self.begin, self.begin_cpu = time.perf_counter(), time.process_time()
         self.saved = self.begin
@@ -222,8 +228,9 @@ class _Run:
             jobs = self.native.jobs(wanted, total, seeds)
         else:
             jobs = [partial(self._gradient, *each, total) for each in zip(seeds, wanted, strict=True)]
-        extra = [self._extra_gradient] if isinstance(self.adapter, AdaLoRA) else []
+        extra = [self._extra_gradient] if isinstance(self.adapter, AdaLoRA) or self.adapter.penalty else []
         losses, gradients = zip(*self.session.workers.map([*jobs, *extra]), strict=True)
+        self.noise.update(gradients[: len(jobs)], [len(part) for part in parts])
         if self.native is not None:
             gradients = (self.native.gradient(self.parameters, gradients[: len(jobs)]), *gradients[len(jobs) :])
         gradient: mx.array = sum(gradients[1:], gradients[0])
@@ -260,13 +267,13 @@ class _Run:
         return value, self.layout.join(gradient)
 
     def _extra_gradient(self) -> tuple[mx.array, mx.array]:
-        """Zero, and the gradient of the method's own loss (AdaLoRA's orthogonality), which is the same for any data."""
+        """Zero, and the gradient of the losses that are the same for any data: AdaLoRA's orthogonality, a penalty."""
 
         def loss(parameters: Any) -> mx.array:
             self.adapter.module.update(parameters)
             value = self.adapter.extra_loss()
-            assert value is not None
-            return value
+            total = mx.array(0.0) if value is None else value
+            return total if self.adapter.penalty is None else total + self.adapter.penalty()
 
         gradient = mx.grad(loss)(self.parameters)
         self.adapter.module.update(self.parameters)
@@ -297,6 +304,7 @@ class _Run:
             "train_loss": sum(recent) / max(1, len(recent)),
             "validation_loss": found.loss,
             "validation_score": found.value,
+            "gradient_noise": self.noise.scale(),
         }
         self.trial.curve.append(row)
         return row
@@ -322,6 +330,7 @@ class _Run:
             "since_best": self.since_best,
             "curve": self.trial.curve,
             "tokens": self.trial.tokens,
+            "noise": self.noise.state,
             "seconds": self._elapsed(),
             "cpu_seconds": self.earlier_cpu_seconds + time.process_time() - self.begin_cpu,
         }
@@ -355,6 +364,7 @@ class _Run:
         self.step, self.losses, self.since_best = facts["step"], facts["losses"], facts["since_best"]
         self.lowest = facts["lowest"]
         self.trial.curve, self.trial.tokens = facts["curve"], facts["tokens"]
+        self.noise.state = facts.get("noise", self.noise.state)
         self.earlier_seconds, self.earlier_cpu_seconds = facts["seconds"], facts.get("cpu_seconds", 0.0)
 
 
@@ -376,12 +386,15 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def _save(adapter: Adapter, folder: Path, trial: Trial, task: Task) -> None:
-    """With what serving needs to ask as training did; no template: it was trained on conversations."""
     from metapeft.peft import adapters
 
     trial.adapter = str(folder)
+    adapters.save(adapter, folder, describe(trial, task))
+    trial.adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
+
+
+def describe(trial: Trial, task: Task) -> dict[str, Any]:
+    """An adapter's metadata: what serving needs to ask as training did; no template if it was trained on chats."""
     template = task.template if isinstance(task.train[0].prompt, str) else ""
     form = {"name": task.name, "kind": task.kind, "labels": list(task.labels), "template": template}
-    metadata = {"trial": trial.to_json(), "backbone": trial.backbone, "steps": trial.budget, "task": form}
-    adapters.save(adapter, folder, metadata)
-    trial.adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
+    return {"trial": trial.to_json(), "backbone": trial.backbone, "steps": trial.budget, "task": form}

@@ -25,9 +25,10 @@ class Score:
 class Trial:
     """The outcome of one trial. Every field is JSON; `curve` holds one dict per evaluation point.
 
-    `curve` rows: {"step", "examples", "seconds", "train_loss", "validation_loss", "validation_score"} (the last two may
-    be None where no validation ran). `seconds` is training plus evaluation wall time, `cpu_seconds` the processor's in
-    that time (other work on the machine lengthens the former, hardly the latter); `peak_memory_mb` is MLX's peak.
+    `curve` rows: {"step", "examples", "seconds", "train_loss", "validation_loss", "validation_score", "gradient_noise"}
+    (the validation's may be None where none ran; the noise, in examples, where it is not known: see
+    `metapeft.training.noise`). `seconds` is training plus evaluation wall time, `cpu_seconds` the processor's in that
+    time (other work on the machine lengthens the former, hardly the latter); `peak_memory_mb` is MLX's peak.
     """
 
     id: str

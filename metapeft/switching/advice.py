@@ -1,0 +1,104 @@
+"""Everything a decision rests on, gathered once before a training: alternatives, their prices, and a forecaster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from metapeft.data.task import Task
+from metapeft.meta import versions
+from metapeft.meta.evidence import Known, complete, families, key
+from metapeft.meta.experience import Experience
+from metapeft.meta.knowledge import knowledge
+from metapeft.meta.portfolio import portfolio
+from metapeft.meta.recommendation import counting, nominal_speed, short
+from metapeft.peft import METHODS
+from metapeft.profiling import Profile
+from metapeft.profiling import speed as speeds
+from metapeft.profiling.speed import Speed
+from metapeft.switching.forecast import Calibration, Forecaster, calibrated, left_out
+from metapeft.switching.prices import Price, prices
+from metapeft.training.trial import Trial
+
+PER_METHOD = 2  # alternatives of each method: those that the meta-model expects most of
+
+_kept: dict[object, Calibration] = {}
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A configuration (without its number of evaluations) and what it costs."""
+
+    configuration: dict[str, Any]
+    price: Price
+
+
+@dataclass(frozen=True)
+class Advice:
+    """start: the configuration that training begins with; others: what it may be exchanged for."""
+
+    start: Alternative
+    others: tuple[Alternative, ...]
+    forecaster: Forecaster
+
+
+def advice(
+    task: Task,
+    profile: Profile,
+    start: dict[str, Any],
+    steps: int,
+    untuned: float,
+    experience: Experience | None = None,
+    speed: Speed | None = None,
+    own: bool = True,
+) -> Advice:
+    """For a training of `start` that would take `steps`. untuned: the backbone's test score. own: whether trials of
+    this very task count. The same experience gives the same advice."""
+    known = knowledge(experience)
+    speed = speed or speeds.read(profile.backbone_content) or nominal_speed(profile)
+    model = versions.champion().model
+    family = families().get(task.name, task.name)
+    here = Known(task.version, profile.backbone, task.name, family, len(task.train), profile.features)
+    evidence = counting(known, model, here, own)
+    trials = [t for t in known.trials if t.method in METHODS and (own or t.task_version != task.version)]
+    same = [t for t in trials if t.backbone == profile.backbone]
+    state = (tuple(t.id for t in same), own or task.version)
+    if state not in _kept:
+        _kept.clear()
+        seen = known.observations(model.remaining)
+        _kept[state] = calibrated(left_out(same, [o for o in seen if own or o.task.version != task.version], model))
+    forecaster = Forecaster(here, evidence, same, model, untuned, len(task.test), _kept[state])
+    first = plain(start)
+    chosen = [first, *_best(forecaster, profile.shapes.depth, first, trials, task.version, steps)]
+    costs = prices(chosen, profile, speed, trials, known.profiles)
+    return Advice(
+        Alternative(chosen[0], costs[0]),
+        tuple(Alternative(c, p) for c, p in zip(chosen[1:], costs[1:], strict=True)),
+        forecaster,
+    )
+
+
+def _best(
+    forecaster: Forecaster, depth: int, start: dict[str, Any], trials: Sequence[Trial], version: str, steps: int
+) -> list[dict[str, Any]]:
+    """Of each method the configurations that are expected to gain most, of the portfolio and what was tried here."""
+    tried = [plain(t.configuration) for t in trials if t.task_version == version and t.status == "ok"]
+    found: dict[str, dict[str, Any]] = {}
+    for configuration in (*map(plain, portfolio(depth)), *tried):
+        found.setdefault(key(configuration), configuration)
+    found.pop(key(start), None)
+    candidates = list(found.values())
+    means = forecaster.before([(c, steps) for c in candidates]).mean
+    best: list[dict[str, Any]] = []
+    for method in METHODS:
+        ranked = sorted((i for i, c in enumerate(candidates) if c["method"] == method), key=lambda i: (-means[i], i))
+        best += [short(candidates[i]) for i in ranked[:PER_METHOD]]
+    return best
+
+
+def plain(configuration: dict[str, Any]) -> dict[str, Any]:
+    """With the usual number of evaluations, which says nothing about quality: configurations that differ in it alone
+    are one."""
+    usual = complete({"method": configuration["method"]})["evaluations"]
+    return short(complete(configuration) | {"evaluations": usual})

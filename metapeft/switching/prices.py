@@ -1,0 +1,63 @@
+"""What training costs in predicted seconds, so that a budget means the same for every method.
+
+A switched training counts what it does in the seconds that `metapeft.meta.costs` predicts for this machine, corrected
+by the trials that ran on it, not in those that pass: other work on the machine must not decide for a method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from metapeft.meta import costs
+from metapeft.profiling import Profile
+from metapeft.profiling.speed import Speed
+from metapeft.switching.handover import DISTILL_STEPS, How
+from metapeft.training.trial import Trial
+
+FEW, MANY = 20, 120  # steps between which cost is measured: it is a line
+SLOWER = 2.5  # a step of distillation, which the native decoder does not compute, against one of training
+
+
+@dataclass(frozen=True)
+class Price:
+    """Seconds of one configuration: once, per step, and per look at the validation sample."""
+
+    once: float
+    step: float
+    look: float
+
+    def seconds(self, steps: int, looks: int) -> float:
+        return self.once + steps * self.step + looks * self.look
+
+    def steps(self, seconds: float, looks: int) -> int:
+        """How many the seconds pay for (0 or less: none)."""
+        return int((seconds - self.once - looks * self.look) / self.step)
+
+    def exchange(self, how: How) -> float:
+        """Of handing over to this configuration: outputs before and after, and distillation where it is needed."""
+        return 2 * self.look + (DISTILL_STEPS * SLOWER * self.step if how == "distilled" else 0.0)
+
+
+def prices(
+    configurations: Sequence[dict[str, Any]],
+    profile: Profile,
+    speed: Speed,
+    trials: Sequence[Trial],
+    profiles: Mapping[tuple[str, str], Profile],
+) -> list[Price]:
+    """Without the scoring of the test split, which costs all alike."""
+    untested = replace(profile, features=profile.features | {"test_examples": 0})
+    corrected = costs.corrected(configurations, profile, speed, FEW, trials, profiles)
+    found = []
+    for configuration, whole in zip(configurations, corrected, strict=True):
+        factor = whole.seconds / costs.cost(configuration, profile, speed, FEW).seconds
+
+        def seconds(steps: int, evaluations: int, c: dict[str, Any] = configuration, f: float = factor) -> float:
+            return f * costs.cost(c | {"evaluations": evaluations}, untested, speed, steps).seconds
+
+        step = (seconds(MANY, 1) - seconds(FEW, 1)) / (MANY - FEW)
+        look = seconds(FEW, 2) - seconds(FEW, 1)
+        found.append(Price(max(0.0, seconds(FEW, 1) - FEW * step - look), step, look))
+    return found

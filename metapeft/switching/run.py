@@ -1,0 +1,490 @@
+"""A training that may exchange its method on the way: legs, one after another, each an ordinary trial.
+
+Every leg is a `run_trial` on a session that has what was learned before beneath it. At each evaluation a decision is
+made and written down; one for an exchange stops the leg, whose best weights are handed over. A killed training reads
+its record, takes the decisions that were made as made, and goes on inside the leg where its state was saved.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from metapeft.errors import MetapeftError
+from metapeft.meta.evidence import complete
+from metapeft.meta.gains import gain, room
+from metapeft.peft import adapters
+from metapeft.peft.base import Adapter
+from metapeft.peft.stack import joined, parts
+from metapeft.runtime import device, mx, versions
+from metapeft.switching import decide, handover
+from metapeft.switching.advice import Advice, plain
+from metapeft.switching.decide import Decision, Evidence, Policy
+from metapeft.switching.prices import Price
+from metapeft.switching.record import Leg, Record
+from metapeft.training.configuration import LEARNING_RATES, full
+from metapeft.training.evaluation import evaluate, predict
+from metapeft.training.session import Session
+from metapeft.training.trainer import describe, run_trial
+from metapeft.training.trial import Trial, trial_id
+
+METHOD = "switching"  # of the trial: it belongs to none of the five
+LEAST_STEPS = 10  # a leg shorter than that is not begun
+FORCED = 0.5  # confidence that is asked for when the method in hand has failed
+
+Progress = Callable[[dict[str, Any]], bool | None]
+
+
+class _Lost(Exception):
+    """The exchange changed too much at its moment."""
+
+
+def identity(session: Session, start: dict[str, Any], steps: int, seed: int, policy: Policy) -> str:
+    """The id of a switched training; a static one's differs."""
+    task = session.task
+    return switching_id(task.name, task.version, session.backbone.id, start, steps, seed, policy, len(task.train))
+
+
+def switching_id(
+    task: str,
+    version: str,
+    backbone: str,
+    start: dict[str, Any],
+    steps: int,
+    seed: int,
+    policy: Policy,
+    train_examples: int,
+) -> str:
+    configuration = {"method": METHOD, "start": full(start), "policy": asdict(policy)}
+    return trial_id(task, version, backbone, configuration, seed, steps, train_examples)
+
+
+def train(
+    session: Session,
+    start: dict[str, Any],
+    advice: Callable[[], Advice],
+    *,
+    steps: int,
+    folder: Path,
+    policy: Policy | None = None,
+    seed: int = 0,
+    seconds: float | None = None,
+    progress: Progress | None = None,
+    test: bool = True,
+) -> tuple[Trial, Record]:
+    """Trains from `start` with the budget that `steps` of it cost (or `seconds`, predicted), and measures the outcome.
+
+    folder: of the adapter in the end; legs and the record lie beside it until then, the record in the adapter's
+    metadata afterwards. advice: asked for once, when there is no record yet or decisions are to be made. progress: as
+    `run_trial`'s, with "leg" and "method". Raises MetapeftError when nothing came of it.
+    """
+    policy = policy or Policy()
+    name = identity(session, start, steps, seed, policy)
+    done = finished(folder, name)
+    if done is not None:
+        return done
+    training = _Training(session, start, advice, steps, folder, policy, seed, seconds, progress, name)
+    return training.run(test)
+
+
+class _Training:
+    def __init__(
+        self,
+        session: Session,
+        start: dict[str, Any],
+        advice: Callable[[], Advice],
+        steps: int,
+        folder: Path,
+        policy: Policy,
+        seed: int,
+        seconds: float | None,
+        progress: Progress | None,
+        name: str,
+    ):
+        self.session, self.policy, self.seed, self.folder = session, policy, seed, folder
+        self.progress, self.name, self.budget = progress, name, steps
+        self.place = folder.with_name(f"{folder.name}.legs")
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._ask = advice
+        self._advice: Advice | None = None
+        self.stopped = False
+        found = Record.load(self.place, name)
+        if found is None:
+            found = self._opened(start, steps, seconds)
+            found.save(self.place)
+        self.record = found
+
+    @property
+    def advice(self) -> Advice:
+        if self._advice is None:
+            self._advice = self._ask()
+        return self._advice
+
+    def _opened(self, start: dict[str, Any], steps: int, seconds: float | None) -> Record:
+        shutil.rmtree(self.place, ignore_errors=True)
+        price = self.advice.start.price
+        budget = price.seconds(steps, self.policy.looks) if seconds is None else seconds
+        first = max(1, price.steps(budget, self.policy.looks))
+        return Record(
+            self.name,
+            budget,
+            asdict(self.policy),
+            [{"configuration": o.configuration, "price": asdict(o.price)} for o in self.advice.others],
+            asdict(self.advice.forecaster.calibration),
+            [Leg(self._looking(start), first, asdict(price))],
+        )
+
+    def run(self, test: bool) -> tuple[Trial, Record]:
+        record = self.record
+        number = 0
+        while number < len(record.legs):
+            leg = record.legs[number]
+            if leg.trial is None and not leg.undone:
+                self._leg(number)
+                record.save(self.place)
+            if number == len(record.legs) - 1 and not self.stopped:
+                self._next(number)
+                record.save(self.place)
+            number += 1
+        return self._finished(test), record
+
+    def _looking(self, configuration: dict[str, Any]) -> dict[str, Any]:
+        return full(configuration | {"evaluations": self.policy.looks})
+
+    def _leg(self, number: int) -> None:
+        leg = self.record.legs[number]
+        began = time.perf_counter()
+        given = self._handover(leg)
+        configuration = leg.configuration if given is None else given.configuration
+        below = None if given is None else given.below
+        guarded = handover.guard(self.session)
+        old = None if leg.source is None or leg.change else self.whole(leg.source)
+        before = None if old is None else handover.predicted(self.session, old, guarded)
+        leg.seconds = time.perf_counter() - began
+        with handover.over(self.session, below) as upper:
+
+            def prepare(adapter: Adapter) -> None:
+                if given is None or (self._leg_folder(number) / "state.safetensors").exists():
+                    return
+                begun = time.perf_counter()
+                if given.prepare is not None:
+                    given.prepare(upper, adapter)
+                if before is not None:
+                    after = predict(upper, adapter, "validation", guarded)
+                    found = handover.change(self.session, guarded, before, after)
+                    leg.change = found.to_json()
+                    if found.score_after < found.score_before - self.policy.tolerance:
+                        raise _Lost
+                leg.seconds += time.perf_counter() - begun
+                self.record.save(self.place)
+
+            try:
+                trial = run_trial(
+                    upper,
+                    configuration,
+                    steps=leg.steps,
+                    seed=self.seed + number,
+                    folder=self._leg_folder(number),
+                    progress=lambda event: self._watch(number, event),
+                    test=False,
+                    prepare=prepare,
+                )
+            except _Lost:
+                leg.undone = True
+                return
+        leg.trial = trial.to_json()
+
+    def _handover(self, leg: Leg) -> handover.Handover | None:
+        if leg.source is None:
+            return None
+        return handover.handover(self.session, self.whole(leg.source), leg.configuration, self.seed)
+
+    def whole(self, number: int) -> Adapter:
+        """What a leg came to, with all that lies beneath it."""
+        leg = self.record.legs[number]
+        top = adapters.load(self._leg_folder(number), self.session.model)
+        mx.eval(top.module.parameters())
+        if leg.source is None:
+            return top
+        old = self.whole(leg.source)
+        # What is beneath follows from the methods alone: the whole of it under matrices, else its matrices.
+        below = old if leg.how == "frozen" else parts(old)[0]
+        return top if below is None else joined(below, top, self.session.model)
+
+    def _leg_folder(self, number: int) -> Path:
+        return self.place / f"leg-{number}"
+
+    def _watch(self, number: int, event: dict[str, Any]) -> bool:
+        leg = self.record.legs[number]
+        said = event | {"leg": number, "method": leg.configuration["method"]}
+        if self.progress is not None and self.progress(said):
+            self.stopped = True
+            return True
+        if event.get("validation_score") is None or event["step"] >= leg.steps:
+            return False
+        record = self.record.decided(number, event["step"])
+        if record is None:
+            evidence = self._evidence(number, self._rows(number, event), self._spent(number, event["step"]))
+            record = decide.to_json(evidence, self.policy, decide.decide(evidence, self.policy))
+            self.record.decisions.append(record)
+            self.record.save(self.place)
+        return decide.recorded(record).switch
+
+    def _rows(self, number: int, event: dict[str, Any]) -> list[dict[str, Any]]:
+        """The leg's curve up to here. What came before a kill is in the decisions."""
+        names = ("step", "seconds", "train_loss", "validation_loss", "validation_score", "gradient_noise")
+        known = [d["evidence"] for d in self.record.decisions if d["evidence"]["leg"] == number]
+        before = max(known, key=lambda e: e["step"], default={"curve": ()})["curve"]
+        return [row for row in before if row["step"] < event["step"]] + [{n: event.get(n) for n in names}]
+
+    def _spent(self, number: int, step: int) -> float:
+        """Of the budget, in predicted seconds, when leg `number` is at `step`."""
+        total = 0.0
+        for place, leg in enumerate(self.record.legs[: number + 1]):
+            price = Price(**leg.price)
+            if place:
+                total += price.exchange(leg.how)  # type: ignore[arg-type]
+            if not leg.undone:
+                done = (
+                    step
+                    if place == number
+                    else leg.trial["curve"][-1]["step"]
+                    if leg.trial and leg.trial["curve"]
+                    else 0
+                )
+                every = max(1, round(leg.steps / self.policy.looks))
+                total += price.seconds(done, min(self.policy.looks, math.ceil(done / every)))
+        return total
+
+    def _evidence(self, number: int, rows: list[dict[str, Any]], spent: float) -> Evidence:
+        leg, forecaster = self.record.legs[number], self.advice.forecaster
+        left = self.record.budget_seconds - spent
+        options = [_in_hand(leg)]
+        options += self._options(number, leg.configuration["method"], left)
+        chosen = [(complete(plain(o["configuration"])), o["steps"]) for o in options]
+        ahead = forecaster.ahead(rows, leg.steps)
+        calibration = forecaster.calibration
+        told = forecaster.before(chosen).given(*ahead, calibration.caution).wider(calibration.width)
+        best = max(rows, key=lambda row: (row["validation_score"], -row["validation_loss"]))["validation_score"]
+        n = min(64, len(self.session.encoded["validation"]))
+        error = math.sqrt(max(best * (1 - best), 0.02) / n)
+        untuned = forecaster.untuned
+        return Evidence(
+            leg=number,
+            step=rows[-1]["step"],
+            steps=leg.steps,
+            seconds_left=left,
+            curve=tuple(rows),
+            untuned=untuned,
+            in_hand=(gain(best, untuned), error / room(untuned)),
+            extrapolated=ahead,
+            options=tuple(options),
+            mean=tuple(told.mean.tolist()),
+            covariance=tuple(tuple(row) for row in told.covariance.tolist()),
+            switches=self.record.switches(),
+        )
+
+    def _options(self, number: int, method: str | None, left: float) -> list[dict[str, Any]]:
+        """What the seconds left would buy of each alternative. method: in hand; None: nothing is."""
+        tokens = self._tokens(number, method)
+        tried = [leg.configuration for leg in self.record.legs]
+        found = []
+        for place, alternative in enumerate(self.record.alternatives):
+            configuration, price = alternative["configuration"], Price(**alternative["price"])
+            way = handover.how(tokens, configuration["method"]) if method else "frozen"
+            cost = price.exchange(way) if method else 0.0
+            steps = price.steps(left - cost, self.policy.looks)
+            if steps >= LEAST_STEPS and self._looking(configuration) not in tried:
+                option = {"configuration": configuration, "steps": steps, "cost": cost, "alternative": place}
+                found.append(option | {"how": way if method else ""})
+        return found
+
+    def _tokens(self, number: int, method: str | None) -> handover.Tokens:
+        if method in ("prompt", "p_tuning"):
+            return "embeddings"
+        if method == "prefix":
+            return "keys"
+        leg = self.record.legs[number]
+        if leg.source is None or leg.how != "frozen":
+            return "none"
+        source = self.record.legs[leg.source]
+        return "none" if self._tokens(leg.source, source.configuration["method"]) == "none" else "keys"
+
+    def _next(self, number: int) -> None:
+        """Adds the leg that follows the last one, if one does."""
+        leg = self.record.legs[number]
+        if leg.undone:
+            self._resumed(number)
+            return
+        assert leg.trial is not None
+        if leg.trial["status"] not in ("ok", "stopped"):
+            self._forced(number)
+            return
+        last = [d for d in self.record.decisions if d["evidence"]["leg"] == number]
+        decision = decide.recorded(last[-1]) if last else Decision(0, "")
+        if decision.switch:
+            self._begin(last[-1]["evidence"]["options"][decision.to], source=number)
+
+    def _begin(self, option: dict[str, Any], source: int | None, forced: bool = False) -> None:
+        price = self.record.alternatives[option["alternative"]]["price"]
+        configuration = self._looking(option["configuration"])
+        self.record.legs.append(Leg(configuration, option["steps"], price, option["how"], source, forced))
+
+    def _resumed(self, number: int) -> None:
+        """After an exchange that was undone: the method in hand goes on, on top of what it learned."""
+        source = self.record.legs[number].source
+        assert source is not None
+        leg = self.record.legs[source]
+        configuration = dict(leg.configuration)
+        if configuration["method"] == "p_tuning":  # its encoder is gone; its tokens are a prompt
+            configuration = self._looking({"method": "prompt", "learning_rate": LEARNING_RATES["prompt"]})
+        price = Price(**leg.price)
+        how = handover.how(self._tokens(source, leg.configuration["method"]), configuration["method"])
+        left = self.record.budget_seconds - self._spent(number, 0)
+        steps = price.steps(left - price.exchange(how), self.policy.looks)
+        if steps >= LEAST_STEPS:
+            self.record.legs.append(Leg(configuration, steps, leg.price, how, source))
+
+    def _forced(self, number: int) -> None:
+        """After a leg that failed: the best alternative, if the seconds left buy any."""
+        leg = self.record.legs[number]
+        spent = self._spent(number, _reached(leg))
+        left = self.record.budget_seconds - spent
+        source = leg.source
+        method = None if source is None else self.record.legs[source].configuration["method"]
+        options = self._options(number if source is None else source, method, left)
+        if not options or self.record.switches() >= self.policy.most:
+            return
+        forecaster = self.advice.forecaster
+        told = forecaster.before([(complete(o["configuration"]), o["steps"]) for o in options])
+        told = told.wider(forecaster.calibration.width)
+        before = 0.0 if source is None else self._validated(source)
+        n = len(options)
+        covariance = [[0.0] * (n + 1), *([0.0, *row] for row in told.covariance.tolist())]
+        row = {"step": _reached(leg), "seconds": None, "train_loss": None, "validation_loss": None}
+        evidence = Evidence(
+            leg=number,
+            step=leg.steps,
+            steps=leg.steps,
+            seconds_left=left,
+            curve=(row | {"validation_score": None, "gradient_noise": None},),
+            untuned=forecaster.untuned,
+            in_hand=(before, 0.0),
+            extrapolated=(before, 0.0),
+            options=(_in_hand(leg), *options),
+            mean=(before, *told.mean.tolist()),
+            covariance=tuple(tuple(r) for r in covariance),
+            switches=self.record.switches(),
+        )
+        policy = replace(self.policy, confidence=min(FORCED, self.policy.confidence))
+        decision = decide.decide(evidence, policy)
+        self.record.decisions.append(decide.to_json(evidence, policy, decision))
+        if decision.switch:
+            self._begin(evidence.options[decision.to], source=source, forced=True)
+
+    def _validated(self, number: int) -> float:
+        trial = self.record.legs[number].trial
+        assert trial is not None
+        return gain(trial["validation"]["value"], self.advice.forecaster.untuned)
+
+    def _finished(self, test: bool) -> Trial:
+        """The outcome: the last leg, unless it ended lower than an earlier one by more than is tolerated."""
+        record = self.record
+        usable = [n for n, leg in enumerate(record.legs) if leg.trial and leg.trial["status"] in ("ok", "stopped")]
+        if not usable:
+            first = record.legs[0].trial
+            why = f"{first['status']} ({first['error']})" if first else "nothing"
+            raise MetapeftError(f"training ended as {why} and no seconds were left for another method")
+        scores = {n: record.legs[n].trial["validation"]["value"] for n in usable}  # type: ignore[index]
+        best = max(usable, key=lambda n: (scores[n], n))
+        last = usable[-1]
+        record.back = scores[last] < scores[best] - self.policy.tolerance
+        record.kept = best if record.back else last
+        trial = self._outcome(record.kept)
+        adapter = self.whole(record.kept)
+        adapter.attach(self.session.model)
+        try:
+            began = time.perf_counter()
+            if test:
+                trial.score = evaluate(self.session, adapter, "test")
+            trial.seconds += time.perf_counter() - began
+        finally:
+            adapter.detach(self.session.model)
+        trial.adapter = str(self.folder)
+        adapters.save(adapter, self.folder, describe(trial, self.session.task) | {"switching": record.to_json()})
+        trial.adapter_bytes = sum(os.path.getsize(p) for p in self.folder.glob("*adapter_model.safetensors"))
+        shutil.rmtree(self.place, ignore_errors=True)
+        return trial
+
+    def _outcome(self, kept: int) -> Trial:
+        record = self.record
+        legs = [(leg, Trial.from_json(leg.trial)) for leg in record.legs if leg.trial]
+        curve: list[dict[str, Any]] = []
+        step, seconds = 0, 0.0
+        for number, leg in enumerate(record.legs):
+            seconds += leg.seconds
+            if not leg.trial:
+                continue
+            for row in leg.trial["curve"]:
+                moved = {"step": step + row["step"], "seconds": round(seconds + row["seconds"], 3)}
+                curve.append(row | moved | {"leg": number, "method": leg.configuration["method"]})
+            step += _reached(leg)
+            seconds += leg.trial["seconds"]
+        trial = record.legs[kept].trial
+        assert trial is not None
+        task = self.session.task
+        start = record.legs[0].configuration
+        return Trial(
+            id=self.name,
+            task=task.name,
+            task_version=task.version,
+            backbone=self.session.backbone.id,
+            method=METHOD,
+            configuration={"method": METHOD, "start": start, "policy": record.policy},
+            seed=self.seed,
+            budget=self.budget,
+            status="stopped" if self.stopped else "ok",
+            validation=Trial.from_json(trial).validation,
+            untuned_score=self.session.untuned.get("test"),
+            curve=curve,
+            seconds=sum(t.seconds for _, t in legs) + sum(leg.seconds for leg in record.legs),
+            train_seconds=sum(t.train_seconds for _, t in legs) + sum(leg.seconds for leg in record.legs),
+            cpu_seconds=sum(t.cpu_seconds for _, t in legs),
+            tokens=sum(t.tokens for _, t in legs),
+            peak_memory_mb=max(t.peak_memory_mb for _, t in legs),
+            trained_parameters=trial["trained_parameters"],
+            device=device(),
+            versions=versions(),
+            started=self.started,
+            train_examples=len(task.train),
+        )
+
+
+def _in_hand(leg: Leg) -> dict[str, Any]:
+    """A leg as an option: to go on with it."""
+    return {"configuration": leg.configuration, "steps": leg.steps, "cost": 0.0, "how": "", "alternative": -1}
+
+
+def _reached(leg: Leg) -> int:
+    """Steps that a leg that is over has done, as far as its curve tells."""
+    return int(leg.trial["curve"][-1]["step"]) if leg.trial and leg.trial["curve"] else 0
+
+
+def finished(folder: Path, name: str) -> tuple[Trial, Record] | None:
+    """What `train` left in `folder`, if it ended."""
+    from metapeft.errors import UserError
+    from metapeft.peft import checkpoints
+
+    try:
+        metadata = checkpoints.read(folder).metadata
+        found = Trial.from_json(metadata["trial"]), Record.from_json(metadata["switching"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
+    return found if found[0].id == name else None

@@ -1,0 +1,200 @@
+"""Switched trainings: nothing is forgotten at an exchange, budgets hold, failures are survived, kills change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metapeft.peft import adapters, checkpoints
+from metapeft.switching import handover, run
+from metapeft.switching.decide import Policy, differing
+from metapeft.switching.prices import Price
+from metapeft.training.evaluation import evaluate
+from metapeft.training.session import Session
+from tests.backbones.tiny import tiny_folder
+from tests.switching import made
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    return made.session()
+
+
+EXCHANGES = (
+    ("p_tuning", "lora", "frozen"),
+    ("lora", "adalora", "frozen"),
+    ("prompt", "prefix", "converted"),
+    ("p_tuning", "prompt", "converted"),
+    ("lora", "prefix", "distilled"),
+    ("adalora", "p_tuning", "distilled"),
+)
+
+
+@pytest.mark.parametrize(("first", "second", "how"), EXCHANGES)
+def test_an_exchange_hands_over_what_was_learned(
+    session: Session, first: str, second: str, how: str, tmp_path: Path
+) -> None:
+    policy = Policy(looks=4, tolerance=1.0)  # on a random model distillation may do what it likes
+    trial, record = made.train(session, tmp_path / "x", first, second, policy=policy, steps=60, **{second: 0.9})
+    assert [leg.how for leg in record.legs] == ["", how]
+    assert record.kept == 1 or record.back
+    change = record.legs[1].change
+    assert change is not None and change["examples"] == 12
+    if how != "distilled":
+        assert change["largest"] < 1e-3 and change["answers"] == 0
+    assert record.decisions[0]["decision"]["to"] == 1
+    assert differing(record.decisions) == []
+    assert trial.method == "switching" and trial.status == "ok"
+    assert {row["leg"] for row in trial.curve} == {0, 1}
+    assert [row["step"] for row in trial.curve] == sorted(row["step"] for row in trial.curve)
+    # What was measured is what lies in the folder, and nothing else is left.
+    loaded = adapters.load(tmp_path / "x", session.model)
+    loaded.attach(session.model)
+    score = evaluate(session, loaded, "test")
+    loaded.detach(session.model)
+    assert trial.score is not None and score.value == trial.score.value
+    assert score.loss == pytest.approx(trial.score.loss, rel=1e-4)
+    assert checkpoints.read(tmp_path / "x").metadata["switching"]["legs"][1]["how"] == how
+    assert not (tmp_path / "x.legs").exists()
+
+
+def test_distillation_brings_outputs_closer(session: Session, tmp_path: Path) -> None:
+    """Against the same virtual tokens as they would start."""
+    made.train(session, tmp_path / "x", "lora", steps=40)
+    old = adapters.load(tmp_path / "x", session.model)
+    given = handover.handover(session, old, run.full(made.SMALL["prefix"]), seed=0)
+    assert given.how == "distilled" and given.prepare is not None
+    guarded = handover.guard(session)
+    before = handover.predicted(session, old, guarded)
+    with handover.over(session, given.below) as upper:
+        from metapeft.peft import create, parse
+
+        adapter = create(parse("prefix", {"tokens": 4}), upper.model, seed=0, text_ids=[5, 6, 7, 8])
+        fresh = handover.change(session, guarded, before, handover.predicted(upper, adapter, guarded))
+        adapter.attach(upper.model)
+        given.prepare(upper, adapter)
+        adapter.detach(upper.model)
+        distilled = handover.change(session, guarded, before, handover.predicted(upper, adapter, guarded))
+    assert distilled.mean < fresh.mean
+
+
+def test_two_exchanges_lie_on_each_other(session: Session, tmp_path: Path) -> None:
+    trial, record = made.train(session, tmp_path / "x", "prompt", "lora", "adalora", steps=90, lora=0.9, adalora=0.8)
+    assert [leg.configuration["method"] for leg in record.legs] == ["prompt", "lora", "adalora"]
+    assert all(leg.change is None or leg.change["largest"] < 1e-3 for leg in record.legs)
+    assert trial.score is not None
+    assert len(record.decisions) >= 2 and record.switches() <= made.POLICY.most
+
+
+def test_the_budget_holds(session: Session, tmp_path: Path) -> None:
+    _, record = made.train(session, tmp_path / "x", "p_tuning", "lora", lora=0.9)
+    assert record.budget_seconds == made.PRICE.seconds(30, 4)
+    first, second = record.legs
+    stopped = record.decisions[0]["evidence"]
+    spent = made.PRICE.seconds(stopped["step"], 1)
+    spent += made.PRICE.exchange("frozen") + made.PRICE.seconds(second.steps, 4)
+    assert record.budget_seconds - made.PRICE.step < spent <= record.budget_seconds
+    assert first.steps == 30 and second.steps < 30
+
+
+def test_without_anything_better_it_is_the_static_training(session: Session, tmp_path: Path) -> None:
+    trial, record = made.train(session, tmp_path / "x", "lora", "prefix", prefix=-0.5)
+    static = run.run_trial(session, record.legs[0].configuration, steps=30, folder=tmp_path / "static")
+    assert len(record.legs) == 1 and record.decisions
+    assert trial.score == static.score and trial.id != static.id
+    assert (tmp_path / "x" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "static" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_a_change_that_loses_too_much_is_undone(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exchange to what forgets everything: the method in hand goes on, on what it had learned."""
+
+    def forgets(upper: Any, adapter: Any, cached: Any, rate: float) -> None:
+        adapter.module.update({"value": 30 * adapter.module.value})
+
+    monkeypatch.setattr(handover, "_distil", forgets)
+    policy = Policy(looks=4, tolerance=-2.0)  # nothing is good enough
+    trial, record = made.train(session, tmp_path / "x", "lora", "prefix", policy=policy, steps=60, prefix=0.9)
+    assert [leg.undone for leg in record.legs] == [False, True, True]  # the way back is held to the same measure
+    assert record.kept == 0 and trial.score is not None
+    again = Policy(looks=4, tolerance=0.3)
+    trial, record = made.train(session, tmp_path / "y", "lora", "prefix", policy=again, steps=60, prefix=0.9)
+    change = record.legs[1].change
+    assert change is not None
+    if record.legs[1].undone:
+        assert change["score_after"] < change["score_before"] - 0.3
+        assert record.legs[2].configuration["method"] == "lora" and record.legs[2].how == "frozen"
+
+
+def test_a_method_that_fails_is_exchanged(session: Session, tmp_path: Path) -> None:
+    given = made.advice("lora", "prefix", prefix=0.8)
+    start = {"method": "lora", "learning_rate": 30.0, "clip": 0.0, "rank": 2}
+    trial, record = run.train(session, start, lambda: given, steps=40, folder=tmp_path / "x", policy=made.POLICY)
+    assert record.legs[0].trial is not None and record.legs[0].trial["status"] == "diverged"
+    assert record.legs[1].forced and record.legs[1].configuration["method"] == "prefix"
+    assert trial.status == "ok" and differing(record.decisions) == []
+
+
+def test_asked_again_it_is_read_not_trained(session: Session, tmp_path: Path) -> None:
+    first = made.train(session, tmp_path / "x", "p_tuning", "lora", lora=0.9)
+
+    def never() -> Any:
+        raise AssertionError("asked for advice")
+
+    again = run.train(session, made.SMALL["p_tuning"], never, steps=30, folder=tmp_path / "x", policy=made.POLICY)
+    assert again[0].to_json() == first[0].to_json() | {"adapter_bytes": again[0].adapter_bytes}
+    assert again[1] == first[1]
+
+
+def test_prices_are_lines() -> None:
+    price = Price(2.0, 0.5, 1.0)
+    assert price.steps(price.seconds(17, 3), 3) == 17
+    assert price.exchange("distilled") > price.exchange("frozen") == price.exchange("converted")
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.switching.killed", str(tiny_folder("llama")), str(folder)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+
+
+def result(folder: Path) -> tuple[bytes, list[Any], list[Any]]:
+    record = json.loads(next(folder.glob("*metapeft.json")).read_text(encoding="utf-8"))["metadata"]["switching"]
+    decisions = [(d["evidence"]["leg"], d["evidence"]["step"], d["decision"]["to"]) for d in record["decisions"]]
+    legs = [(leg["configuration"], leg["steps"], leg["how"]) for leg in record["legs"]]
+    weights = b"".join(path.read_bytes() for path in sorted(folder.glob("*adapter_model.safetensors")))
+    return weights, decisions, legs
+
+
+def test_killed_at_any_moment_and_started_again_ends_with_the_same_bits(tmp_path: Path) -> None:
+    child = start(tmp_path / "whole")
+    lines = child.communicate(timeout=300)[0].splitlines()
+    assert child.returncode == 0 and any(line.startswith("leg 1") for line in lines)
+    first = sum(line.startswith("leg 0") for line in lines)
+    chance = random.Random(0)
+    # In the first leg, at the exchange, and after it.
+    for after in (3, first - 1, first, 2):
+        child = start(tmp_path / "killed")
+        assert child.stdout is not None
+        for n, _ in enumerate(child.stdout, 1):
+            if n >= after:
+                time.sleep(chance.uniform(0, 0.1))
+                child.kill()
+                break
+        child.stdout.close()
+        child.wait(60)
+    child = start(tmp_path / "killed")
+    assert "done" in child.communicate(timeout=300)[0]
+    assert result(tmp_path / "killed") == result(tmp_path / "whole")

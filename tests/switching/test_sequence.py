@@ -1,0 +1,111 @@
+"""Sequences of tasks: the measures on numbers known by hand, and what each way of keeping does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metapeft.backbones import Backbone
+from metapeft.data.task import Task
+from metapeft.errors import UserError
+from metapeft.switching.sequence import KINDS, Keep, Kind, Learned, _Task, perplexity, train_sequence
+from metapeft.training.session import Session
+from tests.backbones.tiny import tiny
+from tests.training import made
+
+START = {"method": "lora", "learning_rate": 0.02, "rank": 2}
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def tasks() -> list[Task]:
+    second = made.classification(labels=("red", "blue", "green"), seed=1)
+    return [made.classification(rest=24), second]
+
+
+def test_measures_by_hand() -> None:
+    found = Learned("", {}, ["a", "b", "c"], scores=[[0.8], [0.9, 0.7], [0.6, 0.65, 0.9]], perplexity=[20, 21, 25])
+    assert found.average_accuracy == pytest.approx((0.6 + 0.65 + 0.9) / 3)
+    assert found.backward_transfer == pytest.approx(((0.6 - 0.8) + (0.65 - 0.7)) / 2)
+    assert found.forgetting == pytest.approx(((0.9 - 0.6) + (0.7 - 0.65)) / 2)
+    assert found.drift == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_runs_and_a_second_call_reads(
+    backbone: Backbone, tasks: list[Task], kind: Kind, tmp_path: Path
+) -> None:
+    first = train_sequence(backbone, tasks, START, Keep(kind), steps=8, folder=tmp_path)
+    assert [len(row) for row in first.scores] == [1, 2] and len(first.perplexity) == 3
+    if kind == "adapters":
+        assert first.forgetting == 0 and first.drift == 0 and first.backward_transfer == 0
+    else:
+        assert first.perplexity[1] != first.perplexity[0]
+    steps = []
+    again = train_sequence(
+        backbone, tasks, START, Keep(kind), steps=8, folder=tmp_path, progress=lambda n, event: steps.append(n)
+    )
+    assert again == first and steps == []
+
+
+def test_a_sequence_goes_on_with_the_task_it_was_at(backbone: Backbone, tasks: list[Task], tmp_path: Path) -> None:
+    whole = train_sequence(backbone, tasks, START, Keep("ewc"), steps=6, folder=tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    def kill(number: int, event: object) -> None:
+        if number == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_sequence(backbone, tasks, START, Keep("ewc"), steps=6, folder=tmp_path / "cut", progress=kill)
+    assert len(json.loads((tmp_path / "cut" / "sequence.json").read_text())["scores"]) == 1
+    cut = train_sequence(backbone, tasks, START, Keep("ewc"), steps=6, folder=tmp_path / "cut")
+    assert cut.scores == whole.scores and cut.perplexity == whole.perplexity
+
+
+@pytest.mark.parametrize("kind", ["l2", "ewc"])
+def test_a_stronger_penalty_moves_less(backbone: Backbone, tasks: list[Task], kind: Kind, tmp_path: Path) -> None:
+    moved = []
+    for strength in (0.0, 1e4):
+        folder = tmp_path / str(strength)
+        train_sequence(backbone, tasks, START, Keep(kind, strength=strength), steps=6, folder=folder)
+        one = _Task([Session(backbone, t) for t in tasks], 1, START, Keep(kind), folder)
+        before, after = one.load(0).module.parameters(), one.load(1).module.parameters()
+        distances = [
+            np.abs(np.array(before["deltas"][path]["b"]) - np.array(after["deltas"][path]["b"])).max()
+            for path in before["deltas"]
+        ]
+        moved.append(max(distances))
+    assert moved[1] < 0.8 * moved[0]
+
+
+def test_replay_mixes_the_buffer_in(backbone: Backbone, tasks: list[Task], tmp_path: Path) -> None:
+    sessions = [Session(backbone, t) for t in tasks]
+    mixed = _Task(sessions, 1, START, Keep("replay", buffer=5), tmp_path).mixed(seed=0)
+    assert mixed.train[: len(tasks[1].train)] == tasks[1].train
+    assert len(mixed.train) == len(tasks[1].train) + 5
+    assert set(mixed.train[-5:]) <= set(tasks[0].train)
+    assert mixed.validation == tasks[1].validation
+
+
+def test_perplexity_is_the_backbones(backbone: Backbone, tasks: list[Task]) -> None:
+    session = Session(backbone, tasks[0])
+    assert 1 < perplexity(session, None) < 1e6
+    fresh = made.moved("prefix", session, 0.5)
+    assert perplexity(session, fresh) != perplexity(session, None)
+
+
+def test_wrong_input_is_said(backbone: Backbone, tasks: list[Task], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="choose from naive, replay, ewc, l2, adapters"):
+        Keep("magic")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="encoder"):
+        train_sequence(backbone, tasks, {"method": "p_tuning"}, Keep("ewc"), steps=4, folder=tmp_path)
