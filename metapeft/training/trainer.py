@@ -53,18 +53,22 @@ def run_trial(
     folder: Path | None = None,
     progress: Progress | None = None,
     test: bool = True,
+    prepare: Callable[[Adapter], None] | None = None,
+    start: str = "",
 ) -> Trial:
     """Trains one configuration and measures it. Never raises for what a configuration does: the status says it.
 
     folder: where the adapter goes (and, while training, the state that a restarted run continues from); None keeps
     nothing. progress: called with {"step", "steps", "train_loss", …} after every step and evaluation; returning True
     stops the trial early (status "stopped", best weights so far). test: whether the test split is scored.
+    prepare: called with the fresh adapter, attached, before it trains: to start from other weights.
+    start: names those weights; another start is another trial.
     """
     configuration = full(configuration)
     method, train = split(configuration)
     task, backbone = session.task, session.backbone
     trial = Trial(
-        id=trial_id(task.name, task.version, backbone.id, configuration, seed, steps, len(task.train)),
+        id=trial_id(task.name, task.version, backbone.id, configuration, seed, steps, len(task.train), start),
         task=task.name,
         task_version=task.version,
         backbone=backbone.id,
@@ -94,6 +98,8 @@ def run_trial(
         adapter = create(method, session.model, seed=seed, text_ids=ids)
         trial.trained_parameters = sum(value.size for _, value in leaves(adapter.module.parameters()))
         adapter.attach(session.model)
+        if prepare is not None:
+            prepare(adapter)
         run = _Run(session, adapter, train, steps, seed, folder, trial, progress)
         run.train()
         trial.validation = run.validated()
