@@ -1,7 +1,7 @@
 """metapeft decides how to fine-tune: it recommends, tunes, trains and registers parameter-efficient adapters on MLX.
 
     model, tokenizer = metapeft.load("smollm2-135m-instruct", adapter=None)
-    metapeft.recommend(task)    metapeft.sweep(task)    metapeft.train(task)
+    metapeft.recommend(task)    metapeft.sweep(task)    metapeft.train(task)    metapeft.adapt(task, shots=16)
 
 The names are looked up when they are used: importing metapeft imports nothing else.
 """
@@ -9,10 +9,10 @@ The names are looked up when they are used: importing metapeft imports nothing e
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metapeft.api import load, recommend, sweep, train
+    from metapeft.api import adapt, load, recommend, sweep, train
     from metapeft.errors import MetapeftError, UserError
 
-__all__ = ["MetapeftError", "UserError", "load", "recommend", "sweep", "train"]
+__all__ = ["MetapeftError", "UserError", "adapt", "load", "recommend", "sweep", "train"]
 
 
 def __getattr__(name: str) -> Any:

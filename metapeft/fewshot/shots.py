@@ -11,7 +11,7 @@ import numpy as np
 
 from metapeft.data import formats, load
 from metapeft.data.rows import Row
-from metapeft.data.task import Example, Task
+from metapeft.data.task import Example, Kind, Task
 from metapeft.data.templates import check_template, default_template, render
 from metapeft.errors import UserError
 from metapeft.settings import DataSettings
@@ -61,16 +61,21 @@ def spelled(task: Task) -> tuple[Example, ...]:
     return tuple(first[label] for label in task.labels)
 
 
+def rows(path: Path) -> int:
+    """How many different rows a task file has. Raises UserError as `load_task` does."""
+    return len(dict.fromkeys(formats.read_file(path).rows))
+
+
 def read(path: Path, settings: DataSettings) -> Task:
     """A file all of whose rows are shots, none held out for a test. Raises UserError as `load_task` does."""
     table = formats.read_file(path)
-    rows: list[Row] = list(dict.fromkeys(table.rows))
-    if len(rows) > MOST:
-        raise UserError(f"{path} has {len(rows):,} rows; give --shots, how many of them to learn from")
-    labels = load.check_labels({"train": rows}, str(path)) if table.shape == "text+label" else ()
-    kind = "classification" if labels else "generation"
+    found: list[Row] = list(dict.fromkeys(table.rows))
+    if len(found) > MOST:
+        raise UserError(f"{path} has {len(found):,} rows; give --shots, how many of them to learn from")
+    labels = load.check_labels({"train": found}, str(path)) if table.shape == "text+label" else ()
+    kind: Kind = "classification" if labels else "generation"
     template = check_template(settings.template or default_template(kind, labels))
-    examples = tuple(render(row, template, labels) for row in rows)
+    examples = tuple(render(row, template, labels) for row in found)
     return Task(
         name=path.resolve().stem,
         version=load.version({"train": examples, "validation": (), "test": ()}),

@@ -24,6 +24,11 @@ RANK = 16  # of a mixture, at most
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]  # module path -> B (outputs, rank), A (rank, inputs): the change B A
 
 
+def start_method(method: str) -> str:
+    """The method that training goes on with."""
+    return {"adalora": "lora", "p_tuning": "prompt"}.get(method, method)
+
+
 def start(saved: Saved) -> Saved:
     """The adapter in float32 and in a form that training goes on from: LoRA, prompt tuning or prefix tuning."""
     if isinstance(saved.config, AdaLoRAConfig):
