@@ -1,7 +1,8 @@
 """metapeft decides how to fine-tune: it recommends, tunes, trains and registers parameter-efficient adapters on MLX.
 
     model, tokenizer = metapeft.load("smollm2-135m-instruct", adapter=None)
-    metapeft.recommend(task)    metapeft.sweep(task)    metapeft.train(task)    metapeft.monitor()
+    metapeft.recommend(task)    metapeft.sweep(task)    metapeft.train(task)
+    metapeft.adapt(task, shots=16)    metapeft.monitor()
 
 The names are looked up when they are used: importing metapeft imports nothing else.
 """
@@ -9,10 +10,10 @@ The names are looked up when they are used: importing metapeft imports nothing e
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metapeft.api import load, monitor, recommend, sweep, train
+    from metapeft.api import adapt, load, monitor, recommend, sweep, train
     from metapeft.errors import MetapeftError, UserError
 
-__all__ = ["MetapeftError", "UserError", "load", "monitor", "recommend", "sweep", "train"]
+__all__ = ["MetapeftError", "UserError", "adapt", "load", "monitor", "recommend", "sweep", "train"]
 
 
 def __getattr__(name: str) -> Any:

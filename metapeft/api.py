@@ -1,4 +1,4 @@
-"""What the command line does, for Python: `metapeft.load`, `metapeft.recommend`, `metapeft.train`, `metapeft.sweep`.
+"""What the command line does, for Python: `metapeft.load`, `recommend`, `train`, `sweep`, `adapt`.
 
 Each runs the pipeline's stages up to its own in a work folder (by default one per task, backbone and data settings, in
 METAPEFT_HOME/work); stages whose inputs have not changed are not run again. All raise UserError on wrong input.
@@ -22,6 +22,7 @@ from metapeft.training.trial import Trial
 
 if TYPE_CHECKING:
     from metapeft.data.task import Task
+    from metapeft.fewshot.adapt import Adapted
     from metapeft.meta import Recommendation
     from metapeft.monitoring.monitor import Report
     from metapeft.profiling import Profile
@@ -152,6 +153,87 @@ def train(
     work = work or work_folder(settings)
     stages.run((*BEFORE_SWEEP, "train", "evaluate", "register"), settings, work)
     return read_trial(work)
+
+
+def adapt(
+    task: str | Path,
+    *,
+    shots: int | None = None,
+    max_seconds: float | None = None,
+    strategies: Sequence[str] = (),
+    **options: Any,
+) -> Adapted:
+    """Learn a task from a few examples, in the way that suits them best; leaves an adapter in METAPEFT_HOME/adapters.
+
+    shots: how many training examples, drawn evenly from all labels; None (or as many as there are): every row of a
+    file, none held out for a test. max_seconds: for trying. strategies: to try only these. options: backbone, seed,
+    params.
+    """
+    from metapeft import backbones
+    from metapeft.data import load_task
+    from metapeft.fewshot import shots as few
+    from metapeft.fewshot.adapt import adapt as adapted
+    from metapeft.progress import progress
+
+    settings = settings_for(task, **options)
+    path = Path(settings.task).expanduser()
+    if path.is_file() and (shots is None or few.rows(path) <= shots):
+        chosen = few.read(path, settings.data)
+    elif shots is None:
+        raise UserError(f"say how many examples of {settings.task} to learn from: --shots K")
+    else:
+        chosen = few.draw(load_task(settings.task, settings.data), shots, settings.seed)
+    base = backbones.load(settings.backbone)
+    with progress("adapt", 1.0) as advance:
+
+        def report(what: str, done: int, total: int) -> None:
+            advance(done / max(1, total), f"{done} of {total} tried; {what}", line=True)
+
+        return adapted(chosen, base, seed=settings.seed, max_seconds=max_seconds, only=strategies, report=report)
+
+
+def learn_starts(
+    tasks: Sequence[str] | None = None,
+    *,
+    methods: Sequence[str] = (),
+    rounds: int = 200,
+    max_seconds: float | None = None,
+    **options: Any,
+) -> dict[str, int]:
+    """Meta-learn the starts that `adapt` may begin from, on these tasks (default: those of the catalog in the library);
+    goes on where it was. Returns the rounds done, by method. options: backbone, seed, params."""
+    import time
+
+    from metapeft import backbones
+    from metapeft.backbones.forward import anatomy
+    from metapeft.data import catalog, load_task
+    from metapeft.fewshot import reptile
+    from metapeft.fewshot.strategies import METHODS, cold
+    from metapeft.meta import library
+    from metapeft.progress import progress
+
+    settings = settings_for("meta", **options)
+    known = sorted({entry.trial.task for entry in library.entries() if catalog.find(entry.trial.task)})
+    names = list(tasks or known)
+    wanted = [method for method in METHODS if not methods or method in methods]
+    if not wanted:
+        raise UserError(f"no start can be learned for {', '.join(methods)}; choose from {', '.join(METHODS)}")
+    loaded = [load_task(name, settings.data) for name in names]
+    base = backbones.load(settings.backbone)
+    fresh = cold(anatomy(base.model).depth)
+    until = time.monotonic() + (float("inf") if max_seconds is None else max_seconds)
+    done = {}
+    for method in wanted:
+        with progress(f"start for {method}", rounds) as advance:
+
+            def report(number: int, loss: float, advance: Any = advance) -> bool:
+                advance(number, f"round {number} of {rounds}: loss {loss:.3f}")
+                return time.monotonic() > until
+
+            folder = reptile.place(base, method)
+            learned = reptile.reptile(base, loaded, fresh[method], rounds=rounds, folder=folder, report=report)
+            done[method] = learned.rounds
+    return done
 
 
 def grow(

@@ -166,6 +166,45 @@ def train(
 
 
 @app.command()
+def adapt(
+    task: Task,
+    shots: Annotated[int | None, Option(min=1, help="How many examples (default: every row of a file).")] = None,
+    max_seconds: Annotated[float | None, Option(min=0, help="For trying strategies.")] = None,
+    strategy: Annotated[list[str] | None, Option(help="Try only this one (may be repeated).")] = None,
+    backbone: Backbone = None,
+    seed: Seed = None,
+    params: Params = None,
+    as_json: Json = False,
+) -> None:
+    """Learn a task from a few examples, starting from what other tasks have taught."""
+    from metapeft import api
+
+    options: dict[str, Any] = {"backbone": backbone, "seed": seed, "params": params}
+    found = api.adapt(task, shots=shots, max_seconds=max_seconds, strategies=strategy or (), **options)
+    rows = [
+        {
+            "strategy": each.strategy,
+            "steps": each.steps,
+            "on held-out shots": plus_minus(each.difference, each.standard_error),
+            "expected gain": plus_minus(each.gain, each.deviation),
+            "P(gains)": number(each.p_better),
+            "seconds": number(each.seconds, 1),
+            "from": each.origin,
+        }
+        for each in found.judged
+    ]
+    show(found.to_json(), as_json, rows, title=f"{found.task}, {found.shots} shots, beside the untuned backbone")
+    if as_json:
+        return
+    print(found.why)
+    if found.skipped:
+        print(f"no time for: {', '.join(found.skipped)}")
+    if found.untuned_score and found.score:
+        print(f"test split: {score_text(found.score)}, untuned {score_text(found.untuned_score)}")
+    print(f"{found.seconds:.0f} seconds; " + (f"adapter: {found.adapter}" if found.adapter else "no adapter is needed"))
+
+
+@app.command()
 def sweep(
     task: Task,
     trials: Annotated[int | None, Option(help="How many trials.")] = None,
@@ -349,6 +388,25 @@ def meta_train(as_json: Json = False) -> None:
     found = versions.train(knowledge().observations())
     row = {"version": found.version, "champion": "yes" if found.promoted else "no", "why": found.reason}
     show(found.to_json(), as_json, [row | {"tasks": found.tasks, "observations": found.observations}])
+
+
+@meta.command("starts")
+def meta_starts(
+    tasks: Annotated[list[str] | None, Option("--tasks", help="Only this task (may be repeated).")] = None,
+    method: Annotated[list[str] | None, Option(help="Only this method: lora or prefix (may be repeated).")] = None,
+    rounds: Annotated[int, Option(min=1, help="Of Reptile, each a few steps on one task.")] = 200,
+    max_seconds: Annotated[float | None, Option(help="Time for all methods together.")] = None,
+    backbone: Backbone = None,
+    seed: Seed = None,
+    params: Params = None,
+    as_json: Json = False,
+) -> None:
+    """Meta-learn what `adapt` may start from, on the library's tasks. May be interrupted and repeated."""
+    from metapeft import api
+
+    options: dict[str, Any] = {"backbone": backbone, "seed": seed, "params": params}
+    done = api.learn_starts(tasks, methods=method or (), rounds=rounds, max_seconds=max_seconds, **options)
+    show(done, as_json, [{"method": name, "rounds": count} for name, count in done.items()])
 
 
 @meta.command("evaluate")

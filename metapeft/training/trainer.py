@@ -55,6 +55,7 @@ def run_trial(
     progress: Progress | None = None,
     test: bool = True,
     prepare: Callable[[Adapter], None] | None = None,
+    start: str = "",
 ) -> Trial:
     """Trains one configuration and measures it. Never raises for what a configuration does: the status says it.
 
@@ -62,12 +63,13 @@ def run_trial(
     nothing. progress: called with {"step", "steps", "train_loss", …} after every step and evaluation; returning True
     stops the trial early (status "stopped", best weights so far). test: whether the test split is scored.
     prepare: called with the fresh adapter, attached, before it trains: to start from other weights.
+    start: names those weights; another start is another trial.
     """
     configuration = full(configuration)
     method, train = split(configuration)
     task, backbone = session.task, session.backbone
     trial = Trial(
-        id=trial_id(task.name, task.version, backbone.id, configuration, seed, steps, len(task.train)),
+        id=trial_id(task.name, task.version, backbone.id, configuration, seed, steps, len(task.train), start),
         task=task.name,
         task_version=task.version,
         backbone=backbone.id,

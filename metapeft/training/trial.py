@@ -79,13 +79,25 @@ def trial_id(
     seed: int,
     budget: int,
     train_examples: int,
+    start: str = "",
 ) -> str:
     """16 hex digits that the same work always has, so that a trial that was run before is recognised.
+
+    `start` names the weights it starts from, where they are not the method's own.
 
     `configuration` must have its defaults written out (`metapeft.training.configuration.full`); 8 and 8.0 are the same,
     and so are a list and a tuple.
     """
-    work = [task, task_version, backbone, _canonical(configuration), seed, budget, train_examples]
+    work = [
+        task,
+        task_version,
+        backbone,
+        _canonical(configuration),
+        seed,
+        budget,
+        train_examples,
+        *([start] if start else []),
+    ]
     text = json.dumps(work, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

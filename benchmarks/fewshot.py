@@ -1,0 +1,498 @@
+"""Learning from few examples: every strategy, and the automatic choice, on tasks of families left out of all learning.
+
+    python benchmarks/fewshot.py [--quick] [--json FILE] [--markdown FILE] [--tasks a,b] [--shots 4,16] [--draws N]
+                                 [--library a,b] [--rounds N] [--max-seconds S] [--only prepare|run|report]
+
+Before a task is met, the library holds adapters of the other tasks, trained on up to 600 examples each, and starts are
+meta-learned from the half of the tasks that is of other families. For every task, number of shots and draw of shots,
+every strategy is cross-validated on the shots and, trained on all of them, scored on the test split; the automatic
+choice sees the former alone, and priors made of the cells of other families. Results are kept in
+METAPEFT_HOME/benchmarks/fewshot, one line per cell as it ends, the cheapest cells first: an interrupted run continues,
+and `--only report` reports what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metapeft.fewshot import choose
+from metapeft.fewshot.choose import AT, Held, Prior, Strategy
+from metapeft.fewshot.measure import Answers
+from metapeft.settings import DataSettings, home
+
+BACKBONE = "smollm2-135m-instruct"
+# Short rows, so that a cell takes minutes; the families take turns.
+TASKS = (
+    "country_region", "name_gender", "bb_plural", "misspelling_fix", "country_capital", "emoji_name_group", "trec6",
+    "country_subregion", "irregular_plural", "bb_sports_understanding", "bb_strategyqa", "movie_title_genre",
+    "country_demonym", "bb_past_tense", "bb_qa_wikidata",
+)  # fmt: skip
+HALF = ("knowledge",)  # families of one half; starts for it are learned from all other tasks, and the other way round
+SHOTS, DRAWS = (4, 8, 16, 32, 64), 5
+DATA = DataSettings(max_train=600, max_validation=64, max_test=100)
+STEPS, ROUNDS = 40, 120  # of the library's adapters; of Reptile
+LEAST = 3  # cells of other families before they make a prior
+FEW = 16  # shots up to which the second target counts
+QUICK_LIBRARY = ["name_gender", "country_region", "bb_plural"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one task, one draw of 4 shots, a small library")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--shots", default=",".join(map(str, SHOTS)))
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--library", default=",".join(TASKS), help="tasks to learn from beforehand")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of Reptile, for each start")
+    parser.add_argument("--max-seconds", type=float, default=math.inf)
+    parser.add_argument("--only", choices=("prepare", "run", "report"))
+    options = parser.parse_args()
+    until = time.monotonic() + options.max_seconds
+    names, shots = options.tasks.split(","), [int(k) for k in options.shots.split(",")]
+    draws, library, rounds = options.draws, options.library.split(","), options.rounds
+    if options.quick:
+        names, shots, draws, library, rounds = ["name_gender"], [4], 1, QUICK_LIBRARY, 10
+    learned = json.dumps([sorted(library), rounds, DATA.model_dump()])
+    _place.append(home() / "benchmarks" / "fewshot" / hashlib.sha256(learned.encode()).hexdigest()[:8])
+    if options.only in (None, "prepare"):
+        prepare(library, rounds, until)
+    if options.only in (None, "run"):
+        for draw in range(draws):
+            for count in shots:
+                for name in names:
+                    if time.monotonic() < until:
+                        cell(name, count, draw, library)
+    if options.only == "prepare":
+        return 0
+    wanted = {(name, count, draw) for name in names for count in shots for draw in range(draws)}
+    cells = [c for c in read() if (c["task"], c["shots"], c["draw"]) in wanted]
+    if not cells:
+        say("no cell has ended yet")
+        return 1
+    found = report(cells)
+    text = markdown(found, len(cells), len(wanted))
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text + "\n", encoding="utf-8")
+    if options.json:
+        from metapeft.runtime import describe
+
+        command = " ".join(["python", "benchmarks/fewshot.py", *sys.argv[1:]])
+        record = {"machine": describe(), "command": command, "cells": len(cells), "of": len(wanted), **found}
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+_place: list[Path] = []
+_loaded: dict[str, Any] = {}
+
+
+def backbone() -> Any:
+    from metapeft import backbones
+
+    if BACKBONE not in _loaded:
+        _loaded[BACKBONE] = backbones.load(BACKBONE)
+    return _loaded[BACKBONE]
+
+
+def task(name: str) -> Any:
+    from metapeft.data import load_task
+
+    if name not in _loaded:
+        _loaded[name] = load_task(name, DATA)
+    return _loaded[name]
+
+
+def cold() -> dict[str, dict[str, Any]]:
+    from metapeft.backbones.forward import anatomy
+    from metapeft.fewshot import strategies
+
+    return strategies.cold(anatomy(backbone().model).depth)
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def folder() -> Path:
+    """One per library and rounds: cells that met different ones are not put together."""
+    return _place[-1]
+
+
+# What is learned before a task is met
+
+
+def prepare(names: Sequence[str], rounds: int, until: float) -> None:
+    """The library, and the meta-learned starts for both halves."""
+    for method, configuration in cold().items():
+        for knowledge in (True, False):
+            learned_from = [name for name in names if (task(name).family in HALF) == knowledge]
+            if time.monotonic() < until and learned_from:
+                learn_start(learned_from, method, configuration, knowledge, rounds, until)
+        for name in names:
+            if time.monotonic() < until:
+                teach(name, method, configuration)
+
+
+def teach(name: str, method: str, configuration: dict[str, Any]) -> None:
+    """One adapter for the library, trained as `metapeft train` would."""
+    from metapeft.meta import library
+    from metapeft.profiling import profile
+    from metapeft.training.session import Session
+    from metapeft.training.trainer import run_trial
+
+    if (task(name).version, method) in {(e.trial.task_version, e.trial.method) for e in library.entries()}:
+        return
+    begin = time.monotonic()
+    session = Session(backbone(), task(name))
+    trial = run_trial(session, configuration, steps=STEPS, folder=folder() / "teaching", test=False)
+    library.offer(folder() / "teaching", trial, task(name), profile(task(name), backbone()))
+    shutil.rmtree(folder() / "teaching", ignore_errors=True)
+    reached = trial.validation.value if trial.validation else math.nan
+    say(f"library: {name} {method} {trial.status} {reached:.3f} in {time.monotonic() - begin:.0f} s")
+
+
+def start_folder(method: str, knowledge: bool) -> Path:
+    half = "knowledge" if knowledge else "others"
+    return folder() / "starts" / f"{method}-from-{half}"
+
+
+def learn_start(
+    names: Sequence[str], method: str, configuration: dict[str, Any], knowledge: bool, rounds: int, until: float
+) -> None:
+    from metapeft.fewshot import reptile
+
+    place = start_folder(method, knowledge)
+    begin = time.monotonic()
+
+    def told(number: int, loss: float) -> bool:
+        if number % 20 == 0:
+            say(f"start: {place.name} round {number} of {rounds}, loss {loss:.2f}, {time.monotonic() - begin:.0f} s")
+        return time.monotonic() > until
+
+    reptile.reptile(backbone(), [task(n) for n in names], configuration, rounds=rounds, folder=place, report=told)
+
+
+# One cell: a task, a number of shots, a draw
+
+
+def read() -> list[dict[str, Any]]:
+    """Every finished cell once."""
+    path = folder() / "cells.jsonl"
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        if line.endswith("}"):  # the last one may have been cut
+            record = json.loads(line)
+            found[record["task"], record["shots"], record["draw"]] = record
+    return list(found.values())
+
+
+def cell(name: str, count: int, draw: int, learned_from: Sequence[str]) -> None:
+    """All strategies on one draw of shots; appends what was found."""
+    from metapeft.fewshot import reptile, shots
+    from metapeft.fewshot.adapt import NEIGHBOURS
+    from metapeft.fewshot.measure import answers
+    from metapeft.fewshot.strategies import METHODS, strategies
+    from metapeft.meta import library
+    from metapeft.profiling import profile
+    from metapeft.training.session import Session
+
+    if (name, count, draw) in {(c["task"], c["shots"], c["draw"]) for c in read()} or count > len(task(name).train):
+        return
+    begin = time.monotonic()
+    few = shots.draw(task(name), count, draw)
+    session = Session(backbone(), replace(few, validation=few.train[:1]))
+    family = task(name).family
+    known = {task(n).version for n in learned_from}
+    near = library.find(profile(few, backbone()), 10**6, without={name, family})
+    near = [found for found in near if found.entry.trial.task_version in known]
+    nearest = list(dict.fromkeys(found.entry.trial.task for found in near))[:NEIGHBOURS]
+    near = [found for found in near if found.entry.trial.task in nearest]
+    places = {method: reptile.read(start_folder(method, family not in HALF)) for method in METHODS}
+    learned = {method: found.saved for method, found in places.items() if found is not None}
+    ways = strategies(session, near, learned)
+    folds = choose.sessions(backbone(), few, choose.fold_count(count))
+    record: dict[str, Any] = {"task": name, "family": family, "shots": count, "draw": draw}
+    record["near"] = [[f.entry.trial.task, f.entry.trial.method, round(f.similarity, 3)] for f in near]
+    record["untuned"] = {"shots": packed(answers(session, None, "train")), "test": zero(name)}
+    record["strategies"] = {way.name: one(way, session, folds, count) for way in ways}
+    record["seconds"] = round(time.monotonic() - begin, 1)
+    with (folder() / "cells.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    scores = {n: f"{hits(s['test'][max(s['test'], key=int)]).mean():.2f}" for n, s in record["strategies"].items()}
+    say(f"{name} {count} shots, draw {draw}: untuned {hits(record['untuned']['test']).mean():.2f} {scores}")
+    say(f"  {record['seconds']:.0f} s")
+
+
+def one(way: Strategy, session: Any, folds: Any, count: int) -> dict[str, Any]:
+    """A strategy's answers to held-out shots and, trained on all, to the test split, by steps; seconds of training."""
+    from metapeft.fewshot.measure import answers
+
+    held = choose.cross_validate(way, folds)
+    seconds: dict[int, float] = {}
+    spent, begin = 0.0, time.perf_counter()
+
+    def measure(at: Any, adapter: Any) -> Answers:
+        nonlocal spent
+        now = time.perf_counter()
+        found = answers(at, adapter, "test")
+        seconds[len(seconds)] = now - begin - spent
+        spent += time.perf_counter() - now
+        return found
+
+    tested = choose.fitted(way, session, range(count), AT, measure)
+    return {
+        "held": {str(step): packed(found) for step, found in held.answers.items()},
+        "held_seconds": round(held.seconds, 2),
+        "test": {str(step): bits(found.hit) for step, found in tested.items()},
+        "seconds": {str(step): round(seconds.get(i, math.nan), 2) for i, step in enumerate(tested) if i in seconds},
+    }
+
+
+def zero(name: str) -> str:
+    """The untuned backbone's hits on the test split, measured once per task."""
+    from metapeft.fewshot.measure import answers
+    from metapeft.training.session import Session
+
+    key = f"zero {name}"
+    if key not in _loaded:
+        known = [c["untuned"]["test"] for c in read() if c["task"] == name]
+        session = Session(backbone(), task(name)) if not known else None
+        _loaded[key] = known[0] if known else bits(answers(session, None, "test").hit)
+    return _loaded[key]
+
+
+def packed(found: Answers) -> dict[str, Any]:
+    return {
+        "hit": bits(found.hit),
+        "right": np.round(found.right, 4).tolist(),
+        "loss": np.round(found.loss, 3).tolist(),
+    }
+
+
+def bits(values: Iterable[float]) -> str:
+    return "".join(str(int(v)) for v in values)
+
+
+def hits(text: str) -> np.ndarray:
+    return np.array([float(c) for c in text])
+
+
+def unpacked(record: dict[str, Any]) -> Answers:
+    return Answers(hits(record["hit"]), np.array(record["right"]), np.array(record["loss"]))
+
+
+# What the cells say
+
+
+def report(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows (per strategy and number of shots), per-task rows and targets."""
+    for c in cells:
+        choice = automatic(c, [o for o in cells if o["family"] != c["family"]])
+        judged = choice.chosen
+        c["choice"] = "zero-shot" if judged is None else judged.strategy
+        c["choice_steps"] = 0 if judged is None else judged.steps
+        c["avoided"] = [j.strategy for j in choice.judged if j.transfer and j.transfer.avoided]
+        c["scores"] = scores(c, [o for o in cells if o["family"] != c["family"]])
+    names = list(dict.fromkeys(name for c in cells for name in c["scores"]))
+    counts = sorted({c["shots"] for c in cells})
+    rows = []
+    for name in names:
+        for count in [*counts, 0]:
+            values = [(c["task"], c["scores"][name]) for c in cells if name in c["scores"] and count in (0, c["shots"])]
+            if values:
+                mean, error = clustered(values)
+                rows.append(
+                    {
+                        "strategy": name,
+                        "shots": count or "all",
+                        "score": mean,
+                        "standard_error": error,
+                        "cells": len(values),
+                    }
+                )
+    return {
+        "rows": rows,
+        "tasks": by_task(cells),
+        "chosen": chosen_counts(cells),
+        "speed": speed(cells),
+        "targets": targets(cells, names),
+    }
+
+
+def final(c: dict[str, Any], name: str) -> np.ndarray:
+    test = c["strategies"][name]["test"]
+    return hits(test[max(test, key=int)])
+
+
+def scores(c: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, float]:
+    """Test scores after the whole schedule; of the automatic choice after as many steps as it chose."""
+    found = {"zero-shot": float(hits(c["untuned"]["test"]).mean())}
+    found |= {name: float(final(c, name).mean()) for name in c["strategies"]}
+    colds = [name for name in c["strategies"] if name.startswith("cold")]
+    usual = {n: np.mean([final(o, n).mean() for o in others if n in o["strategies"]] or [0.0]) for n in colds}
+    found["cold best method"] = found[max(colds, key=lambda n: usual[n])]
+    found["adapt"] = float(adapted(c).mean())
+    return found
+
+
+def adapted(c: dict[str, Any]) -> np.ndarray:
+    if c["choice"] == "zero-shot":
+        return hits(c["untuned"]["test"])
+    return hits(c["strategies"][c["choice"]]["test"][str(c["choice_steps"])])
+
+
+def automatic(c: dict[str, Any], others: list[dict[str, Any]]) -> choose.Choice:
+    """What `metapeft adapt` chooses, with priors of the cells of other families."""
+    held = {
+        name: Held({int(step): unpacked(found) for step, found in record["held"].items()}, record["held_seconds"])
+        for name, record in c["strategies"].items()
+    }
+    ways = [Strategy(name, None if name == "context" else {}, rival=rival(name, held)) for name in held]
+    return choose.choose(ways, held, unpacked(c["untuned"]["shots"]), priors(others))
+
+
+def rival(name: str, held: dict[str, Held]) -> str:
+    cold_one = f"cold {name.split()[-1]}"
+    return cold_one if name.split()[0] in ("nearest", "mix", "reptile") and cold_one in held else ""
+
+
+def priors(cells: list[dict[str, Any]]) -> dict[str, Prior]:
+    """What each strategy gained on the test split of these cells, at the step that its held-out shots favour."""
+    gains: dict[str, list[float]] = defaultdict(list)
+    for c in cells:
+        before = hits(c["untuned"]["test"]).mean()
+        for name, record in c["strategies"].items():
+            held = Held({int(step): unpacked(found) for step, found in record["held"].items()})
+            gains[name].append(float(hits(record["test"][str(held.best())]).mean() - before))
+    return {
+        name: Prior(float(np.mean(found)), max(0.1, float(np.std(found, ddof=1))))
+        for name, found in gains.items()
+        if len(found) >= LEAST
+    }
+
+
+def clustered(values: list[tuple[str, float]]) -> tuple[float, float]:
+    """Mean over tasks of their means, and its standard error over tasks (cells of a task are not independent)."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for name, value in values:
+        groups[name].append(value)
+    means = [float(np.mean(found)) for found in groups.values()]
+    return float(np.mean(means)), float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
+
+
+def by_task(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The automatic choice beside the untuned backbone, on each task."""
+    rows = []
+    for name in dict.fromkeys(c["task"] for c in cells):
+        mine = [c for c in cells if c["task"] == name]
+        differences = np.array([adapted(c) - hits(c["untuned"]["test"]) for c in mine])  # (cells, test rows)
+        per_row = differences.mean(axis=0)
+        error = math.sqrt(
+            per_row.var(ddof=1) / len(per_row)
+            + (differences.mean(axis=1).var(ddof=1) / len(mine) if len(mine) > 1 else 0.0)
+        )
+        row = {"task": name, "cells": len(mine), "untuned": float(hits(mine[0]["untuned"]["test"]).mean())}
+        row |= {
+            n: float(np.mean([c["scores"][n] for c in mine])) for n in ("context", "cold lora", "cold prefix", "adapt")
+        }
+        row |= {"difference": float(per_row.mean()), "standard_error": error}
+        rows.append(row)
+    return rows
+
+
+def chosen_counts(cells: list[dict[str, Any]]) -> dict[str, int]:
+    found: dict[str, int] = defaultdict(int)
+    for c in cells:
+        found[c["choice"]] += 1
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def speed(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Steps and seconds until the automatic choice's test score is cold LoRA's final one (of a training to the end; the
+    share of cells where that happens)."""
+    steps, seconds = [], []
+    for c in cells:
+        if c["choice"] == "zero-shot":
+            continue
+        goal = c["scores"]["cold lora"]
+        lora, mine = c["strategies"]["cold lora"], c["strategies"][c["choice"]]
+        reached = next((s for s in sorted(mine["test"], key=int) if hits(mine["test"][s]).mean() >= goal), None)
+        steps.append(math.inf if reached is None else int(reached) / max(AT))
+        if reached is not None and reached in mine["seconds"] and str(max(AT)) in lora["seconds"]:
+            seconds.append(mine["seconds"][reached] / max(1e-9, lora["seconds"][str(max(AT))]))
+    return {
+        "cells": len(steps),
+        "reached": float(np.mean(np.isfinite(steps))) if steps else math.nan,
+        "median_steps_ratio": float(np.median(steps)) if steps else math.nan,
+        "median_seconds_ratio": float(np.median(seconds)) if seconds else math.nan,
+    }
+
+
+def targets(cells: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
+    singles = [n for n in names if n not in ("adapt", "cold best method")]
+    everywhere = [n for n in singles if all(n in c["scores"] for c in cells)]
+    best = max(everywhere, key=lambda n: clustered([(c["task"], c["scores"][n]) for c in cells])[0])
+    ahead, error = clustered([(c["task"], c["scores"]["adapt"] - c["scores"][best]) for c in cells])
+    few = [c for c in cells if c["shots"] <= FEW]
+    over, _ = clustered([(c["task"], c["scores"]["adapt"] - c["scores"]["cold lora"]) for c in few] or [("", math.nan)])
+    worse = [r["task"] for r in by_task(cells) if r["difference"] < -2 * r["standard_error"]]
+    ratio = speed(cells)["median_steps_ratio"]
+    slack = 0.0 if math.isnan(error) else error
+    rows = [
+        (f"adapt less the best single strategy ({best}), or within {slack:.3f} of it", ahead, 0.0, ahead >= -slack),
+        (f"adapt less cold LoRA at {FEW} shots or fewer", over, 0.05, over >= 0.05),
+        ("steps to cold LoRA's final score, share of its own (median)", ratio, 1 / 3, ratio <= 1 / 3),
+        (f"tasks significantly worse than the untuned backbone {' '.join(worse)}".strip(), len(worse), 0, not worse),
+    ]
+    return [{"name": name, "value": value, "target": goal, "met": bool(met)} for name, value, goal, met in rows]
+
+
+def markdown(found: dict[str, Any], done: int, wanted: int) -> str:
+    counts = list(dict.fromkeys(r["shots"] for r in found["rows"]))
+    names = list(dict.fromkeys(r["strategy"] for r in found["rows"]))
+    table = {(r["strategy"], r["shots"]): r for r in found["rows"]}
+    lines = [f"{done} of {wanted} cells; ± is one standard error over tasks.", ""]
+    lines += ["| strategy | " + " | ".join(f"{c} shots" if c != "all" else "all" for c in counts) + " |"]
+    lines += ["|---" * (len(counts) + 1) + "|"]
+    for name in names:
+        cells = [table.get((name, c)) for c in counts]
+        lines.append(
+            f"| {name} | "
+            + " | ".join(f"{r['score']:.3f} ± {r['standard_error']:.3f}" if r else "" for r in cells)
+            + " |"
+        )
+    lines += [
+        "",
+        "| task | cells | untuned | context | cold lora | cold prefix | adapt | adapt less untuned |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in found["tasks"]:
+        numbers = " | ".join(f"{r[n]:.3f}" for n in ("untuned", "context", "cold lora", "cold prefix", "adapt"))
+        lines.append(f"| {r['task']} | {r['cells']} | {numbers} | {r['difference']:+.3f} ± {r['standard_error']:.3f} |")
+    lines += ["", "Chosen: " + ", ".join(f"{name} {count}" for name, count in found["chosen"].items()) + ".", ""]
+    lines += ["| target | value | wanted | met |", "|---|---|---|---|"]
+    lines += [
+        f"| {t['name']} | {t['value']:.3f} | {t['target']:.3f} | {'yes' if t['met'] else 'no'} |"
+        for t in found["targets"]
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Learning from a few examples: `adapt(task, shots, …)`, its strategies, and what it chooses between them by."""

@@ -1,0 +1,226 @@
+"""Adapting to a task from a few shots: tries what is open here on them, chooses, and leaves an ordinary adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from metapeft.data.task import Task
+from metapeft.fewshot import context, reptile
+from metapeft.fewshot.choose import (
+    Choice,
+    Held,
+    Judged,
+    Prior,
+    Strategy,
+    choose,
+    cross_validate,
+    fitted,
+    fold_count,
+    sessions,
+)
+from metapeft.fewshot.measure import answers
+from metapeft.fewshot.strategies import METHODS, strategies
+from metapeft.fewshot.train import digest
+from metapeft.peft import adapters, checkpoints
+from metapeft.peft.base import Adapter
+from metapeft.peft.saved import Saved
+from metapeft.settings import home
+from metapeft.training.configuration import full
+from metapeft.training.evaluation import evaluate, untuned
+from metapeft.training.session import Session
+from metapeft.training.trial import Score, Trial, trial_id
+
+if TYPE_CHECKING:
+    from metapeft.backbones import Backbone
+
+NEIGHBOURS = 4  # tasks whose adapters are looked at
+
+Report = Callable[[str, int, int], None]  # what is being tried, how many were, of how many
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What came of the shots. chosen: None where the untuned backbone is best; then there is no adapter.
+
+    held_out_untuned: the untuned backbone's answers to the shots, between 0 and 1. score, untuned_score: on the task's
+    test split, where it has one. prompt: where the shots in the context are best, what to put before every question.
+    skipped: strategies that there was no time for.
+    """
+
+    task: str
+    shots: int
+    chosen: Judged | None
+    why: str
+    judged: tuple[Judged, ...]
+    held_out_untuned: float
+    adapter: str
+    trial: Trial | None
+    score: Score | None
+    untuned_score: Score | None
+    seconds: float
+    skipped: tuple[str, ...] = ()
+    prompt: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def adapt(
+    task: Task,
+    backbone: Backbone,
+    *,
+    seed: int = 0,
+    max_seconds: float | None = None,
+    without: Collection[str] = (),
+    only: Collection[str] = (),
+    priors: Mapping[str, Prior] | None = None,
+    report: Report | None = None,
+) -> Adapted:
+    """Learns the task from its training split, all of which are shots; the test split only measures what came of it.
+
+    max_seconds: for trying; the strategy that is being tried is finished, and the chosen one is trained after it.
+    without: names and families of tasks that nothing is taken over from, beside the task itself. only: strategies to
+    try (default: all). The adapter goes to METAPEFT_HOME/adapters/TRIAL_ID. Raises UserError for shots that the
+    backbone cannot read.
+    """
+    from metapeft.meta import library
+    from metapeft.profiling import profile
+
+    begin = time.monotonic()
+    session = Session(backbone, replace(task, validation=task.train, test=task.test or task.train[:1]))
+    near = library.find(profile(task, backbone), NEIGHBOURS, without={task.name, *without})
+    found = strategies(session, near, starts_of(backbone, {task.name, task.family, *without} - {""}))
+    found = [s for s in found if not only or s.name in only]
+    folds = sessions(backbone, task, fold_count(len(task.train))) if len(task.train) > 1 else []
+    held: dict[str, Held] = {}
+    for number, each in enumerate(found if folds else []):
+        if max_seconds is not None and time.monotonic() - begin > max_seconds:
+            break
+        if report is not None:
+            report(each.name, number, len(found))
+        held[each.name] = cross_validate(each, folds)
+    tried = [s for s in found if s.name in held] or found[:1]
+    choice = choose(tried, held, answers(session, None, "train"), **({} if priors is None else {"priors": priors}))
+    before = untuned(session, "test") if task.test else None
+    if report is not None:
+        report(f"training: {choice.chosen.strategy}" if choice.chosen else "measuring", len(found), len(found))
+    strategy = next((s for s in found if choice.chosen and s.name == choice.chosen.strategy), None)
+    trial, folder = (None, "") if strategy is None else _leave(session, task, strategy, choice, seed, before)
+    return Adapted(
+        task=task.name,
+        shots=len(task.train),
+        chosen=choice.chosen,
+        why=explained(choice),
+        judged=choice.judged,
+        held_out_untuned=choice.untuned,
+        adapter=folder,
+        trial=trial,
+        score=before if trial is None else trial.score,
+        untuned_score=before,
+        seconds=time.monotonic() - begin,
+        skipped=tuple(s.name for s in found if s not in tried),
+        prompt=_prompt(session) if strategy is not None and strategy.context else "",
+    )
+
+
+def starts_of(backbone: Backbone, without: Collection[str] = ()) -> dict[str, Saved]:
+    """The meta-learned starts that are here, by method; one that was learned on any of these tasks does not count."""
+    found = {}
+    for method in METHODS:
+        learned = reptile.read(reptile.place(backbone, method))
+        if learned is not None and not {*learned.tasks, *learned.families} & set(without):
+            found[method] = learned.saved
+    return found
+
+
+def explained(choice: Choice) -> str:
+    """The choice in a sentence or two."""
+    said = []
+    chosen = choice.chosen
+    if chosen is None:
+        said.append("Leave the backbone untuned: nothing that was tried is expected to gain anything.")
+    else:
+        done = {0: "without training"}.get(chosen.steps, f"{chosen.steps} steps")
+        measured = f"measured {chosen.difference:+.3f} ± {chosen.standard_error:.3f} on held-out shots"
+        said.append(
+            f"{chosen.strategy} ({done}) is expected to gain {chosen.gain:.3f} over the untuned backbone's"
+            f" {choice.untuned:.3f} ({measured}), {chosen.p_better:.0%} sure that it gains;"
+            f" ahead of the next best by {choice.ahead:.3f} ± {choice.ahead_error:.3f}."
+        )
+    for judged in choice.judged:
+        if judged.transfer is not None and judged.transfer.avoided:
+            beside = f"{judged.transfer.difference:+.3f} ± {judged.transfer.standard_error:.3f}"
+            said.append(f"Negative transfer avoided: {judged.strategy} beside {judged.transfer.rival}: {beside}.")
+    return " ".join(said)
+
+
+def _leave(
+    session: Session, task: Task, strategy: Strategy, choice: Choice, seed: int, before: Score | None
+) -> tuple[Trial, str]:
+    """Learns from all shots, scores and saves; the trial's record and its adapter's folder."""
+    assert choice.chosen is not None
+    steps = choice.chosen.steps
+    kept: dict[int, Saved] = {}
+    begin = time.perf_counter()
+
+    def keep(step: int, adapter: Adapter) -> None:
+        kept[step] = adapters.take(adapter, {})
+
+    everything = range(len(task.train))
+    at = [steps] if steps else []
+    if strategy.configuration is not None and not steps:  # a start that no step made better
+        strategy = replace(strategy, configuration=None)
+    fitted(strategy, session, everything, at, lambda s, a: answers(s, a, "train", [0]), keep)
+    train_seconds = time.perf_counter() - begin
+    saved = kept[steps]
+    configuration = full((strategy.configuration or {}) | saved.config.to_json())
+    start = digest(saved) if strategy.configuration is None else strategy.name
+    backbone = session.backbone
+    identity = trial_id(
+        task.name, task.version, backbone.id, configuration, seed, steps, len(task.train), f"few shots, {start}"
+    )
+    adapter = adapters.build(saved, session.model)
+    adapter.attach(session.model)
+    try:
+        held = evaluate(session, adapter, "train")
+        score = evaluate(session, adapter, "test") if task.test else None
+    finally:
+        adapter.detach(session.model)
+    trial = Trial(
+        id=identity,
+        task=task.name,
+        task_version=task.version,
+        backbone=backbone.id,
+        method=saved.config.method,
+        configuration=configuration,
+        seed=seed,
+        budget=steps,
+        status="ok",
+        score=score,
+        validation=held,
+        untuned_score=before,
+        seconds=train_seconds,
+        train_seconds=train_seconds,
+        trained_parameters=sum(int(value.size) for value in saved.tensors.values()),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        train_examples=len(task.train),
+    )
+    folder = home() / "adapters" / identity
+    trial.adapter = str(folder)
+    template = task.template if isinstance(task.train[0].prompt, str) else ""
+    form = {"name": task.name, "kind": task.kind, "labels": list(task.labels), "template": template}
+    few = {"strategy": strategy.name, "why": explained(choice), "origin": strategy.origin, "shots": len(task.train)}
+    if strategy.context:
+        few["prompt"] = _prompt(session)
+    metadata = {"trial": trial.to_json(), "backbone": backbone.id, "steps": steps, "task": form, "few_shots": few}
+    checkpoints.write(folder, replace(saved, metadata=saved.metadata | metadata))
+    trial.adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
+    return trial, str(folder)
+
+
+def _prompt(session: Session) -> str:
+    return str(session.backbone.tokenizer.decode(context.demonstrations(session)))

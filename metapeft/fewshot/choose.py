@@ -1,0 +1,280 @@
+"""Which strategy suits a few shots: cross-validated on them, and drawn towards what earlier tasks have shown.
+
+Every strategy is trained without some of the shots and answers those, so that each shot is answered once by an adapter
+that has not seen it. Strategies are compared shot by shot with the untuned backbone: the mean difference and its
+standard error are evidence, weighed against a prior by their variances (a normal mean with a normal prior). With two
+shots the prior decides, with two hundred the shots do. What is expected to gain nothing is not chosen.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from metapeft.data.task import Task
+from metapeft.fewshot import context, shots
+from metapeft.fewshot.measure import Answers, answers
+from metapeft.fewshot.train import train
+from metapeft.peft import adapters
+from metapeft.peft.base import Adapter
+from metapeft.peft.saved import Saved
+from metapeft.training.session import Session
+
+if TYPE_CHECKING:
+    from metapeft.backbones import Backbone
+
+STEPS, AT = 40, (10, 20, 40)  # the schedule, and where it may end
+FOLDS = 3
+LOST = 30.0  # loss, in nats, of an answer by weights that diverged
+# Variance of one shot's difference that is believed before any is seen, and how many shots that belief is worth.
+SPREAD, WORTH = 0.4, 4.0
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What a strategy gains over the untuned backbone on a new task, in answers, before a shot is looked at."""
+
+    mean: float
+    deviation: float
+
+
+# Measured by benchmarks/fewshot.py on families left out (see docs/fewshot.md); `Prior(0, .3)` for what is not listed.
+PRIORS: dict[str, Prior] = {}
+UNKNOWN = Prior(0.0, 0.3)
+
+Start = Callable[[Session, Sequence[int]], Saved]  # from a session and which of all shots it trains on
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """configuration: None where nothing is trained. start: None is the method's own, for `context` the shots.
+
+    rival: the strategy without transfer that a transferred start has to beat. origin: of the start, for people.
+    """
+
+    name: str
+    configuration: dict[str, Any] | None = None
+    start: Start | None = None
+    context: bool = False
+    rival: str = ""
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Answers to each shot by adapters that have not seen it, by the number of steps; seconds that this took."""
+
+    answers: Mapping[int, Answers]
+    seconds: float = 0.0
+
+    def best(self) -> int:
+        """After how many steps the answers were best; of equals the fewest."""
+        return max(sorted(self.answers), key=lambda step: merit(self.answers[step]).mean())
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A transferred start beside its cold rival, on held-out shots. avoided: it is expected to do harm."""
+
+    rival: str
+    difference: float
+    standard_error: float
+    avoided: bool
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A strategy with its best number of steps. difference: from the untuned backbone, measured, with its standard
+    error; gain: expected, with its standard deviation; p_better: the chance that it gains."""
+
+    strategy: str
+    steps: int
+    difference: float
+    standard_error: float
+    gain: float
+    deviation: float
+    p_better: float
+    seconds: float
+    origin: str = ""
+    transfer: Transfer | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`judged`: best first. chosen: None is the untuned backbone. ahead: of the next best, expected, with its standard
+    error."""
+
+    chosen: Judged | None
+    judged: tuple[Judged, ...]
+    untuned: float
+    ahead: float = 0.0
+    ahead_error: float = 0.0
+    priors: Mapping[str, Prior] = field(default_factory=dict)
+
+
+def merit(found: Answers) -> np.ndarray:
+    """What strategies are compared by, per shot: the mean of the right answer's probability and of its being given."""
+    return (found.right + found.hit) / 2
+
+
+def fold_count(shots: int) -> int:
+    return min(shots, FOLDS)
+
+
+def sessions(backbone: Backbone, task: Task, count: int) -> list[tuple[Session, list[int]]]:
+    """Per fold: a session that trains on the other shots and validates on these, and which these are."""
+    found = []
+    for held in shots.folds(task, count):
+        rest = [example for i, example in enumerate(task.train) if i not in set(held)]
+        validation = tuple(task.train[i] for i in held)
+        part = replace(task, train=tuple(rest), validation=validation, test=shots.spelled(task))
+        found.append((Session(backbone, part), held))
+    return found
+
+
+def cross_validate(strategy: Strategy, folds: Sequence[tuple[Session, list[int]]], at: Sequence[int] = AT) -> Held:
+    """Answers of a strategy to every shot. There must be two folds at least."""
+    begin = time.perf_counter()
+    parts: dict[int, list[tuple[list[int], Answers]]] = {}
+    total = sum(len(held) for _, held in folds)
+    for session, held in folds:
+        rest = [i for i in range(total) if i not in set(held)]
+        for step, found in fitted(strategy, session, rest, at, lambda s, a: answers(s, a, "validation")).items():
+            parts.setdefault(step, []).append((held, found))
+    whole = {}
+    for step, found_parts in parts.items():
+        columns = np.zeros((3, total))
+        for held, found in found_parts:
+            columns[:, held] = found.hit, found.right, found.loss
+        whole[step] = Answers(*columns)
+    return Held(whole, time.perf_counter() - begin)
+
+
+def fitted(
+    strategy: Strategy,
+    session: Session,
+    indices: Sequence[int],
+    at: Sequence[int],
+    measure: Callable[[Session, Adapter | None], Answers],
+    keep: Callable[[int, Adapter], None] | None = None,
+) -> dict[int, Answers]:
+    """What `measure` finds of a strategy that learned from the session's training split (shots `indices`), by steps.
+
+    keep: called with the steps and the attached adapter, after each measurement.
+    """
+    found: dict[int, Answers] = {}
+
+    def watch(step: int, adapter: Adapter) -> None:
+        found[step] = measure(session, adapter)
+        if keep is not None:
+            keep(step, adapter)
+
+    start = None if strategy.start is None else strategy.start(session, indices)
+    if strategy.configuration is None:
+        if strategy.context:
+            adapter: Adapter = context.prefix(session, context.demonstrations(session))
+        elif start is not None:
+            adapter = adapters.build(start, session.model)
+        else:
+            return {0: measure(session, None)}
+        adapter.attach(session.model)
+        try:
+            watch(0, adapter)
+        finally:
+            adapter.detach(session.model)
+        return found
+    where = [*([0] if start is not None else []), *at]
+    train(session, strategy.configuration, watch, steps=max(at), at=where, start=start)
+    for step in where:
+        if step not in found:  # it diverged before
+            count = len(session.encoded["validation"])
+            found[step] = Answers(np.zeros(count), np.zeros(count), np.full(count, LOST))
+    return found
+
+
+def belief(differences: np.ndarray, prior: Prior) -> tuple[float, float]:
+    """Mean and standard deviation of the mean difference, given what was seen and the prior."""
+    n = len(differences)
+    if n == 0:
+        return prior.mean, prior.deviation
+    scatter = float(((differences - differences.mean()) ** 2).sum())
+    variance = (scatter + WORTH * SPREAD**2) / (n + WORTH) / n
+    weight = prior.deviation**2 / (prior.deviation**2 + variance)
+    mean = prior.mean + weight * (float(differences.mean()) - prior.mean)
+    return mean, prior.deviation * math.sqrt(1 - weight)
+
+
+def choose(
+    strategies: Sequence[Strategy], held: Mapping[str, Held], untuned: Answers, priors: Mapping[str, Prior] = PRIORS
+) -> Choice:
+    """The strategy with the highest expected gain, where it is above zero and the transfer does no harm.
+
+    held: of the strategies that were cross-validated; the others are judged by their priors. untuned: the backbone's
+    own answers to the same shots.
+    """
+    base = merit(untuned)
+    judged = []
+    for strategy in strategies:
+        prior = priors.get(strategy.name, UNKNOWN)
+        mine = held.get(strategy.name)
+        step = mine.best() if mine is not None else (max(AT) if strategy.configuration else 0)
+        difference = merit(mine.answers[step]) - base if mine is not None else np.zeros(0)
+        gain, deviation = belief(difference, prior)
+        judged.append(
+            Judged(
+                strategy=strategy.name,
+                steps=step,
+                difference=float(difference.mean()) if len(difference) else 0.0,
+                standard_error=standard_error(difference),
+                gain=gain,
+                deviation=deviation,
+                p_better=0.5 * (1 + math.erf(gain / max(1e-9, deviation) / math.sqrt(2))),
+                seconds=mine.seconds if mine is not None else 0.0,
+                origin=strategy.origin,
+                transfer=_transfer(strategy, held, priors),
+            )
+        )
+    judged.sort(key=lambda j: (-j.gain, j.steps, j.strategy))
+    usable = [j for j in judged if j.gain > 0 and not (j.transfer and j.transfer.avoided)]
+    chosen = usable[0] if usable else None
+    choice = Choice(chosen, tuple(judged), float(base.mean()), priors=priors)
+    if chosen is None:
+        return choice
+    others = [j for j in judged if j is not chosen and not (j.transfer and j.transfer.avoided)]
+    rival = others[0] if others and others[0].gain > 0 else None
+    if rival is None or chosen.strategy not in held or rival.strategy not in held:
+        return replace(choice, ahead=chosen.gain - (rival.gain if rival else 0.0), ahead_error=chosen.deviation)
+    both = merit(held[chosen.strategy].answers[chosen.steps]) - merit(held[rival.strategy].answers[rival.steps])
+    return replace(choice, ahead=chosen.gain - rival.gain, ahead_error=standard_error(both))
+
+
+def _transfer(strategy: Strategy, held: Mapping[str, Held], priors: Mapping[str, Prior]) -> Transfer | None:
+    if not strategy.rival or strategy.name not in held or strategy.rival not in held:
+        return None
+    mine, cold = held[strategy.name], held[strategy.rival]
+    difference = merit(mine.answers[mine.best()]) - merit(cold.answers[cold.best()])
+    before = priors.get(strategy.name, UNKNOWN), priors.get(strategy.rival, UNKNOWN)
+    expected = Prior(before[0].mean - before[1].mean, math.hypot(before[0].deviation, before[1].deviation))
+    return Transfer(
+        strategy.rival,
+        float(difference.mean()),
+        standard_error(difference),
+        avoided=belief(difference, expected)[0] < 0,
+    )
+
+
+def standard_error(differences: np.ndarray) -> float:
+    """Of the mean; the belief about one shot's variance counts as WORTH shots, so that it is never zero."""
+    n = len(differences)
+    if n == 0:
+        return 0.0
+    scatter = float(((differences - differences.mean()) ** 2).sum())
+    return math.sqrt((scatter + WORTH * SPREAD**2) / (n + WORTH) / n)

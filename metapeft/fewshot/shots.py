@@ -1,0 +1,90 @@
+"""Shots: the few examples that a task is learned from, drawn evenly from its labels, and their folds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from metapeft.data import formats, load
+from metapeft.data.rows import Row
+from metapeft.data.task import Example, Kind, Task
+from metapeft.data.templates import check_template, default_template, render
+from metapeft.errors import UserError
+from metapeft.settings import DataSettings
+
+MOST = 1000
+
+
+def draw(task: Task, count: int, seed: int) -> Task:
+    """The task with `count` of its training examples, as evenly from all labels as they allow; the other splits stay.
+
+    The same seed gives the same shots, and fewer of them are the first of more. Raises UserError when there are fewer
+    training examples.
+    """
+    if not 1 <= count <= len(task.train):
+        raise UserError(f"task {task.name} has {len(task.train)} training examples; give --shots from 1 to that")
+    order = np.random.default_rng(seed).permutation(len(task.train))
+    chosen = balanced([task.train[i] for i in order], bool(task.labels))[:count]
+    return renewed(task, chosen)
+
+
+def renewed(task: Task, train: Sequence[Example]) -> Task:
+    """The task with another training split, and so another version."""
+    new = replace(task, train=tuple(train))
+    return replace(new, version=load.version({name: new.split(name) for name in ("train", "validation", "test")}))
+
+
+def balanced(examples: Sequence[Example], labelled: bool) -> list[Example]:
+    """In an order that takes one of every label in turn (as they come, where there are no labels)."""
+    if not labelled:
+        return list(examples)
+    groups: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        groups[example.completion].append(example)
+    longest = max(map(len, groups.values()))
+    return [group[turn] for turn in range(longest) for group in groups.values() if turn < len(group)]
+
+
+def folds(task: Task, count: int) -> list[list[int]]:
+    """Which training examples are held out together, `count` times, each label spread over all of them."""
+    order = sorted(range(len(task.train)), key=lambda i: task.train[i].completion if task.labels else "")
+    return [sorted(order[first::count]) for first in range(min(count, len(order)))]
+
+
+def spelled(task: Task) -> tuple[Example, ...]:
+    """One example of every label: it tells the scorer how the label is written."""
+    first = {e.completion.strip(): e for name in ("test", "validation", "train") for e in task.split(name)}
+    return tuple(first[label] for label in task.labels)
+
+
+def rows(path: Path) -> int:
+    """How many different rows a task file has. Raises UserError as `load_task` does."""
+    return len(dict.fromkeys(formats.read_file(path).rows))
+
+
+def read(path: Path, settings: DataSettings) -> Task:
+    """A file all of whose rows are shots, none held out for a test. Raises UserError as `load_task` does."""
+    table = formats.read_file(path)
+    found: list[Row] = list(dict.fromkeys(table.rows))
+    if len(found) > MOST:
+        raise UserError(f"{path} has {len(found):,} rows; give --shots, how many of them to learn from")
+    labels = load.check_labels({"train": found}, str(path)) if table.shape == "text+label" else ()
+    kind: Kind = "classification" if labels else "generation"
+    template = check_template(settings.template or default_template(kind, labels))
+    examples = tuple(render(row, template, labels) for row in found)
+    return Task(
+        name=path.resolve().stem,
+        version=load.version({"train": examples, "validation": (), "test": ()}),
+        kind=kind,
+        metric=load.check_metric(settings.metric, kind),
+        train=examples,
+        validation=(),
+        test=(),
+        labels=labels,
+        source=str(path),
+        template=template,
+    )

@@ -1,0 +1,113 @@
+"""The ways to learn from a few shots that are open here: what the library and the meta-learned starts allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from metapeft.errors import UserError
+from metapeft.fewshot import starts
+from metapeft.fewshot.choose import Start, Strategy
+from metapeft.fewshot.measure import answers
+from metapeft.fewshot.mix import mix
+from metapeft.meta.library import Found
+from metapeft.peft import adapters
+from metapeft.peft.saved import Saved
+from metapeft.training.session import Session
+
+METHODS = ("lora", "prefix")  # what is trained from a cold start, and what starts are learned for
+WARM = 0.5  # a start that knows something is trained at this part of the cold rate
+MIXED = 4  # adapters in a mixture at most
+NEAR = 0.5  # nats of loss that the likeness of a task, from 0 to 1, counts as when the nearest adapter is chosen
+
+
+def cold(depth: int) -> dict[str, dict[str, Any]]:
+    """Few-shot-safe settings by method, for a backbone of so many layers: rates that get there in 40 steps, and few
+    enough weights for four examples."""
+    top_third = max(1, round(depth / 3))
+    return {
+        "lora": {"method": "lora", "learning_rate": 2e-3, "rank": 8, "alpha": 16.0, "layers": top_third},
+        "prefix": {"method": "prefix", "learning_rate": 1e-2, "tokens": 16},
+    }
+
+
+def strategies(session: Session, near: Sequence[Found], learned: Mapping[str, Saved]) -> list[Strategy]:
+    """All of them, the cheapest first. session: trains on all shots. near: adapters of the nearest tasks. learned:
+    meta-learned starts by method."""
+    fresh = cold(session.depth)
+    goes_on = {method: c | {"learning_rate": c["learning_rate"] * WARM} for method, c in fresh.items()}
+    found = [Strategy("context", context=True)]
+    found += [Strategy(f"cold {method}", configuration) for method, configuration in fresh.items()]
+    for method, saved in learned.items():
+        name = f"reptile {method}"
+        found.append(Strategy(name, goes_on[method], always(saved), rival=f"cold {method}", origin="many other tasks"))
+    for method in METHODS:
+        alike = usable(session, [f for f in near if starts.start_method(f.entry.trial.method) == method])
+        if not alike:
+            continue
+        names = list(dict.fromkeys(f.entry.trial.task for f, _ in alike))
+        pick = Nearest(session, alike)
+        origin = f"one of {', '.join(names)}" if len(names) > 1 else names[0]
+        found.append(Strategy(f"nearest {method}", goes_on[method], pick, rival=f"cold {method}", origin=origin))
+        if method == "lora" and len(alike) > 1:
+            few = [saved for _, saved in alike[:MIXED]]
+            origin = " + ".join(f.entry.trial.task for f, _ in alike[:MIXED])
+            found.append(Strategy("mix lora", goes_on["lora"], mixture(few), rival="cold lora", origin=origin))
+    return found
+
+
+def always(saved: Saved) -> Start:
+    """The same start whatever the shots are."""
+    return lambda session, indices: saved
+
+
+def mixture(saved: Sequence[Saved]) -> Start:
+    """The mixture that suits the shots best."""
+    return lambda session, indices: mix(session, saved)[0]
+
+
+def usable(session: Session, near: Sequence[Found]) -> list[tuple[Found, Saved]]:
+    """With their adapters; damaged ones, and those that do not fit the backbone, are left out."""
+    found = []
+    for each in near:
+        try:
+            saved = starts.start(each.entry.read())
+            adapters.build(saved, session.model)
+        except UserError:
+            continue
+        found.append((each, saved))
+    return found
+
+
+class Nearest:
+    """Of several adapters the one that answers the shots best, likeness of its task counted: a start."""
+
+    def __init__(self, session: Session, near: Sequence[tuple[Found, Saved]]):
+        self.near = list(near)
+        self.session = session
+        self._losses: np.ndarray | None = None  # (adapters, shots), nats
+
+    def losses(self) -> np.ndarray:
+        if self._losses is None:
+            rows = []
+            for _, saved in self.near:
+                adapter = adapters.build(saved, self.session.model)
+                adapter.attach(self.session.model)
+                try:
+                    rows.append(answers(self.session, adapter, "train").loss)
+                finally:
+                    adapter.detach(self.session.model)
+            self._losses = np.array(rows)
+        return self._losses
+
+    def __call__(self, session: Session, indices: Sequence[int]) -> Saved:
+        likeness = np.array([f.similarity for f, _ in self.near])
+        cost = self.losses()[:, list(indices)].mean(axis=1) - NEAR * likeness
+        return self.near[int(np.argmin(cost))][1]
+
+    def chosen(self) -> Found:
+        """With all shots."""
+        saved = self(self.session, range(self.losses().shape[1]))
+        return next(f for f, s in self.near if s is saved)

@@ -1,0 +1,126 @@
+"""Adapting end to end on a tiny backbone: what it leaves, says, and takes over from other tasks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import metapeft
+from metapeft.errors import UserError
+from metapeft.fewshot import reptile, shots
+from metapeft.fewshot.adapt import adapt, starts_of
+from metapeft.fewshot.choose import Prior
+from metapeft.fewshot.strategies import Nearest, cold, strategies
+from metapeft.meta import library
+from metapeft.peft import adapters, checkpoints
+from metapeft.profiling import profile
+from metapeft.training.evaluation import evaluate
+from metapeft.training.session import Session
+from metapeft.training.trainer import run_trial
+from tests.backbones.tiny import tiny, tiny_folder
+from tests.training import made
+
+TASK = replace(made.classification(train=60, longest=8), family="made", name="mine")
+LIKED = {"cold prefix": Prior(0.9, 0.01)}
+
+
+@pytest.fixture(scope="module")
+def backbone() -> metapeft.backbones.Backbone:  # type: ignore[name-defined]
+    return tiny("llama")
+
+
+def taught(name: str, backbone: object, tmp: Path, seed: int) -> None:
+    """An adapter of each method in the library, of another task."""
+    task = replace(made.classification(longest=8, seed=seed), name=name, family=f"{name}s", licence="MIT")
+    session = Session(backbone, task)  # type: ignore[arg-type]
+    for configuration in cold(session.depth).values():
+        folder = tmp / f"{name}-{configuration['method']}"
+        trial = run_trial(session, configuration, steps=4, folder=folder, test=False)
+        assert library.offer(folder, trial, task, profile(task, backbone))  # type: ignore[arg-type]
+
+
+def test_an_ordinary_adapter_is_left(backbone: object) -> None:
+    few = shots.draw(TASK, 6, 0)
+    said: list[str] = []
+    found = adapt(
+        few,
+        backbone,
+        only=["cold prefix"],
+        priors=LIKED,
+        report=lambda what, done, of: said.append(what),  # type: ignore[arg-type]
+    )
+    assert found.chosen and found.chosen.strategy == "cold prefix" and found.shots == 6 and "cold prefix" in said
+    assert found.trial and found.score and found.untuned_score and found.score.n == len(TASK.test)
+    assert "cold prefix" in found.why and "held-out" in found.why and found.seconds > 0
+    saved = checkpoints.read(Path(found.adapter))
+    assert saved.metadata["few_shots"]["strategy"] == "cold prefix" and saved.metadata["task"]["name"] == "mine"
+    session = Session(backbone, few)  # type: ignore[arg-type]
+    adapter = adapters.load(Path(found.adapter), session.model)
+    adapter.attach(session.model)
+    again = evaluate(session, adapter, "test")
+    adapter.detach(session.model)
+    assert again.value == found.score.value and again.loss == pytest.approx(found.score.loss, rel=1e-4)
+    same = adapt(few, backbone, only=["cold prefix"], priors=LIKED)  # type: ignore[arg-type]
+    assert same.adapter == found.adapter, "the same work, the same id"
+    json.dumps(found.to_json())
+
+
+def test_one_shot_is_decided_by_the_prior(backbone: object) -> None:
+    few = shots.draw(TASK, 1, 0)
+    found = adapt(few, backbone, priors={"context": Prior(0.2, 0.1)})  # type: ignore[arg-type]
+    assert found.chosen and found.chosen.strategy == "context" and found.chosen.gain == pytest.approx(0.2)
+    assert TASK.train and few.train[0].prompt in found.prompt and found.chosen.standard_error == 0
+    assert checkpoints.read(Path(found.adapter)).metadata["few_shots"]["prompt"] == found.prompt
+    nothing = adapt(few, backbone, priors={"context": Prior(-0.2, 0.1)})  # type: ignore[arg-type]
+    assert nothing.chosen is None and nothing.adapter == "" and nothing.trial is None
+    assert nothing.score == nothing.untuned_score and "untuned" in nothing.why
+
+
+def test_time_is_kept_and_what_was_left_out_is_said(backbone: object) -> None:
+    found = adapt(shots.draw(TASK, 4, 0), backbone, max_seconds=0.0)  # type: ignore[arg-type]
+    assert found.skipped == ("cold lora", "cold prefix") and [j.strategy for j in found.judged] == ["context"]
+
+
+def test_what_other_tasks_have_taught_is_used(backbone: object, tmp_path: Path) -> None:
+    for number, name in enumerate(("one", "two"), 1):
+        taught(name, backbone, tmp_path, number)
+    few = shots.draw(TASK, 4, 0)
+    session = Session(backbone, replace(few, validation=few.train))  # type: ignore[arg-type]
+    near = library.find(profile(few, backbone), 4)  # type: ignore[arg-type]
+    ways = {s.name: s for s in strategies(session, near, {})}
+    assert list(ways) == ["context", "cold lora", "cold prefix", "nearest lora", "mix lora", "nearest prefix"]
+    assert ways["nearest lora"].rival == "cold lora" and "one" in ways["mix lora"].origin
+    pick = ways["nearest lora"].start
+    assert isinstance(pick, Nearest) and pick.chosen().entry.trial.task in ("one", "two")
+    found = adapt(few, backbone, only=["nearest lora", "cold lora"], priors={"nearest lora": Prior(0.9, 0.01)})  # type: ignore[arg-type]
+    assert found.chosen and found.chosen.strategy == "nearest lora" and found.chosen.transfer
+    assert found.trial and found.trial.method == "lora" and Path(found.adapter).is_dir()
+    without = library.find(profile(few, backbone), 4, without={"ones", "two"})  # type: ignore[arg-type]
+    assert without == []
+
+
+def test_a_start_that_was_learned_on_the_task_does_not_count(backbone: object) -> None:
+    other = replace(made.classification(seed=3), name="other", family="others")
+    for method, configuration in cold(4).items():
+        place = reptile.place(backbone, method)  # type: ignore[arg-type]
+        reptile.reptile(backbone, [other], configuration, rounds=1, folder=place, inner=1)  # type: ignore[arg-type]
+    assert starts_of(backbone).keys() == {"lora", "prefix"}  # type: ignore[arg-type]
+    assert starts_of(backbone, {"mine"}).keys() == {"lora", "prefix"}  # type: ignore[arg-type]
+    assert starts_of(backbone, {"others"}) == starts_of(backbone, {"other"}) == {}  # type: ignore[arg-type]
+    assert library.entries() == [], "a start is no adapter of a task"
+
+
+def test_from_a_file_of_shots(tmp_path: Path) -> None:
+    path = tmp_path / "few.jsonl"
+    rows = [{"prompt": f"{n} ->", "completion": f"{n + 1}"} for n in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = str(tiny_folder("llama"))
+    found = metapeft.adapt(path, backbone=model, strategies=["context"])
+    assert found.shots == 5 and found.task == "few" and found.score is None and found.untuned_score is None
+    with pytest.raises(UserError, match="--shots"):
+        metapeft.adapt("trec6", backbone=model)
+    with pytest.raises(UserError, match="no start can be learned for prompt"):
+        metapeft.api.learn_starts(methods=["prompt"], backbone=model)  # type: ignore[attr-defined]

@@ -1,0 +1,50 @@
+"""Examples in the context are a prefix that computes what they would in front of the prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from metapeft.fewshot import context, shots
+from metapeft.training.evaluation import predict
+from metapeft.training.session import Session
+from tests.backbones.tiny import tiny
+from tests.training import made
+
+
+def session(count: int = 6) -> Session:
+    task = shots.draw(made.classification(), count, 0)
+    return Session(tiny("llama"), task)
+
+
+def test_the_prefix_is_the_examples_before_the_prompt() -> None:
+    at = session()
+    tokens = context.demonstrations(at)
+    adapter = context.prefix(at, tokens)
+    adapter.attach(at.model)
+    found = predict(at, adapter, "test")
+    adapter.detach(at.model)
+    # The same tokens really in front of every test prompt, with nothing attached.
+    before = Session(tiny("llama"), at.task)
+    shared, before.shared = before.shared, ()
+    before.encoded = {
+        name: [e.behind(shared).behind(tokens) for e in examples] for name, examples in before.encoded.items()
+    }
+    expected = predict(before, None, "test")
+    np.testing.assert_allclose(found.loss_sum, expected.loss_sum, rtol=1e-4, atol=1e-4)
+    assert (found.exact == expected.exact).all()
+
+
+def test_as_many_examples_as_fit() -> None:
+    at = session(12)
+    every = context.demonstrations(at)
+    lengths = [len(at.shared) + len(e.ids) + 1 for e in at.encoded["train"]]
+    assert len(every) == sum(lengths)
+    assert every[-lengths[0] :][: len(at.shared)] == list(at.shared), "the first example stands next to the question"
+    for budget in (0, lengths[0], lengths[0] + 1, sum(lengths[:5]), 10**6):
+        found = context.demonstrations(at, budget)
+        assert len(found) == max((s for s in np.cumsum([0, *lengths]) if s <= budget), default=0)
+    longest = max(len(e.ids) for examples in at.encoded.values() for e in examples) + len(at.shared)
+    at.backbone = replace(at.backbone, context_length=longest + lengths[0] + 1)
+    assert len(context.demonstrations(at)) == lengths[0], "the question needs its place too"
