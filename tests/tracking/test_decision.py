@@ -13,10 +13,10 @@ from tests.tracking.made import make_trial
 PROFILE = {"embedding": [0.25, -1.0], "features": {"examples": 12.0}}
 
 
-def entry(rank: int, method: str, low: float, high: float, **configuration: Any) -> dict[str, Any]:
+def entry(place: int, method: str, low: float, high: float, **configuration: Any) -> dict[str, Any]:
     score = {"mean": (low + high) / 2, "low": low, "high": high, "level": 0.9}
     likely = score | {"low": low + 0.05, "high": high - 0.05, "level": 0.8}
-    return {"rank": rank, "method": method, "configuration": configuration, "score": score, "likely": likely}
+    return {"rank": place, "method": method, "configuration": configuration, "score": score, "likely": likely}
 
 
 def advice(*entries: dict[str, Any]) -> dict[str, Any]:
