@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "postgres-password"
 DATABASES = ("airflow", "mlflow", "sweeps")
@@ -136,7 +138,9 @@ class Platform:
         folder.mkdir(exist_ok=True)
         ports = [f"-{part}.port={free_port()}" for part in ("master", "volume", "filer")]
         ports += [f"-{part}.port.grpc={free_port()}" for part in ("master", "volume", "filer", "s3")]
-        words = ("server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", "-telemetry=false")
+        here = {"-dir": str(folder), "-ip": "127.0.0.1", "-ip.bind": "127.0.0.1"}
+        compose = yaml.safe_load((ROOT / "docker-compose.yaml").read_text())["services"]["seaweedfs"]
+        words = [f"{o}={here[o]}" if (o := word.partition("=")[0]) in here else word for word in compose["command"]]
         self.start(
             "store", str(weed()), *words, f"-s3.port={self.s3}", *ports, environment=self.environment | self.store()
         )
