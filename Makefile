@@ -39,14 +39,16 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# The whole platform as real processes (PostgreSQL, Redis, MLflow, Airflow with two Celery workers): some 5 minutes.
+# The whole platform as real processes (PostgreSQL, Redis, S3, MLflow, Airflow with two Celery workers): some 5 minutes.
 test-platform: $(READY) .venv/.platform
 	METAPEFT_TEST_PLATFORM=1 PYTHONPATH=.venv/.platform $(BIN)/python -m pytest tests/platform
 
-.venv/.platform: docker/requirements.txt $(READY)
-	@command -v redis-server >/dev/null || { echo "missing: apt-get install postgresql redis-server" >&2; exit 1; }
+.venv/.platform: docker/requirements.txt tests/platform/requirements.txt $(READY)
+	@{ command -v redis-server && { command -v initdb || ls /usr/lib/postgresql/*/bin/initdb; }; } >/dev/null 2>&1 || { \
+	  echo "missing: apt-get install postgresql redis-server" >&2; exit 1; }
 	@rm -rf $@
-	@UV_SYSTEM_CERTS=1 VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps --require-hashes --target $@ -r $<
+	@UV_SYSTEM_CERTS=1 VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps --require-hashes --target $@ \
+	  -r docker/requirements.txt -r tests/platform/requirements.txt
 	@touch $@
 
 lint: $(READY)

@@ -47,6 +47,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
             for tried in read_trials(work / "sweep" / "trials.jsonl"):
                 tracker.log_trial(tried, task)
         tracker.log_outcome(trial)
+        tracker.log_decision(recommendation, profile, trial)
         tracker.set_tags({"selection": selection(settings, work, recommendation.record["basis"])})
         tracker.log_json(settings.model_dump(mode="json"), "settings.json")
         registration = tracker.register(work / "train" / "adapter", trial, task, recommendation)

@@ -24,6 +24,7 @@ from metapeft.errors import UserError
 from metapeft.settings import Settings, home
 from metapeft.tracking import servers
 from metapeft.tracking.client import connect, failures, lock
+from metapeft.tracking.decision import advised
 from metapeft.training.trial import Trial
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 DATA_ONLY = {".safetensors", ".json", ".md", ".txt", ".jinja"}
 _HISTORY = "champions"
 _SETTLED = "first_alias"  # written last: a version without it was interrupted before it got its alias
+_ADVICE = {"recommendation": "id", "meta_model": "model", "known_tasks": "tasks", "known_trials": "trials"}
 _KIND = {"metapeft": "adapter"}  # tag of the registered models that are ours
 
 
@@ -230,11 +232,11 @@ def _tags(trial: Trial, task: Task, recommendation: Json | None) -> dict[str, st
     if recommendation is not None:
         record = recommendation.to_json()
         tags["recommendation_basis"] = record["basis"]
-        same = [r for r in record["recommendations"] if r["method"] == trial.method]
-        # The very configuration where it was recommended, else the best one recommended of its method.
-        exact = [r for r in same if all(trial.configuration.get(k) == v for k, v in r["configuration"].items())]
-        for entry in (exact or same)[:1]:
+        tags |= {name: str(record[key]) for name, key in _ADVICE.items() if record.get(key) is not None}
+        entry, exact = advised(record, trial)
+        if entry is not None:
             tags["expected"] = json.dumps(entry)
+            tags["followed"] = f"rank {entry['rank']}" if exact else "method only"
     return tags
 
 

@@ -23,6 +23,7 @@ from metapeft.errors import UserError
 from metapeft.settings import Settings
 from metapeft.tracking import exchange
 from metapeft.tracking.client import connect, experiment_id, failures
+from metapeft.tracking.decision import joined
 from metapeft.training.trial import Score, Trial
 
 if TYPE_CHECKING:
@@ -149,6 +150,16 @@ class Tracker:
         """What this run came to: the trial's configuration, curve and scores, on the run itself."""
         with failures(self.settings.tracking):
             _write_outcome(self.client, self.run_id, trial)
+
+    def log_decision(self, recommendation: Json, profile: Json, trial: Trial) -> None:
+        """`decision.json` (see `metapeft.tracking.decision`), and what search needs of it as metrics `decision.…`."""
+        record = joined(recommendation.to_json(), profile.to_json(), trial)
+        self.log_json(record, "decision.json")
+        numbers = {name: record[name] for name in ("error", "inside_80", "inside_90")}
+        numbers["rank"] = record["chosen"]["rank"]
+        metrics = {f"decision.{name}": float(value) for name, value in numbers.items() if value is not None}
+        with failures(self.settings.tracking):
+            _write(self.client, self.run_id, metrics=metrics, tags={"meta_model": record["meta_model"]})
 
     def log_point(self, point: Mapping[str, Any]) -> None:
         """One row of a learning curve (`Trial.curve`), while training goes on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -68,6 +69,17 @@ def test_assets_connect_the_dags(dags: dict[str, Any]) -> None:
     assert isinstance(dags["grow_and_retrain"].timetable.asset_condition, AssetAny), "either of them starts it"
     assert "meta-model" in updates("grow_and_retrain")
     assert updates("tune_task") == {"experience"} and not starts("tune_task")
+
+
+def test_scheduled_dags_can_be_filled_in(dags: dict[str, Any]) -> None:
+    """`airflow backfill create` takes them, and no task asks for the date: a run does what is due when it runs."""
+    scheduled = [dag for dag in dags.values() if dag.timetable.can_be_scheduled]
+    assert {dag.dag_id for dag in scheduled} == set(dags) - {"tune_task"}
+    for dag in scheduled:
+        assert dag.max_active_runs == 1, "runs of several dates come one after another"
+        for task in dag.tasks:
+            given = str([getattr(task, name, None) for name in task.template_fields])
+            assert not re.search(r"\b(ds|ts|logical_date|data_interval\w*)\b", given), task.task_id
 
 
 def test_the_commands_that_dags_run_exist(dags: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

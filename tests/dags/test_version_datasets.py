@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ def project(tmp_path: Path) -> Path:
     return folder
 
 
-def run(project: Path) -> list[tuple[str, int, str]]:
-    """States of the tasks of one run."""
+def run(project: Path, logical_date: datetime | None = None) -> list[tuple[str, int, str]]:
+    """States of the tasks of one run; logical_date: of a day that is filled in."""
     from airflow.dag_processing.dagbag import DagBag
 
     bag = DagBag(str(project / "dags"))
     assert not bag.import_errors
-    done = bag.dags["version_datasets"].test()
+    done = bag.dags["version_datasets"].test(logical_date=logical_date)
     return sorted((ti.task_id, ti.map_index, str(ti.state)) for ti in done.get_task_instances())
 
 
@@ -67,6 +68,8 @@ def test_changed_files_are_versioned_broken_ones_fail_alone_and_others_hear_of_i
 
     (project / "data" / "broken.csv").unlink()
     assert run(project) == [("files", -1, "success"), ("version", 0, "skipped")]
+    filled = run(project, datetime(2026, 11, 1, tzinfo=UTC))
+    assert filled == [("files", -1, "success"), ("version", 0, "skipped")], "a day of the past changes nothing"
     assert len(events()) == before + 1, "nothing new, nothing told"
 
     file.unlink()

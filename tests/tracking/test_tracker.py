@@ -69,6 +69,7 @@ def test_a_run_holds_task_profile_recommendation_and_trials(settings: Settings, 
         assert tracker.log_trial(good, task) == first  # once is enough
         second = tracker.log_trial(bad, task)
         tracker.log_outcome(good)
+        tracker.log_decision(RECOMMENDATION, PROFILE, good)
         tracker.log_point({"step": 30, "seconds": 9.0, "train_loss": 0.5, "validation_loss": None})
         tracker.log_params({"steps": 40})
         (Path("report.html")).write_text("<html>")
@@ -88,7 +89,10 @@ def test_a_run_holds_task_profile_recommendation_and_trials(settings: Settings, 
     assert run.data.metrics["recommended.score"] == 0.8
     assert run.data.metrics["score"] == 0.9 and run.data.metrics["score_standard_error"] == 0.02
     assert run.data.params["learning_rate"] == "0.001" and run.data.params["steps"] == "40"
+    assert run.data.metrics["decision.error"] == pytest.approx(0.1) and run.data.metrics["decision.inside_90"] == 1
+    assert run.data.metrics["decision.rank"] == 1 and "decision.inside_80" not in run.data.metrics
     root = home() / "mlartifacts" / tracker.run_id / "artifacts"
+    assert json.loads((root / "decision.json").read_text())["embedding"] == [0.5]
     assert json.loads((root / "profile.json").read_text()) == PROFILE.record
     assert json.loads((root / "recommendation.json").read_text())["basis"] == "portfolio"
     assert (root / "report" / "report.html").exists()
