@@ -1,9 +1,10 @@
 """One step of many sequences at once on CPU cores, as one native call (serve.cpp): what a server does all day.
 
-Every sequence reads its next tokens behind its own keys and values and with its own low-rank adapter; prompts and single
-tokens mix. MLX's products are a BLAS's, which copies every weight into an order of its own before it multiplies: for the
-few rows of a step that costs more than the product, and reading float32 from memory costs more still. Here weights lie
-in that order for good, in the narrowest type that holds them exactly. No sum depends on what else is in the step.
+Every sequence reads its next tokens behind its own keys and values and with its own low-rank adapter; prompts and
+single tokens mix. MLX's products are a BLAS's, which copies every weight into an order of its own before it multiplies:
+for the few rows of a step that costs more than the product, and reading float32 from memory costs more still. Here
+weights lie in that order for good, in the narrowest type that holds them exactly. No sum depends on what else is in
+the step.
 
 `native(model)` knows the models that `metapeft.kernels.decoder` knows, and compares logits with MLX's own before it is
 believed. What it does not know is left to MLX: other architectures and precisions, a GPU, no compiler, no AVX.
