@@ -10,6 +10,7 @@
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -267,6 +268,7 @@ class Forward {
   void run() {
     team.run([this](int me) { work(me); });
   }
+  void run_alone() const { work(0); }
 
  private:
   struct Item {
@@ -532,12 +534,25 @@ void *metapeft_serve_start(int threads) { return new Team(threads); }
 
 void metapeft_serve_stop(void *team) { delete (Team *)team; }
 
-size_t metapeft_serve_size(const Model *model, const Step *step, void *team) {  // floats of memory that a step needs
-  return Forward(*model, *step, *(Team *)team, nullptr).size();
-}
-
-void metapeft_serve_step(const Model *model, const Step *step, void *team, float *memory) {
-  Forward(*model, *step, *(Team *)team, memory).run();
+// Steps that have no sequence in common, one after another by the whole team, or (`apart`) each by one thread: that needs
+// every weight more often, but nobody ever waits for anybody. Returns the floats of memory needed; without any, no more.
+size_t metapeft_serve_step(const Model *model, const Step *steps, int count, int apart, void *given, float *memory) {
+  Team &team = *(Team *)given;
+  std::deque<Team> alone;
+  std::vector<Forward> work;
+  size_t used = 0;
+  for (int i = 0; i < count; i++) {
+    work.emplace_back(*model, steps[i], apart ? alone.emplace_back(1) : team, memory ? memory + used : nullptr);
+    used += work.back().size();
+  }
+  if (!memory) return used;
+  if (!apart)
+    for (Forward &one : work) one.run();
+  else if (count == 1)
+    work[0].run_alone();
+  else
+    team.run([&](int) { team.share(count, [&](int i) { work[i].run_alone(); }); });
+  return used;
 }
 }
 

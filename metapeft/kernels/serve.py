@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -169,7 +170,9 @@ class Native:
             },
         )
         self._memory = np.empty(0, np.float32)
+        self.threads = threads
         self._team = library.metapeft_serve_start(threads)
+        self._pace = _Pace()
         self._lock = threading.Lock()
 
     def __del__(self) -> None:
@@ -215,40 +218,53 @@ class Native:
             cache.values[layer, :, :tokens] = np.asarray(values.astype(mx.float32))[0]
         cache.length = tokens
 
-    def step(self, parts: Sequence[Part]) -> np.ndarray:
-        """Every part's tokens enter its cache; the logits of the wanted ones, (wanted in all, vocabulary), in order."""
-        sequences = (_Sequence * len(parts))()
-        chosen: list[int] = []
-        begin = rank = end = 0
-        for n, part in enumerate(parts):
-            count, known = len(part.ids), part.cache.length
-            if known + count > part.cache.capacity:
-                raise ValueError(f"{known} and {count} tokens do not fit into a cache of {part.cache.capacity}")
-            low = part.adapter
-            table = None if low is None or not low.rank else ctypes.addressof(low.table)
-            sequences[n] = _Sequence(
-                table, decoder._address(part.cache.memory), begin, count, known, part.cache.capacity
-            )
-            chosen += range(begin + count - part.wanted, begin + count)
-            rank = max(rank, low.rank if low is not None else 0)
-            begin, end = begin + count, max(end, known + count)
-        ids = np.array([id for part in parts for id in part.ids], dtype=np.int32)
-        owners = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.ids) for part in parts])
-        rows = np.array(chosen, dtype=np.int32)
-        logits = np.empty((len(chosen), self.vocabulary), np.float32)
-        addresses = [decoder._address(array) for array in (ids, owners, rows, logits)]
-        step = _Step(ctypes.addressof(sequences), *addresses, len(ids), len(parts), len(chosen), rank)
+    def step(self, parts: Sequence[Part], apart: bool | None = None) -> np.ndarray:
+        """Every part's tokens enter its cache; the logits of the wanted ones, (wanted in all, vocabulary), in order.
+
+        apart: each thread computes sequences of its own, instead of all of them every product together. On idle cores
+        the latter is faster for few rows; where other processes want the cores too, waiting for each other costs more
+        than it saves. None: as has been faster lately. The result is the same to the bit.
+        """
+        for part in parts:
+            if part.cache.length + len(part.ids) > part.cache.capacity:
+                raise ValueError(
+                    f"{part.cache.length} and {len(part.ids)} tokens do not fit into a cache of {part.cache.capacity}"
+                )
         with self._lock:
-            tables = self._view._rotations(end)
-            for layer, (cosine, sine) in zip(self._layers, tables, strict=True):
-                layer.cosine, layer.sine = decoder._address(cosine), decoder._address(sine)
-            arguments = (ctypes.byref(self._model), ctypes.byref(step), self._team)
-            floats = self._library.metapeft_serve_size(*arguments)
-            if self._memory.size < floats:
-                self._memory = np.empty(-(-floats // STEP) * STEP, np.float32)
-            self._library.metapeft_serve_step(*arguments, decoder._address(self._memory))
+            rows = sum(len(part.ids) for part in parts)
+            chosen = self._pace.apart(rows) if apart is None else apart
+            begin = time.perf_counter()
+            logits = self._step(
+                _shared_out(parts, self.threads) if chosen else [list(range(len(parts)))], parts, chosen
+            )
+            self._pace.took(rows, chosen, time.perf_counter() - begin)
         for part in parts:
             part.cache.length += len(part.ids)
+        return logits
+
+    def _step(self, groups: Sequence[Sequence[int]], parts: Sequence[Part], apart: bool) -> np.ndarray:
+        ends = np.cumsum([part.wanted for part in parts])
+        logits = np.empty((int(ends[-1]), self.vocabulary), np.float32)
+        steps, alive = (_Step * len(groups))(), []
+        outputs = [logits]
+        for n, group in enumerate(groups):
+            if len(groups) > 1:
+                outputs.append(np.empty((sum(parts[i].wanted for i in group), self.vocabulary), np.float32))
+            steps[n], arrays = _described([parts[i] for i in group], outputs[-1])
+            alive.append(arrays)
+        tables = self._view._rotations(max(part.cache.length + len(part.ids) for part in parts))
+        for layer, (cosine, sine) in zip(self._layers, tables, strict=True):
+            layer.cosine, layer.sine = decoder._address(cosine), decoder._address(sine)
+        arguments = (ctypes.byref(self._model), steps, len(groups), apart, self._team)
+        floats = self._library.metapeft_serve_step(*arguments, None)
+        if self._memory.size < floats:
+            self._memory = np.empty(-(-floats // STEP) * STEP, np.float32)
+        self._library.metapeft_serve_step(*arguments, decoder._address(self._memory))
+        for group, found in zip(groups, outputs[1:], strict=False):
+            begin = 0
+            for i in group:
+                logits[ends[i] - parts[i].wanted : ends[i]] = found[begin : begin + parts[i].wanted]
+                begin += parts[i].wanted
         return logits
 
     def _fill(self, into: _Layer, layer: nn.Module) -> None:
@@ -273,6 +289,61 @@ class Native:
         outputs, inputs = weight.shape
         given = None if bias is None else decoder._address(bias)
         return _Matrix(decoder._address(packed), given, inputs, outputs, kind)
+
+
+class _Pace:
+    """How long steps took per row, by their size and by whether threads computed apart."""
+
+    AGAIN = 32  # steps until the slower way gets another chance
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[int, bool], float] = {}
+        self._steps: dict[int, int] = {}
+
+    def apart(self, rows: int) -> bool:
+        size = rows.bit_length()
+        known = [self._seconds.get((size, way)) for way in (False, True)]
+        if known[0] is None or known[1] is None:
+            return known[0] is not None
+        return (known[1] < known[0]) != (self._steps[size] % self.AGAIN == 0)
+
+    def took(self, rows: int, apart: bool, seconds: float) -> None:
+        size = rows.bit_length()
+        before = self._seconds.get((size, apart), seconds / rows)
+        self._seconds[size, apart] = 0.7 * before + 0.3 * seconds / rows
+        self._steps[size] = self._steps.get(size, 0) + 1
+
+
+def _shared_out(parts: Sequence[Part], threads: int) -> list[list[int]]:
+    """Parts in so many groups (or fewer) of about equal length."""
+    groups: list[list[int]] = [[] for _ in range(min(threads, len(parts)))]
+    lengths = [0] * len(groups)
+    for i in sorted(range(len(parts)), key=lambda i: -len(parts[i].ids)):
+        least = lengths.index(min(lengths))
+        groups[least].append(i)
+        lengths[least] += len(parts[i].ids)
+    return groups
+
+
+def _described(parts: Sequence[Part], logits: np.ndarray) -> tuple[_Step, list[Any]]:
+    """As serve.cpp reads it, and what must stay alive meanwhile."""
+    sequences = (_Sequence * len(parts))()
+    chosen: list[int] = []
+    begin = rank = 0
+    for n, part in enumerate(parts):
+        count, low = len(part.ids), part.adapter
+        table = None if low is None or not low.rank else ctypes.addressof(low.table)
+        memory = decoder._address(part.cache.memory)
+        sequences[n] = _Sequence(table, memory, begin, count, part.cache.length, part.cache.capacity)
+        chosen += range(begin + count - part.wanted, begin + count)
+        rank = max(rank, low.rank if low is not None else 0)
+        begin += count
+    ids = np.array([id for part in parts for id in part.ids], dtype=np.int32)
+    owners = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.ids) for part in parts])
+    arrays = [ids, owners, np.array(chosen, dtype=np.int32), logits]
+    addresses = [decoder._address(array) for array in arrays]
+    step = _Step(ctypes.addressof(sequences), *addresses, len(ids), len(parts), len(chosen), rank)
+    return step, [sequences, *arrays]
 
 
 def pack(weight: np.ndarray, width: int) -> tuple[np.ndarray, int]:
@@ -326,8 +397,6 @@ def _library() -> ctypes.CDLL | None:
     library.metapeft_serve_start.argtypes = [_int]
     library.metapeft_serve_stop.restype = None
     library.metapeft_serve_stop.argtypes = [_pointer]
-    library.metapeft_serve_size.restype = ctypes.c_size_t
-    library.metapeft_serve_size.argtypes = [_pointer, _pointer, _pointer]
-    library.metapeft_serve_step.restype = None
-    library.metapeft_serve_step.argtypes = [_pointer, _pointer, _pointer, _pointer]
+    library.metapeft_serve_step.restype = ctypes.c_size_t
+    library.metapeft_serve_step.argtypes = [_pointer, _pointer, _int, _int, _pointer, _pointer]
     return library

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metapeft.kernels.serve import BRAIN, FULL, HALF, Native, Part, native, pack
+from metapeft.kernels.serve import BRAIN, FULL, HALF, Native, Part, _Pace, native, pack
 from metapeft.peft.base import METHODS
 from metapeft.serving.generate import Batch, Row, write
 from metapeft.serving.mixed import Mixture, Resident, read
@@ -82,6 +82,27 @@ def test_bits_do_not_depend_on_pieces_company_or_threads(folders: list[Path | No
         write(rows, batch.read_all(piece))
         found.append(batch.step()[0])
     assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
+def test_threads_that_compute_apart_find_the_same() -> None:
+    found = packed(threads=3)
+    ways = []
+    for apart in (False, True):
+        caches = [found.cache(40) for _ in range(5)]
+        parts = [Part(list(range(9 * n + 1)), cache, wanted=min(n, 2)) for n, cache in enumerate(caches[:5])]
+        found.step([part for part in parts if len(part.ids) < 40], apart)
+        ways.append(found.step([Part([n], cache) for n, cache in enumerate(caches)], apart))
+    assert np.array_equal(*ways)
+
+
+def test_the_faster_way_is_taken_and_the_other_tried_again() -> None:
+    pace = _Pace()
+    ways = []
+    for _ in range(200):
+        ways.append(pace.apart(8))
+        pace.took(8, ways[-1], 1.0 if ways[-1] else 2.0)
+    assert ways.count(True) > 185 and ways[-100:].count(False) >= 3
+    assert not pace.apart(64), "another size is not known yet"
 
 
 def test_a_beginning_that_was_read_before_is_taken_over(folders: list[Path | None]) -> None:
