@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from metapeft.errors import MetapeftError, UserError
+from metapeft.kernels import serve
 from metapeft.runtime import free_memory_mb, mx
-from metapeft.serving.generate import Batch, Row, Sampling, Text, Token, check, write
+from metapeft.serving.generate import Batch, Batched, Row, Sampling, Text, Token, check, write
 from metapeft.serving.mixed import Mixture, Resident, read
+from metapeft.serving.native import NativeBatch, Steps
 from metapeft.serving.score import Answers, Question, score
 
 if TYPE_CHECKING:
@@ -142,20 +144,26 @@ class _Held:
 
 
 class Engine:
-    """`start` loads nothing: the backbone is given. `submit` and `call` may be used from any thread."""
+    """`start` loads nothing: the backbone is given. `submit` and `call` may be used from any thread.
 
-    def __init__(self, backbone: Backbone, limits: Limits | None = None):
+    native: compute without MLX where that is possible.
+    """
+
+    def __init__(self, backbone: Backbone, limits: Limits | None = None, native: bool = True):
         self.backbone, self.limits = backbone, limits or Limits()
         local = Path(backbone.id).expanduser()
         self.name = local.name if local.is_dir() else backbone.id  # no path leaves the server
         self.counts = Counts()
+        packed = serve.native(backbone.model) if native else None
+        self.steps = None if packed is None else Steps(packed)
         self.mixture = Mixture(backbone.model)
-        check(backbone.model, self.mixture)  # this also compiles what is compiled once
+        if self.steps is None:
+            check(backbone.model, self.mixture)  # this also compiles what is compiled once
         self.held: OrderedDict[str, _Held] = OrderedDict()
         self.pending: deque[Generation] = deque()
         self.questions: deque[Classification] = deque()
-        self.reading: Batch | None = None
-        self.writing = Batch(backbone.model, self.mixture, [])
+        self.reading: Batched | None = None
+        self.writing = self.batch([])
         self.jobs: dict[Row, Generation] = {}
         self._inbox: queue.SimpleQueue[Job | tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._waiting = 0  # submitted and not yet admitted
@@ -168,6 +176,12 @@ class Engine:
 
     def start(self) -> None:
         self._thread.start()
+
+    def batch(self, rows: Sequence[Row]) -> Batched:
+        """Rows to be computed together, as this engine computes."""
+        if self.steps is not None:
+            return NativeBatch(self.steps, rows)
+        return Batch(self.backbone.model, self.mixture, rows)
 
     @property
     def alive(self) -> bool:
@@ -236,6 +250,8 @@ class Engine:
         if held is not None and not held.pins:
             del self.held[key]
             self.mixture.forget(held.resident)
+            if self.steps is not None:
+                self.steps.forget(held.resident)
 
     def _evict(self) -> None:
         bound = self.limits.adapter_mb * 2**20
@@ -292,7 +308,7 @@ class Engine:
 
     def _turn(self) -> None:
         self._drop()
-        if self.reading is None:
+        if self.reading is None or self.reading.open:
             self._admit()
         if self.questions:
             self._answer()
@@ -310,27 +326,33 @@ class Engine:
                 (self.pending if isinstance(job, Generation) else self.questions).remove(job)  # type: ignore[arg-type]
                 self._left()
                 job.deliver(TooSlow("the request waited longer than its time limit"))
-        for row in list(self.writing.rows):
-            writing = self.jobs[row]
-            if writing.cancelled or writing.deadline < now:
-                writing.deliver(TooSlow("the request took longer than its time limit"))
+        reading = self.reading.rows if self.reading is not None and self.reading.open else []
+        for row in [*self.writing.rows, *reading]:
+            flying = self.jobs[row]
+            if flying.cancelled or flying.deadline < now:
+                flying.deliver(TooSlow("the request took longer than its time limit"))
                 self._finish(row)
         self._keep_unfinished()
+        if self.reading is not None and self.reading.open:
+            self.reading.keep([i for i, row in enumerate(reading) if row in self.jobs])
+            if not self.reading.rows:
+                self.reading = None
 
     def _admit(self) -> None:
-        """Start to read the oldest requests that fit: rows, cache, and no more padding than text."""
+        """Start to read the oldest requests that fit: rows, cache, and where there is padding, not more than text."""
         rows: list[Row] = []
-        while self.pending and len(rows) < READ_ROWS:
+        reading = [] if self.reading is None else self.reading.rows
+        while self.pending and len(reading) + len(rows) < READ_ROWS:
             job = self.pending[0]
-            everyone = [*self.writing.rows, *rows]
-            longest = max((row.length for row in everyone), default=0)
+            everyone = [*self.writing.rows, *reading, *rows]
             if len(everyone) >= self.limits.rows:
                 break
-            if everyone and (len(everyone) + 1) * max(longest, job.places) > self.places:
+            lengths = [*(row.length for row in everyone), job.places]
+            held = sum(lengths) if self.writing.open else len(lengths) * max(lengths)
+            if everyone and held > self.places:
                 break
-            if rows and len(job.prompt) > 2 * max(len(r.prompt) for r in rows) + 16:
-                break
-            if rows and 2 * len(job.prompt) + 16 < max(len(r.prompt) for r in rows):
+            longest = max((len(row.prompt) for row in rows), default=len(job.prompt))
+            if not self.writing.open and not longest / 2 - 8 <= len(job.prompt) <= 2 * longest + 16:
                 break
             self.pending.popleft()
             self._left()
@@ -342,8 +364,10 @@ class Engine:
             job.row, job.text = row, Text(self._decode, job.stop)
             self.jobs[row] = job
             rows.append(row)
-        if rows:
-            self.reading = Batch(self.backbone.model, self.mixture, rows)
+        if rows and self.reading is not None:
+            self.reading.join(rows)
+        elif rows:
+            self.reading = self.batch(rows)
 
     def _read(self) -> None:
         batch = self.reading
@@ -353,13 +377,16 @@ class Engine:
         self.counts.read_seconds += time.perf_counter() - begin
         if logits is None:
             return
-        self.reading = None
-        self.counts.prompt_tokens += sum(len(row.prompt) for row in batch.rows)
-        write(batch.rows, logits)
+        ready = batch.ready()
+        if ready is batch or not batch.rows:
+            self.reading = None
+        self.counts.prompt_tokens += sum(len(row.prompt) for row in ready.rows)
+        write(ready.rows, logits)
         if self.writing.ahead is not None:  # those that join have not fed their last token yet
             self._write(go_on=False)
-        self.writing.extend(batch)
-        self._tell(batch.rows)
+        joined = list(ready.rows)
+        self.writing.extend(ready)
+        self._tell(joined)
 
     def _write(self, go_on: bool) -> None:
         """One token for every row. go_on: nobody waits to join, the next step may start at once."""
@@ -442,7 +469,8 @@ class Engine:
         order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
         for begin in range(0, len(order), READ_ROWS):
             part = order[begin : begin + READ_ROWS]
-            values = score(self.backbone.model, self.mixture, [questions[i] for i in part], READ_TOKENS)
+            some = [questions[i] for i in part]
+            values = score(self.batch([question.row for question in some]), some, READ_TOKENS)
             result |= dict(zip(part, values, strict=True))
         return [result[i] for i in range(len(questions))]
 
@@ -467,7 +495,7 @@ class Engine:
             self.jobs[row].deliver(error)
             self._finish(row)
         self.reading = None
-        self.writing = Batch(self.backbone.model, self.mixture, [])
+        self.writing = self.batch([])
 
     def _decode(self, ids: list[int]) -> str:
         return self.backbone.tokenizer.decode(ids) if ids else ""

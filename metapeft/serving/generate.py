@@ -2,14 +2,14 @@
 
 A `Batch` holds rows of different requests, adapters and lengths, left-padded in mlx-lm's batch caches. Prompts are read
 in pieces, right-padded, then rolled so that every row ends where the next token goes; a row's virtual tokens are in its
-cache from the start. One `step` is one forward pass for all rows.
+cache from the start. One `step` is one forward pass for all rows. `metapeft.serving.native` has its like without MLX.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -92,12 +92,35 @@ def sample(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
     return int(order[min(int(place), count - 1)])
 
 
+Logits = mx.array | np.ndarray
+
+
+class Batched(Protocol):
+    """What the engine asks of a batch. open: rows may join and leave while prompts are read; nothing is padded."""
+
+    open: bool
+    rows: list[Row]
+    ahead: mx.array | None
+
+    def join(self, rows: Sequence[Row]) -> None: ...
+    def advance(self, tokens: int) -> Logits | None: ...
+    def ready(self) -> Batched: ...
+    def step(self) -> Logits: ...
+    def greedy(self, go_on: bool) -> None: ...
+    def extend(self, other: Any) -> None: ...
+    def keep(self, places: Sequence[int]) -> None: ...
+    def read_all(self, tokens: int) -> np.ndarray: ...
+    def peek(self, owners: Sequence[int], paths: Sequence[Sequence[int]]) -> list[np.ndarray]: ...
+
+
 class Batch:
     """Rows that are computed together.
 
     `ahead`: the tokens after the last that was written, (rows,), where a step for them was started before anyone asked:
     while it computes, Python prepares the next.
     """
+
+    open = False
 
     def __init__(self, model: nn.Module, mixture: Mixture, rows: Sequence[Row]):
         self.model, self.mixture = model, mixture
@@ -134,6 +157,29 @@ class Batch:
             for cache in self.cache:
                 cache.finalize()
         return mx.stack([self._ends.pop(i) for i in range(len(self.rows))])
+
+    def join(self, rows: Sequence[Row]) -> None:
+        raise AssertionError("a padded batch is closed")
+
+    def ready(self) -> Batch:
+        """The rows whose prompts are read: all of them."""
+        return self
+
+    def read_all(self, tokens: int) -> np.ndarray:
+        """Read the prompts to their ends; the logits after them, (rows, vocabulary) float32."""
+        while (logits := self.advance(tokens)) is None:
+            pass
+        return np.array(logits.astype(mx.float32))
+
+    def peek(self, owners: Sequence[int], paths: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Logits at every token of each path behind its owner's prompt, (tokens, vocabulary). It ends the batch."""
+        for cache in self.cache:
+            cache.filter(mx.array(list(owners)))
+        longest = max(len(path) for path in paths)
+        ids = mx.array([[*path, *[0] * (longest - len(path))] for path in paths])
+        with self.mixture.rows([self.rows[i].resident for i in owners]):
+            logits = np.array(run(self.model, ids, cache=self.cache).astype(mx.float32))
+        return [part[: len(path)] for part, path in zip(logits, paths, strict=True)]
 
     def step(self) -> mx.array:
         """Feed every row its last token; the next logits, (rows, vocabulary)."""
@@ -176,14 +222,17 @@ class Batch:
             cache.filter(list(places))
 
 
-def write(rows: Sequence[Row], logits: mx.array) -> None:
+def write(rows: Sequence[Row], logits: Logits) -> None:
     """Choose each row's next token from its logits (rows, vocabulary) and append it."""
-    greedy = mx.argmax(logits, axis=-1)
     needed = [i for i, row in enumerate(rows) if row.needs_logits]
-    chosen = logits[mx.array(needed)].astype(mx.float32) if needed else None
-    mx.eval([greedy] if chosen is None else [greedy, chosen])
-    values = {} if chosen is None else dict(zip(needed, np.array(chosen), strict=True))
-    for i, (row, token) in enumerate(zip(rows, np.array(greedy), strict=True)):
+    if isinstance(logits, np.ndarray):
+        greedy, chosen = logits.argmax(axis=-1), logits[needed]
+    else:
+        best, some = mx.argmax(logits, axis=-1), logits[mx.array(needed)].astype(mx.float32) if needed else None
+        mx.eval([best] if some is None else [best, some])
+        greedy, chosen = np.array(best), np.zeros(0) if some is None else np.array(some)
+    values = dict(zip(needed, chosen, strict=True))
+    for i, (row, token) in enumerate(zip(rows, greedy, strict=True)):
         row.written.append(row.choose(values.get(i, NOTHING), int(token)))
         row.last = row.written[-1].id
 

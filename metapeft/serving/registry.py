@@ -22,8 +22,7 @@ import numpy as np
 
 from metapeft.errors import MetapeftError, UserError
 from metapeft.peft import checkpoints
-from metapeft.runtime import mx
-from metapeft.serving.generate import Batch, Row, write
+from metapeft.serving.generate import Logits, Row, write
 from metapeft.settings import Settings, home
 from metapeft.tracking import models
 from metapeft.tracking.models import CHAMPION, Model
@@ -213,11 +212,10 @@ def smoke(engine: Engine, version: Version) -> None:
     resident = engine.load(version)
     ids = engine.backbone.tokenizer.encode(PROBE, add_special_tokens=False)
     row = Row(list(ids) or [0], resident, 3)
-    batch = Batch(engine.backbone.model, engine.mixture, [row])
-    logits = batch.advance(len(row.prompt))
+    batch = engine.batch([row])
+    logits: Logits = batch.read_all(len(row.prompt))
     for _ in range(3):
-        assert logits is not None
-        if not np.isfinite(np.array(logits.astype(mx.float32))).all():
+        if not bool(np.isfinite(np.array(logits)).all()):
             raise UserError(f"{version.key} failed its smoke test: what it computes is not finite")
         write([row], logits)
         logits = batch.step()

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metapeft.backbones.forward import run
-from metapeft.runtime import mx, nn
-from metapeft.serving.generate import Batch, Row
-from metapeft.serving.mixed import Mixture, Resident
+from metapeft.serving.generate import Batched, Row
+from metapeft.serving.mixed import Resident
 
 Tokens = tuple[int, ...]
 
@@ -47,40 +45,31 @@ class Question:
     answers: Answers
     resident: Resident | None
 
+    @property
+    def row(self) -> Row:
+        """The prompt as a row of a batch, with room for the longest path."""
+        return Row(self.prompt, self.resident, max(map(len, self.answers.paths), default=0))
 
-def score(model: nn.Module, mixture: Mixture, questions: Sequence[Question], piece: int = 256) -> list[np.ndarray]:
-    """Log-likelihood of every answer of every question. piece: prompt tokens read at once."""
-    batch = Batch(model, mixture, [Row(q.prompt, q.resident, 0) for q in questions])
-    width = max(1, piece // len(questions))
-    while (logits := batch.advance(width)) is None:
-        pass
-    logits = logits.astype(mx.float32)
-    totals = mx.logsumexp(logits, axis=-1)
-    result = []
-    for i, question in enumerate(questions):
-        roots = mx.array([s[0] for s in question.answers.sequences])
-        result.append(np.array(logits[i][roots] - totals[i], dtype=np.float64))
+
+def score(batch: Batched, questions: Sequence[Question], piece: int = 256) -> list[np.ndarray]:
+    """Log-likelihood of every answer of every question. batch: their rows, in order. piece: tokens read at once."""
+    logs = _log_softmax(batch.read_all(max(1, piece // len(questions))))
+    result = [logs[i, [s[0] for s in q.answers.sequences]] for i, q in enumerate(questions)]
     pairs = [(i, path) for i, q in enumerate(questions) for path in q.answers.paths]
-    if pairs:
-        _add_deeper(batch, questions, pairs, result)
-    return result
-
-
-def _add_deeper(
-    batch: Batch, questions: Sequence[Question], pairs: Sequence[tuple[int, Tokens]], result: list[np.ndarray]
-) -> None:
-    """Adds what the tokens after the first say: every shared beginning is read once, behind its question's prompt."""
-    owners = [i for i, _ in pairs]
-    for cache in batch.cache:
-        cache.filter(mx.array(owners))
-    longest = max(len(path) for _, path in pairs)
-    ids = mx.array([[*path, *[0] * (longest - len(path))] for _, path in pairs])
-    with batch.mixture.rows([questions[i].resident for i in owners]):
-        logits = run(batch.model, ids, cache=batch.cache).astype(mx.float32)
-    logs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    if not pairs:
+        return result
+    # What the tokens after the first say: every shared beginning is read once, behind its question's prompt.
+    deeper = [_log_softmax(logits) for logits in batch.peek([i for i, _ in pairs], [path for _, path in pairs])]
     for i, question in enumerate(questions):
         for n, (sequence, end) in enumerate(zip(question.answers.sequences, question.answers.decided, strict=True)):
             if end == 1:
                 continue
             row = next(r for r, (o, path) in enumerate(pairs) if o == i and path[: end - 1] == sequence[: end - 1])
-            result[i][n] += sum(float(logs[row, d - 1, sequence[d]]) for d in range(1, end))
+            result[i][n] += sum(deeper[row][d - 1, sequence[d]] for d in range(1, end))
+    return result
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float32 (…, vocabulary) -> float64"""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted.astype(np.float64) - np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64))

@@ -43,9 +43,9 @@ class Asked:
                 return event.text
 
 
-@pytest.fixture
-def engine() -> Iterator[Engine]:
-    running = Engine(tiny("llama"), Limits(rows=4, queue=6))
+@pytest.fixture(params=["native", "mlx"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    running = Engine(tiny("llama"), Limits(rows=4, queue=6), native=request.param == "native")
     running.start()
     yield running
     running.stop(20)
@@ -152,7 +152,7 @@ def test_a_failing_step_fails_its_rows_only(engine: Engine, monkeypatch: pytest.
     def fail() -> None:
         raise RuntimeError("out of memory")
 
-    engine.call(lambda: monkeypatch.setattr(engine.writing, "_feed", lambda tokens: fail())).result()
+    engine.call(lambda: monkeypatch.setattr(engine.writing, "greedy", lambda go_on: fail())).result()
     with pytest.raises(RuntimeError, match="out of memory"):
         ask(engine, None, "x", 5).result()
     assert ask(engine, None, "x", 5).result() and engine.counts.failures == 1

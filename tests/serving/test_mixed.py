@@ -128,9 +128,8 @@ def test_answers_are_weighed_as_in_the_evaluation(folders: list[Path | None]) ->
     backbone = tiny("llama")
     mixture = Mixture(backbone.model)
     held = [None if f is None else read(f, backbone.model, f.name) for f in folders]
-    found = score(
-        backbone.model, mixture, [Question(p, answers, r) for p, r in zip(prompts(), held, strict=True)], piece=30
-    )
+    questions = [Question(p, answers, r) for p, r in zip(prompts(), held, strict=True)]
+    found = score(Batch(backbone.model, mixture, [q.row for q in questions]), questions, piece=30)
     for ids, folder, values in zip(prompts(), folders, found, strict=True):
         model = tiny("llama").model
         if folder is not None:
