@@ -14,6 +14,7 @@ from tests.stages.made import spam_file
 
 STAGES = ("version", "validate", "profile", "recommend", "sweep", "train", "evaluate", "register", "report")
 CHANGING = {"started", "seconds", "train_seconds", "cpu_seconds", "peak_memory_mb", "curve", "run_id", "cost", "loss"}
+CHANGING |= {"reason", "run_url"}  # "registered before as version 1"
 
 
 class Pipeline:
@@ -156,7 +157,7 @@ def known() -> list[str]:
     found += [f"decision {entry['id']}" for entry in decisions.read()]
     found += [f"model {m.name} {m.version} {m.trial}" for m in list_models(load_settings())]
     for folder in (home() / "adapters").glob("*"):
-        if (folder / "manifest.json").exists():
+        if not folder.name.startswith(".") and (folder / "manifest.json").exists():  # .ID.new-…: being built
             checkpoints.read(folder)
     for database in (home() / "mlflow.db", *(home() / "sweeps").glob("*.db")):
         with sqlite3.connect(database) as connection:

@@ -1,4 +1,4 @@
-"""A process that has imported everything heavy and forks a child per case: a fault costs what it breaks, not 15 seconds.
+"""A process that has imported everything heavy and forks a child per case: a fault costs what it breaks, no start.
 
 MLX survives a fork as long as nothing was computed before it, so this process computes nothing. It reads one JSON
 request per line: a function ("module:name") with keyword arguments, variables of the environment, and the fault to arm.
