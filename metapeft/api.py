@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from metapeft import stages
 from metapeft.errors import UserError
-from metapeft.settings import DEFAULT_BACKBONE, Settings, home, load_settings
+from metapeft.settings import DEFAULT_BACKBONE, Settings, home, load_settings, user_path
 from metapeft.stages.files import read_task, read_trials
 from metapeft.stages.stage import read_json
 from metapeft.training.trial import Trial
@@ -318,7 +318,7 @@ def settings_for(task: str | Path, *, params: Path | None = None, **given: Any) 
 
 def work_folder(settings: Settings) -> Path:
     """The default place of a task's stage outputs: one per task, backbone and data settings."""
-    where = Path(settings.task)
+    where = user_path(settings.task)
     task = str(where.absolute()) if where.exists() else settings.task
     identity = [task, settings.backbone, settings.data.model_dump(mode="json")]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]

@@ -27,7 +27,7 @@ class DataSettings(Section):
     max_train: int = Field(1000, ge=1, description="training examples used at most")
     max_validation: int = Field(150, ge=1)
     max_test: int = Field(300, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     metric: Literal["accuracy", "macro_f1", "exact_match"] | None = Field(None, description="None: the field's default")
     template: str | None = Field(None, description="prompt template with {text} and {labels}; None: the default")
 
@@ -79,7 +79,7 @@ class Settings(Section):
 
     task: str = "sms_spam"
     backbone: str = DEFAULT_BACKBONE
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     data: DataSettings = DataSettings()
     recommend: RecommendSettings = RecommendSettings()
     sweep: SweepSettings = SweepSettings()
@@ -98,25 +98,78 @@ def load_settings(params: Path | None = None, **overrides: Any) -> Settings:
 
     Raises UserError naming the first wrong key.
     """
-    import yaml
-
     values: dict[str, Any] = {}
     if params is not None:
-        try:
-            values = yaml.safe_load(params.read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise UserError(f"cannot read {params}: {error.strerror}; give an existing params file") from error
-        except yaml.YAMLError as error:
-            raise UserError(f"{params} is not valid YAML ({str(error).splitlines()[0]}); fix the file") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{params} must hold a mapping of settings, not a {type(values).__name__}")
+        values = read_yaml(params, "params file") or {}
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise UserError(f"{params} must hold a mapping of settings; write NAME: VALUE on each line")
     try:
         return Settings.model_validate(merge(values, overrides))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        problem = unknown(first["loc"]) if first["type"] == "extra_forbidden" else f"{first['msg'].lower()}"
-        raise UserError(f"setting {where}: {problem} (in {params or 'the given options'})") from error
+        where = ".".join(str(part)[:60] for part in first["loc"])
+        problem = unknown(first["loc"]) if first["type"] == "extra_forbidden" else brief(first["msg"].lower())
+        raise UserError(f"setting {brief(where)}: {problem} (in {params or 'the given options'})") from error
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """What a YAML (or JSON) file of the user's holds: strings, numbers, lists and mappings. Raises UserError."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path} ({error.strerror}); give an existing YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the {what} {path} is not text; save it as UTF-8") from error
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
+        # ValueError: 2024-13-45, which looks like a date; a number of over 4,300 digits. AttributeError: odd merges.
+        raise UserError(f"the {what} {path} is not valid YAML ({brief(str(error))}); fix the file") from error
+    if not _plain(values):
+        raise UserError(
+            f"the {what} {path} holds a date or another thing that is no text, number, list or mapping (or too many of"
+            " them); put quotes around it"
+        )
+    return values
+
+
+def user_path(text: str | Path) -> Path:
+    """The path that a user's text names, `~` replaced. Raises UserError for what no file can be called."""
+    import errno
+
+    try:
+        path = Path(text).expanduser()
+        os.lstat(path)
+    except (ValueError, RuntimeError) as error:  # a zero byte; half of a surrogate pair; ~NOBODY
+        raise UserError(f"{brief(text, 60)!r} is no name of a file ({error}); check the name") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{brief(text, 60)!r} is longer than a file's name can be; check the name") from error
+    return path
+
+
+def _plain(values: Any, most: int = 100_000) -> bool:
+    """Whether it is what JSON can hold, and no more of it than a person writes: YAML's aliases multiply."""
+    waiting, seen = [values], 0
+    while waiting:
+        value = waiting.pop()
+        seen += 1
+        if seen > most:
+            return False
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif not (value is None or isinstance(value, bool | int | float | str)):
+            return False
+    return True
+
+
+def brief(text: object, most: int = 200) -> str:
+    """What somebody else wrote, for a message: one line, not too long, and nothing that a terminal cannot show."""
+    line = " ".join(str(text).split())
+    shown = line if len(line) <= most else f"{line[:most]}…"
+    return shown.encode("utf-8", "backslashreplace").decode()
 
 
 def unknown(place: tuple[int | str, ...]) -> str:
@@ -126,7 +179,7 @@ def unknown(place: tuple[int | str, ...]) -> str:
     section: Any = Settings
     for part in place[:-1]:
         section = section.model_fields[part].annotation
-    close = difflib.get_close_matches(str(place[-1]), section.model_fields, n=1)
+    close = difflib.get_close_matches(str(place[-1])[:60], section.model_fields, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(section.model_fields)}"
     return f"there is no such setting; {hint}"
 

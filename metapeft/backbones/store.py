@@ -32,7 +32,7 @@ def manifest(folder: Path) -> dict[str, Any] | None:
         record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = record["files"]
         whole = bool(files) and all(sha256(folder / name) == digest for name, digest in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return record if whole else None
 

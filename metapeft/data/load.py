@@ -15,7 +15,7 @@ from metapeft.data.rows import Row, Shape, listed
 from metapeft.data.splits import Limits, make_splits
 from metapeft.data.task import SPLITS, Example, Kind, Metric, Task
 from metapeft.errors import UserError
-from metapeft.settings import DataSettings
+from metapeft.settings import DataSettings, user_path
 
 MAX_LABELS = 500
 
@@ -30,7 +30,7 @@ def load_task(task: str | Path, settings: DataSettings | None = None) -> Task:
     if not str(task).strip():
         raise UserError("no task is given; name a file, a task of the catalog or a Hugging Face dataset")
     settings = settings or DataSettings()
-    path = Path(task).expanduser()
+    path = user_path(task)
     name, entry = str(task), catalog.find(str(task))
     if entry is not None:  # before a folder that happens to have this name: write ./NAME for that
         path = catalog.fetch(entry.name)

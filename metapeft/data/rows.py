@@ -127,7 +127,7 @@ def conversation(messages: Any, where: str) -> Row:
             raise UserError(f"{where}: message {index} must be an object with 'role' and 'content'")
         role = message["role"]
         if role not in ROLES:
-            raise UserError(f"{where}: message {index} has the role {role!r}; use one of {', '.join(ROLES)}")
+            raise UserError(f"{where}: message {index} has the role {str(role)[:30]!r}; use one of {', '.join(ROLES)}")
         turns.append((str(role), cell(message["content"], f"content of message {index}", where)))
     if turns[-1][0] != "assistant":
         raise UserError(f"{where}: the last message is the {turns[-1][0]}'s; end each row with the assistant's answer")

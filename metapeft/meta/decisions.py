@@ -24,6 +24,7 @@ from metapeft.training.trial import Trial
 if TYPE_CHECKING:
     from metapeft.meta.recommendation import Recommendation
 
+NEEDED = {"id", "at", "task", "task_version", "backbone", "model", "recommendations"}
 _log = logging.getLogger(__name__)
 
 
@@ -82,8 +83,10 @@ def read() -> list[dict[str, Any]]:
         if line.strip():
             try:
                 entry = json.loads(line)
+                if not entry.keys() >= NEEDED:
+                    raise ValueError("it lacks a part")
                 found.setdefault(entry["id"], entry)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 _log.warning("%s holds a line that is no recommendation; skipped", _file())
     return list(found.values())
 

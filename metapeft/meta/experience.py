@@ -298,31 +298,40 @@ def _load(path: Path) -> list[Record]:
 
 
 def _load_lines(path: Path) -> list[Record]:
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); move it away or restore it from a copy") from error
     records = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            if not {"id", "started", "configuration"} <= record.keys():
+            record = migrate(json.loads(line))
+            if not (isinstance(record["id"], str) and isinstance(record["started"], str) and record["configuration"]):
                 raise ValueError
-        except (ValueError, AttributeError):
+            _trial(record)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if number < len(lines):  # the last one is a write that was cut short
                 _log.warning("%s line %d is not a trial; skipped", path, number)
             continue
-        records.append(migrate(record))
+        records.append(record)
     return records
 
 
 def _load_table(path: Path) -> list[Record]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.read_table(path).to_pylist()
-    except pa.ArrowInvalid as error:
+        rows = pq.ParquetFile(path).read().to_pylist()
+        return _from_rows(rows, path)
+    except (FileNotFoundError, UserError):
+        raise
+    except Exception as error:  # pyarrow raises many kinds for broken bytes, and so does what is read of them
         raise UserError(f"{path} is not a Parquet file of trials; remove it or restore it from a copy") from error
+
+
+def _from_rows(rows: list[dict[str, Any]], path: Path) -> list[Record]:
     records = []
     known: dict[str, Any] = {}  # most configurations and versions come many times
     for row in rows:

@@ -70,9 +70,9 @@ class Trained:
 
 def champion() -> Version:
     """The version in force. A version that cannot be read gives way to the one before it."""
-    record = cache.read(_folder() / "champion.json") or {}
-    for number in [record.get("champion"), *reversed(record.get("before", []))]:
-        found = _read(_path(number)) if isinstance(number, int) and number > 0 else None
+    now, before = _succession()
+    for number in [now, *reversed(before)]:
+        found = _read(_path(number)) if number > 0 else None
         if found is not None:
             return found
     return shipped()
@@ -158,9 +158,7 @@ def promote(number: int) -> Version:
     found = shipped() if number == 0 else _read(_path(number))
     if found is None:
         raise UserError(f"there is no readable version {number} of the meta-model; `metapeft meta versions` lists them")
-    record = cache.read(_folder() / "champion.json") or {}
-    now = record.get("champion", 0)
-    before = [n for n in record.get("before", []) if isinstance(n, int)]
+    now, before = _succession()
     if now != number:
         before.append(now)
     cache.write(_folder() / "champion.json", {"champion": number, "before": before})
@@ -169,8 +167,7 @@ def promote(number: int) -> Version:
 
 def rollback() -> Version:
     """Give the champion's place back to the version before. Raises UserError when there was none."""
-    record = cache.read(_folder() / "champion.json") or {}
-    before = record.get("before", [])
+    _, before = _succession()
     if not before:
         raise UserError("there is no earlier version of the meta-model to go back to")
     found = shipped() if before[-1] == 0 else _read(_path(before[-1]))
@@ -227,8 +224,16 @@ def _read(path: Path) -> Version | None:
             return None
         values = {name: record[name] for name in ("number", "made", "tasks", "observations", "judged")}
         return Version(**{**values, "seen": tuple(record["seen"]), "model": Model.from_json(record["model"])})
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return None
+
+
+def _succession() -> tuple[int, list[int]]:
+    """The champion's number (0: the shipped one) and those that were champion before it, the latest last."""
+    record = cache.read(_folder() / "champion.json") or {}
+    now, before = record.get("champion"), record.get("before")
+    earlier = [n for n in before if isinstance(n, int)] if isinstance(before, list) else []
+    return (now if isinstance(now, int) else 0), earlier
 
 
 def _folder() -> Path:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from metapeft.errors import UserError
 from metapeft.peft.base import METHODS, Adapter, MethodConfig
+from metapeft.settings import brief
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -29,8 +30,20 @@ def config_class(method: str) -> type[MethodConfig]:
     classes = (LoRAConfig, AdaLoRAConfig, PromptConfig, PrefixConfig, PTuningConfig)
     found = {c.method: c for c in classes}.get(method)
     if found is None:
-        raise UserError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+        raise UserError(f"unknown method {brief(repr(method), 60)}; choose from {', '.join(METHODS)}")
     return found
+
+
+LARGEST = 2**31  # no size of a model comes near it, and MLX counts in 32 bits
+
+
+def finite(what: str, value: Any) -> None:
+    """Raises UserError where a number is NaN, infinite, or of no size that can be computed with."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            finite(f"{what}.{brief(key, 60)}", inner)
+    elif isinstance(value, int | float) and not abs(value) < LARGEST:  # not: NaN compares false
+        raise UserError(f"{what}={brief(value, 30)} must be a finite number below {LARGEST:.0e}")
 
 
 _validators: dict[type, Any] = {}
@@ -52,13 +65,19 @@ def parse(method: str, values: dict[str, Any]) -> MethodConfig:
     cls = config_class(method)
     unknown = sorted(set(values) - cls.names())
     if unknown:
-        raise UserError(f"{method} has no hyperparameter {unknown[0]!r}; it has {', '.join(sorted(cls.names()))}")
+        raise UserError(
+            f"{method} has no hyperparameter {brief(unknown[0], 60)!r}; it has {', '.join(sorted(cls.names()))}"
+        )
     try:
         config: MethodConfig = validator(cls).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{method} hyperparameter {where}={first['input']!r}: {first['msg'].lower()}") from error
+        raise UserError(
+            f"{method} hyperparameter {where}={brief(repr(first['input']), 60)}: {brief(first['msg'].lower())}"
+        ) from error
+    for name in cls.names():
+        finite(f"{method} hyperparameter {name}", getattr(config, name))
     for name in ("rank", "initial_rank", "target_rank", "tokens", "interval", "width"):
         if getattr(config, name, 1) < 1:
             raise UserError(f"{method} hyperparameter {name}={getattr(config, name)} must be at least 1")

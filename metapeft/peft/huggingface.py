@@ -22,6 +22,7 @@ from metapeft.peft.prefix import PrefixConfig
 from metapeft.peft.prompt import PromptConfig
 from metapeft.peft.saved import ROOT, Saved, layer_of, within_layer
 from metapeft.runtime import mx
+from metapeft.settings import brief
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _TYPES = {
@@ -196,10 +197,13 @@ def decode(files: Mapping[str, bytes], folder: Path) -> Saved:
     method = _TYPES.get(str(config.get("peft_type")))
     if method is None:
         raise UserError(
-            f"{path}: peft_type {config.get('peft_type')!r} is not supported; metapeft reads {', '.join(_TYPES)}"
+            f"{path}: peft_type {brief(repr(config.get('peft_type')), 60)} is not supported;"
+            f" metapeft reads {', '.join(_TYPES)}"
         )
     if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise UserError(f"{path}: task_type {config['task_type']} is not supported; metapeft reads CAUSAL_LM adapters")
+        raise UserError(
+            f"{path}: task_type {brief(config['task_type'], 60)} is not supported; metapeft reads CAUSAL_LM adapters"
+        )
     tensors = tensor_file.decode(files[WEIGHTS], folder / WEIGHTS)
     try:
         if method in ("lora", "adalora"):
@@ -208,8 +212,8 @@ def decode(files: Mapping[str, bytes], folder: Path) -> Saved:
         return _decode_virtual(method, config, tensors, folder)
     except KeyError as error:
         raise UserError(f"{path} has no {error.args[0]!r}; it is not a whole PEFT configuration") from error
-    except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise UserError(f"{path} holds a wrong value ({error}); it is not a PEFT configuration") from error
+    except (TypeError, ValueError, ArithmeticError, AttributeError, RecursionError, re.error) as error:
+        raise UserError(f"{path} holds a wrong value ({brief(error)}); it is not a PEFT configuration") from error
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:
@@ -217,7 +221,7 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy or save the adapter again") from error
+        raise UserError(f"{path} is not valid JSON ({brief(error)}); copy or save the adapter again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
@@ -227,11 +231,14 @@ def _check_options(config: dict[str, Any], path: Path) -> None:
     for name, value in config.items():
         unknown_switch = name.startswith("use_") and name != "use_rslora" and value
         if unknown_switch or (name in _UNSUPPORTED and value not in _UNSUPPORTED[name]):
-            raise UserError(f"{path}: {name}={value!r} is not supported; merge this adapter with PEFT instead")
+            raise UserError(
+                f"{path}: {brief(name, 60)}={brief(repr(value), 60)} is not supported;"
+                " merge this adapter with PEFT instead"
+            )
     if str(config.get("init_lora_weights")).lower().startswith(_CHANGED_BASE):
         raise UserError(
-            f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base model; convert the adapter"
-            " with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) first"
+            f"{path}: init_lora_weights={brief(config['init_lora_weights'], 60)!r} changes the base model;"
+            " convert the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) first"
         )
 
 
@@ -244,7 +251,7 @@ def _decode_matrices(method: str, config: dict[str, Any], tensors: dict[str, mx.
     for key, value in tensors.items():
         match = name.fullmatch(key)
         if match is None:
-            raise UserError(f"{weights} holds {key}, which is not a {method} matrix that metapeft knows")
+            raise UserError(f"{weights} holds {brief(key, 90)}, which is not a {method} matrix that metapeft knows")
         if value.ndim != 2:
             raise UserError(f"{weights}: {key} has shape {list(value.shape)}; it must be a matrix")
         found.setdefault(match[1], {})[match[2]] = value
@@ -326,7 +333,16 @@ def _adalora_config(
 
 def _first_match(patterns: dict[str, Any], path: str, default: Any) -> Any:
     """PEFT's own rule: the first key that matches the path's end as a regular expression."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((value for key, value in patterns.items() if _fits(key, path)), default)
+
+
+def _fits(key: str, path: str) -> bool:
+    """Whether a pattern fits a module's path. Raises ValueError for one that could take for ever (repeated repeats)."""
+    if re.fullmatch(r"[\w.]*", key):  # what PEFT itself writes
+        return re.match(rf"(.*\.)?({key})$", path) is not None
+    if len(re.findall(r"[*+{?]", key)) > 3 or re.search(r"\)\s*[*+{?]", key) or max(len(key), len(path)) > 500:
+        raise ValueError(f"the pattern {key[:60]!r} is too complicated: name the modules")
+    return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
 def _targets(config: dict[str, Any], paths: Mapping[str, Any]) -> tuple[str, ...]:
@@ -340,7 +356,7 @@ def _decode_virtual(method: str, config: dict[str, Any], tensors: dict[str, mx.a
     weights = folder / WEIGHTS
     if set(tensors) != {"prompt_embeddings"}:
         found = ", ".join(sorted(tensors)) or "nothing"
-        raise UserError(f"{weights} must hold one tensor, prompt_embeddings, and holds {found}")
+        raise UserError(f"{weights} must hold one tensor, prompt_embeddings, and holds {brief(found)}")
     if config.get("num_transformer_submodules", 1) not in (None, 1):
         raise UserError(
             f"{folder / CONFIG}: encoder-decoder models are not supported (num_transformer_submodules is not 1)"

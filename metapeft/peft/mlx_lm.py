@@ -20,6 +20,7 @@ from metapeft.peft.adalora import AdaLoRAConfig
 from metapeft.peft.lora import LoRAConfig, pattern
 from metapeft.peft.saved import ROOT, Saved, layer_of, within_layer
 from metapeft.runtime import mx
+from metapeft.settings import brief
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
@@ -77,12 +78,14 @@ def decode(files: Mapping[str, bytes], folder: Path) -> Saved:
     settings = huggingface.parse_json(files[CONFIG], path)
     kind = settings.get("fine_tune_type", "lora")
     if kind != "lora":
-        raise UserError(f"{path}: fine_tune_type {kind!r} is not supported; metapeft reads mlx-lm's LoRA adapters")
+        raise UserError(
+            f"{path}: fine_tune_type {brief(repr(kind), 60)} is not supported; metapeft reads mlx-lm's LoRA adapters"
+        )
     parameters = settings.get("lora_parameters")
     try:
         rank, scale = int(parameters["rank"]), float(parameters["scale"])  # type: ignore[index]
         dropout = float(parameters.get("dropout", 0.0))  # type: ignore[union-attr]
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(
             f"{path} needs lora_parameters with a rank and a scale; save the adapter with mlx-lm again"
         ) from error
@@ -93,7 +96,9 @@ def decode(files: Mapping[str, bytes], folder: Path) -> Saved:
     for name, value in stored.items():
         module, _, part = name.rpartition(".")
         if part not in ("lora_a", "lora_b"):
-            raise UserError(f"{weights} holds {name}, which is no LoRA matrix; metapeft reads mlx-lm's LoRA adapters")
+            raise UserError(
+                f"{weights} holds {brief(name, 90)}, which is no LoRA matrix; metapeft reads mlx-lm's LoRA adapters"
+            )
         other = "lora_b" if part == "lora_a" else "lora_a"
         if f"{module}.{other}" not in stored:
             raise UserError(f"{weights}: {module} has no {other}; the file is incomplete")

@@ -16,7 +16,7 @@ def read(path: Path) -> dict[str, Any] | None:
     """None when the file is not there or is damaged: what it held is measured again."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # brackets nested thousands deep
         return None
     return record if isinstance(record, dict) else None
 
@@ -27,6 +27,8 @@ def write(path: Path, record: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(record, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        if path.is_dir() and not path.is_symlink():  # no file of ours: it would be in the way for ever
+            path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}.unknown"))
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror

@@ -156,5 +156,5 @@ def _read(path: Path) -> Profile | None:
     record = cache.read(path)
     try:
         return None if record is None else Profile.from_json(record)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         return None

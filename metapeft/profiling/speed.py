@@ -64,9 +64,13 @@ def read(backbone_content: str) -> Speed | None:
     """What was measured before on this machine for this backbone."""
     record = cache.read(_path(backbone_content))
     try:
-        return None if record is None else Speed(**record)
+        known = None if record is None else Speed(**record)
     except TypeError:
         return None
+    rates = (
+        () if known is None else (known.forward, known.gradient, known.head_forward, known.head_gradient, known.step)
+    )
+    return known if all(isinstance(rate, int | float) and rate > 0 for rate in rates) else None
 
 
 def measure(backbone: Backbone) -> Speed:

@@ -254,7 +254,7 @@ class _Work:
         for cell in visit:
             if time.monotonic() + cell.seconds * self.grown.slowness > self.until:
                 continue
-            deadline = None if self.until == float("inf") else time.time() + self.until - time.monotonic()
+            deadline = None if self.until == float("inf") else self.until
             with self.slots.place(deadline) as turn:
                 if turn is None or not turn.begin(cell.memory_mb, deadline):
                     return

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,9 @@ class Locks(Protocol):
 
     def exclusive(self) -> Any:
         """Context manager: no other worker of the study is inside at the same time."""
+
+    def renew(self) -> None:
+        """Takes again what was taken with `hold` and got lost, with a connection for example."""
 
     def close(self) -> None:
         """Gives back everything that was taken with `hold`."""
@@ -69,6 +72,9 @@ class FileLocks:
         with self._mutex:
             yield
 
+    def renew(self) -> None:
+        pass
+
     def close(self) -> None:
         for name, lock in self._mine.items():
             (self._folder / f"{name}.lock").unlink(missing_ok=True)
@@ -85,9 +91,13 @@ class DatabaseLocks:
     def __init__(self, url: str, study: str):
         import sqlalchemy
 
-        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, isolation_level="AUTOCOMMIT")
-        self._connection = engine.connect()
+        self._engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, isolation_level="AUTOCOMMIT")
         self._study = study
+        self._mine: list[str] = []
+        self._connect()
+
+    def _connect(self) -> None:
+        self._connection = self._engine.connect()
         for option, seconds in (("idle", 30), ("interval", 10), ("count", 3)):
             self._run(f"SET tcp_keepalives_{option} = {seconds}")
 
@@ -102,6 +112,7 @@ class DatabaseLocks:
 
     def hold(self, name: str) -> None:
         self._run("SELECT pg_advisory_lock(:key)", key=self._key(name))
+        self._mine.append(name)
 
     def held(self, name: str) -> bool:
         if self._run("SELECT pg_try_advisory_lock(:key)", key=self._key(name)).scalar_one():
@@ -117,5 +128,15 @@ class DatabaseLocks:
         finally:
             self._run("SELECT pg_advisory_unlock(:key)", key=self._key("study"))
 
+    def renew(self) -> None:
+        """A new session, which frees what the old one still held. Raises SQLAlchemyError while nobody answers."""
+        with suppress(Exception):
+            self._connection.invalidate()
+            self._connection.close()
+        self._connect()
+        for name in self._mine:
+            self._run("SELECT pg_advisory_lock(:key)", key=self._key(name))
+
     def close(self) -> None:
-        self._connection.close()
+        with suppress(Exception):  # a lost connection holds nothing any more
+            self._connection.close()

@@ -39,7 +39,7 @@ class Slots:
 
     @contextmanager
     def place(self, deadline: float | None = None) -> Iterator[Place | None]:
-        """A place, after as much waiting as it takes; None where none was free before `deadline` (as `time.time`)."""
+        """A place, after as much waiting as it takes; None: none was free before `deadline` (as `time.monotonic`)."""
         file = self._wait(deadline)
         if file is None:
             yield None
@@ -86,7 +86,7 @@ class Slots:
                         fcntl.flock(file, fcntl.LOCK_EX)
                         os.ftruncate(file, 0)
                         return file
-                if deadline is not None and time.time() >= deadline:
+                if deadline is not None and time.monotonic() >= deadline:
                     return None
                 if not told and time.monotonic() - began > QUIET_SECONDS:
                     told = True
@@ -132,7 +132,7 @@ class Place:
                 if not others or not predicted_mb or needed - resident_mb(os.getpid()) <= room:
                     os.pwrite(self._file, json.dumps({"pid": os.getpid(), "mb": needed}).encode("ascii"), 0)
                     return True
-            if deadline is not None and time.time() >= deadline:
+            if deadline is not None and time.monotonic() >= deadline:
                 return False
             time.sleep(POLL_SECONDS)
 

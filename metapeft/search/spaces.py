@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from metapeft.errors import UserError
 from metapeft.peft.base import METHODS
+from metapeft.settings import brief, read_yaml
 from metapeft.training.configuration import full
 
 if TYPE_CHECKING:
@@ -124,10 +125,10 @@ def space(
     wanted = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
     for method in (*chosen, *wanted):
         if method not in METHODS:
-            raise UserError(f"unknown method {method!r} to search; choose from {', '.join(METHODS)}")
+            raise UserError(f"unknown method {brief(repr(method), 60)} to search; choose from {', '.join(METHODS)}")
     chosen = [method for method in chosen if method in wanted]
     if not chosen:
-        raise UserError(f"space.method leaves nothing to search: `methods` does not name {', '.join(wanted)}")
+        raise UserError(f"space.method leaves nothing to search: `methods` does not name {', '.join(map(str, wanted))}")
 
     joint = {method: _fit(_SPACES[method] | _TRAINING, depth, modules) for method in chosen}
     known = {method: {*defaults(method), "steps"} - {"method"} for method in METHODS}
@@ -135,7 +136,7 @@ def space(
         owner, _, name = key.rpartition(".")
         if name not in known.get(owner, set().union(*known.values())) or owner not in ("", *METHODS):
             choices = sorted(known.get(owner) or set().union(*(known[method] for method in chosen)))
-            raise UserError(f"space.{key} is no hyperparameter; choose from {', '.join(choices)}")
+            raise UserError(f"space.{brief(key, 60)} is no hyperparameter; choose from {', '.join(choices)}")
         for method in chosen:
             if owner in ("", method) and name in known[method]:
                 joint[method][name] = _narrowed(f"space.{key}", method, name, value, joint[method].get(name))
@@ -144,15 +145,7 @@ def space(
 
 def read(path: Path) -> dict[str, Any]:
     """What narrows a space (see `space`), from a YAML or JSON file. Raises UserError where it holds no such thing."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not text"
-        raise UserError(f"cannot read the space file {path} ({why}); give an existing YAML or JSON file") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is neither YAML nor JSON ({str(error).splitlines()[0]}); fix the file") from error
+    values = read_yaml(path, "space file")  # JSON is YAML
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -296,11 +289,11 @@ def _narrowed(where: str, method: str, name: str, wanted: Any, declared: Domain 
 def _range(where: str, method: str, name: str, wanted: Mapping[str, Any], declared: Domain | None) -> Domain:
     if not {"low", "high"} <= set(wanted) <= {"low", "high", "log"}:
         raise UserError(
-            f"{where}: a range is {{low: …, high: …}}, with log: true if wanted; not {json.dumps(dict(wanted))}"
+            f"{where}: a range is {{low: …, high: …}}, with log: true if wanted; not {brief(dict(wanted), 60)}"
         )
     low, high = (_checked(where, method, name, wanted[end]) for end in ("low", "high"))
     if not _number(low):
-        raise UserError(f"{where}: {low!r} is not a number, so it has no range; give a list of choices")
+        raise UserError(f"{where}: {brief(repr(low), 60)} is not a number, so it has no range; give a list of choices")
     log = bool(wanted.get("log", declared.log if isinstance(declared, Range) else False))
     if low > high or (log and low <= 0):
         raise UserError(f"{where}: low={low} must not exceed high={high}, and a log range starts above 0")
@@ -314,11 +307,11 @@ def _checked(where: str, method: str, name: str, value: Any) -> Any:
     try:
         if name == "steps":
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"steps={value!r} must be a whole number of at least 1")
+                raise UserError(f"steps={brief(repr(value), 60)} must be a whole number of at least 1")
             return value
         result = full({"method": method, name: value})[name]
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     if isinstance(result, float) and not math.isfinite(result):
-        raise UserError(f"{where}: {value!r} is not a finite number")
+        raise UserError(f"{where}: {brief(repr(value), 60)} is not a finite number")
     return result

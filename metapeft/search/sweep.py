@@ -19,6 +19,7 @@ with other seeds, those with a name first; what is reported is their mean (`pare
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -28,34 +29,39 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from metapeft.data.task import Task
 from metapeft.errors import MetapeftError, UserError
+from metapeft.progress import say
 from metapeft.search import pareto, spaces
 from metapeft.search.locks import DatabaseLocks, FileLocks, Locks
 from metapeft.search.stopping import Forecast, StopRule
-from metapeft.settings import Settings, home
+from metapeft.settings import Settings, brief, home
 from metapeft.training.configuration import full
 from metapeft.training.trial import Trial, trial_id
 
 if TYPE_CHECKING:
     import optuna
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Watch = Callable[[dict[str, Any]], bool]  # gets a training's events; True stops it
 Run = Callable[[dict[str, Any], int, int, str, Watch | None], Trial]  # (configuration, seed, steps, trial id, watch)
 Report = Callable[[Trial, int, int], None]  # (the trial that ended, how many have, how many will)
 REPEATED_FIRST = ("most accurate", "balanced", "fastest", "smallest")
 DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = ("maximize", "minimize", "minimize", "minimize")
 STORAGE = "METAPEFT_SWEEP_STORAGE"  # the environment, not params.yaml: a database's URL holds a password
+RETRY_SECONDS = 1.0
 TRIES = 20  # proposals of a configuration that was tried before, until the space counts as exhausted
 FAILURES = 4  # errors in a row that end a sweep: something other than the configurations is broken
 MOST_SEEDS = 3  # trainings of one configuration
 STOPPED = 1.0  # how infeasible a stopped trial counts: bad, but not as bad as one that failed
+PATIENCE = 600.0  # seconds that a database may be away (a restart, a failover) before the sweep gives up
 LOST = "its worker was killed twice while training it; often the machine ran out of memory"
 
 
@@ -140,7 +146,7 @@ def sweep(
     space = space or spaces.space(settings.sweep.methods, settings.sweep.space)
     name = study or study_name(task, settings, space, limits)
     url = _url(storage, name)
-    deadline = time.time() + settings.sweep.max_seconds if settings.sweep.max_seconds else None
+    deadline = time.monotonic() + settings.sweep.max_seconds if settings.sweep.max_seconds else None
     book = _Book(url, name, task, settings, space, limits)
     aids = _Aids(rule, forecast, memory)
     helpers: list[Any] = []
@@ -226,7 +232,7 @@ def _work(book: _Book, run: Run, deadline: float | None, aids: _Aids, ended: Cal
     failures, first = 0, True
     while book.wants():
         usual = statistics.median([trial.seconds for trial in book.finished()] or [0.0])
-        if deadline is not None and not first and time.time() + usual >= deadline:
+        if deadline is not None and not first and time.monotonic() + usual >= deadline:
             return
         if parent is not None and not parent.is_alive():
             return  # a helper whose sweep was killed
@@ -294,6 +300,55 @@ class _Claim:
     asked: Any  # optuna.Trial
 
 
+def _patient(step: Callable[P, T]) -> Callable[P, T]:
+    """A step of `_Book` that is made again when the database was away meanwhile: every step is safe to be cut."""
+
+    @functools.wraps(step)
+    def patient(*arguments: P.args, **options: P.kwargs) -> T:
+        book: Any = arguments[0]
+        until, told = time.monotonic() + PATIENCE, False
+        while True:
+            try:
+                if book.lost:
+                    book.renew()
+                return step(*arguments, **options)
+            except Exception as error:
+                if not _passing(error):
+                    raise
+                book.lost = True
+                if time.monotonic() >= until:
+                    raise MetapeftError(
+                        f"the sweep storage {shown(book.url)} has not answered for {PATIENCE:.0f} s ({_first(error)}); "
+                        "start it and run the sweep again, which goes on with the trials that have ended"
+                    ) from error
+                if not told:
+                    told = True
+                    say(f"sweep: the storage {shown(book.url)} does not answer ({_first(error)}); waiting for it")
+                time.sleep(RETRY_SECONDS)
+
+    return patient
+
+
+def _passing(error: BaseException | None) -> bool:
+    """Whether a failure is of a database that is away or locked, and not of what was asked of it."""
+    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+
+    while error is not None:
+        if isinstance(error, DBAPIError):
+            if "sqlite" in type(error.orig).__module__:
+                return "locked" in str(error.orig) or "busy" in str(error.orig)
+            return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _first(error: BaseException) -> str:
+    """The beginning of what a database says: of the cause, where a library only says that something failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return brief(str(getattr(error, "orig", None) or error).strip().partition("\n")[0])
+
+
 class _Book:
     """The study's database: the only place that knows Optuna.
 
@@ -316,6 +371,7 @@ class _Book:
         self.limits = limits
         self.adapters = settings.sweep.adapters
         self.worker = secrets.token_hex(8)
+        self.lost = False  # the connection to the database, and with it the locks
         self.locks: Locks | None = None
         self.database: optuna.storages.RDBStorage | None = None
         self.study: optuna.Study | None = None
@@ -351,9 +407,22 @@ class _Book:
             raise UserError(
                 f"sweeps on PostgreSQL need its driver: pip install 'metapeft[postgres]' ({error})"
             ) from error
-        except (sqlalchemy.exc.SQLAlchemyError, OSError, optuna.exceptions.StorageInternalError) as error:
-            first = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-            raise UserError(f"cannot open the sweep storage {shown(self.url)} ({first}); check the URL") from error
+        except (
+            sqlalchemy.exc.SQLAlchemyError,
+            OSError,
+            optuna.exceptions.StorageInternalError,
+            AssertionError,
+        ) as error:
+            remedy = "check the URL" if path is None else "free space, or move the file away to begin anew"
+            raise UserError(f"cannot open the sweep storage {shown(self.url)} ({_first(error)}); {remedy}") from error
+
+    def renew(self) -> None:
+        """After the database was away: takes the locks again. Raises SQLAlchemyError while it does not answer."""
+        assert self.locks is not None and self.database is not None
+        self.database.remove_session()
+        self.database.engine.dispose()
+        self.locks.renew()
+        self.lost = False
 
     def _create(self) -> None:
         import optuna
@@ -386,11 +455,13 @@ class _Book:
 
     def close(self) -> None:
         if self.database is not None:
-            self.database.remove_session()
+            with suppress(Exception):  # there is nothing to lose in a session of a database that is away
+                self.database.remove_session()
             self.database.engine.dispose()
         if self.locks is not None:
             self.locks.close()
 
+    @_patient
     def wants(self) -> bool:
         """Whether trials are missing that nobody has begun (or that a dead worker left)."""
         from optuna.trial import TrialState
@@ -398,6 +469,7 @@ class _Book:
         counted = [t for t in self._all() if _counts(t) and _begun(t)]
         return len(counted) < self.settings.sweep.trials or any(t.state == TrialState.RUNNING for t in counted)
 
+    @_patient
     def claim(self) -> _Claim | None:
         """The next trial to run, or None when the study has enough or its space has nothing new."""
         with self._exclusive() as study:
@@ -444,6 +516,7 @@ class _Book:
 
         return watched
 
+    @_patient
     def record(self, claim: _Claim, trial: Trial) -> None:
         """Writes what became of a claimed trial. From here on it is never run again."""
         with self._exclusive():
@@ -452,6 +525,7 @@ class _Book:
             claim.asked.set_user_attr("record", trial.to_json())
             self._tell(claim.asked, trial)
 
+    @_patient
     def release(self, claim: _Claim) -> None:
         """Gives a claimed trial back, to be run as if it had never been claimed."""
         with self._exclusive():
@@ -475,6 +549,7 @@ class _Book:
             train_examples=len(self.task.train),
         )
 
+    @_patient
     def finished(self) -> list[Trial]:
         """The records, in the order of their claims."""
         return [Trial.from_json(t.user_attrs["record"]) for t in self._all() if t.state.is_finished() and _counts(t)]
@@ -553,15 +628,16 @@ class _Book:
         assert self.locks is not None and self.study is not None
         for trial in self._all():
             worker = trial.user_attrs.get("worker")
-            if trial.state != optuna.trial.TrialState.RUNNING or worker == self.worker:
+            if trial.state != optuna.trial.TrialState.RUNNING:
                 continue
-            if worker is not None and self.locks.held(worker):
+            own = worker == self.worker  # who asks for a claim has none: the last one was cut by a lost connection
+            if not own and worker is not None and self.locks.held(worker):
                 continue
             asked = optuna.Trial(self.study, trial._trial_id)
             if "record" in trial.user_attrs:
                 self._tell(asked, Trial.from_json(trial.user_attrs["record"]))
-            elif worker is None or "retry_of" not in trial.user_attrs:
-                self._requeue(trial, attempt=worker is not None)
+            elif own or worker is None or "retry_of" not in trial.user_attrs:
+                self._requeue(trial, attempt=not own and worker is not None)
                 self._void(asked, "repeated")
             else:
                 attributes = trial.user_attrs

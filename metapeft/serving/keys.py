@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from metapeft.errors import UserError
+from metapeft.progress import say
 from metapeft.settings import home
 
 PER_MINUTE = 600
@@ -55,11 +56,18 @@ def load() -> list[Key]:
         text = path().read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise UserError(f"cannot read {path()}: {error.strerror}; check its permissions") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UserError(f"cannot read {path()}: {why}; check its permissions, or restore it") from error
     try:
-        return [Key(**record) for record in json.loads(text)]
-    except (ValueError, TypeError) as error:
+        records = json.loads(text)
+        if not isinstance(records, list):
+            raise ValueError("it holds no list")
+        keys = [Key(**record) for record in records]
+        if not all(isinstance(value, str) for key in keys for value in (key.id, key.name, key.sha256, key.before)):
+            raise ValueError("a key has no text where it needs one")
+        return keys
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path()} is damaged ({error}); restore it, or remove it and create new keys") from error
 
 
@@ -186,5 +194,10 @@ class Keyring:
         except FileNotFoundError:
             stamp = None
         if stamp != self._stamp or stamp is None:
-            self._keys = load()
+            try:
+                self._keys = load()
+            except UserError as error:
+                if not self._keys:
+                    raise
+                say(f"keys: {error} (the keys read before stay in force)")  # neither open to all nor closed to all
             self._stamp = stamp

@@ -236,12 +236,12 @@ def _remembered() -> list[Deployment]:
     found = []
     try:
         lines = history().read_text(encoding="utf-8").splitlines()[-HISTORY:]
-    except OSError:
+    except (OSError, ValueError):  # not there, or no text
         return []
     for line in lines:
         try:
             values: dict[str, Any] = json.loads(line)
             found.append(Deployment(**values))
-        except (ValueError, TypeError):  # torn by a kill
+        except (ValueError, TypeError, RecursionError):  # torn by a kill
             continue
     return found

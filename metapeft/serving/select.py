@@ -216,6 +216,8 @@ class Selector:
         record = read_record(folder() / f"{id}.json")
         try:
             job = None if record is None else Job(**record)
+            if job is not None and not (isinstance(job.request, dict) and job.id == id):
+                return None
         except TypeError:  # of another version
             return None
         if job is not None and job.state in ("done", "failed"):
@@ -239,7 +241,7 @@ def _store(given: list[dict[str, Any]], name: str) -> Path:
     """Uploaded rows as a file, under their hash; the file's name is the task's."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}", name):
         raise UserError(f"name {name[:60]!r}: use up to 60 letters, digits, dashes and underscores")
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in given)
+    text = "".join(json.dumps(row) + "\n" for row in given)
     path = home() / "serving" / "uploads" / hashlib.sha256(text.encode()).hexdigest()[:24] / f"{name}.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

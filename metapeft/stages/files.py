@@ -9,6 +9,7 @@ from typing import Any
 
 from metapeft.data.task import SPLITS, Example, Task
 from metapeft.errors import UserError
+from metapeft.settings import brief
 from metapeft.stages.stage import finite, read_json, write_json, write_text
 from metapeft.training.trial import Trial
 
@@ -38,8 +39,8 @@ def read_task(folder: Path) -> Task:
                 splits[row["split"]].append(Example(prompt, row["completion"]))
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (facts | splits).items()}
         return Task(**values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} does not hold a task ({error}); run the version stage again") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder} does not hold a task ({brief(error)}); run the version stage again") from error
 
 
 def write_trials(trials: list[Trial], path: Path) -> None:
@@ -49,7 +50,11 @@ def write_trials(trials: list[Trial], path: Path) -> None:
 
 
 def read_trials(path: Path) -> list[Trial]:
-    return [Trial.from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    """Raises UserError when the file is missing or broken."""
+    try:
+        return [Trial.from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} does not hold trials ({brief(error)}); run the stage that writes it again") from error
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from metapeft.errors import MetapeftError, UserError
 from metapeft.progress import quiet
-from metapeft.settings import Settings, load_settings
+from metapeft.settings import Settings, brief, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]  # what `Stage.code` is relative to
 PARENT = "METAPEFT_PARENT"  # process id of whoever started this stage; the stage ends when it dies
@@ -104,11 +104,11 @@ class Stage:
         """The summary of a current output, or None. The record counts only for the very files it was written for."""
         try:
             record = json.loads(self._record(work).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            if record["inputs"] != inputs or record["output"] != content(work / self.name):
+                return None
+            return record["summary"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        if record.get("inputs") != inputs or record.get("output") != content(work / self.name):
-            return None
-        return dict(record["summary"])
 
     def _write(self, settings: Settings, work: Path, inputs: str) -> dict[str, Any]:
         final, record = work / self.name, self._record(work)
@@ -211,7 +211,7 @@ def scalar(text: str) -> Any:
     """A value given on a command line: JSON where it is JSON, else the text itself."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -221,7 +221,7 @@ def assignments(pairs: Iterable[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"--set {pair!r} is not KEY=VALUE; write for example --set rank=8")
+            raise UserError(f"--set {brief(pair, 60)!r} is not KEY=VALUE; write for example --set rank=8")
         values[key.strip()] = scalar(value.strip())
     return values
 
@@ -235,7 +235,9 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                raise UserError(f"--set {name}: {section} already has a value; give only one of them")
+                raise UserError(
+                    f"--set {brief(name, 60)}: {brief(section, 60)} already has a value; give only one of them"
+                )
         place[key] = value
     return result
 
@@ -258,8 +260,11 @@ def finite(value: Any) -> Any:
 def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
@@ -268,8 +273,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); run the stage that writes it first") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); run the stage that writes it again") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({brief(error)}); run the stage that writes it again") from error
 
 
 def report_failure(error: Exception, debug: bool) -> int:

@@ -50,6 +50,6 @@ def _known(settings: Settings, record: Path, key: str) -> str | None:
         if found["key"] != key:
             return None
         info = connect(settings.tracking).get_run(found["run_id"]).info
-    except (OSError, ValueError, KeyError, MlflowException):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, MlflowException):
         return None
     return str(found["run_id"]) if info.lifecycle_stage == "active" else None

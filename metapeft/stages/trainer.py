@@ -58,7 +58,7 @@ class Trainer:
             known = self._untuned_file()
             try:
                 session.untuned["test"] = Score(**json.loads(known.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError):
+            except (OSError, ValueError, TypeError, RecursionError):
                 write_json(known, asdict(untuned(session, "test")))
         return session.untuned["test"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from metapeft.settings import Settings
+from metapeft.settings import Settings, user_path
 from metapeft.stages.files import write_task
 from metapeft.stages.stage import Stage, content
 
@@ -25,7 +25,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
 
 def source(settings: Settings, work: Path) -> str:
     """What a local file or folder holds; a catalog task is pinned by its hash, so its name says enough."""
-    path = Path(settings.task).expanduser()
+    path = user_path(settings.task)
     return content(path) if path.exists() else ""
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from metapeft.errors import UserError
 from metapeft.peft.base import MethodConfig
+from metapeft.settings import brief
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def split(configuration: dict[str, Any]) -> tuple[MethodConfig, TrainConfig]:
     """Checked halves of a configuration. Raises UserError naming the wrong key or value."""
     from pydantic import ValidationError
 
-    from metapeft.peft import config_class, parse, validator
+    from metapeft.peft import config_class, finite, parse, validator
 
     values = dict(configuration)
     method = values.pop("method", None)
@@ -49,15 +50,19 @@ def split(configuration: dict[str, Any]) -> tuple[MethodConfig, TrainConfig]:
     known = names | config_class(method).names()
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
+            close = difflib.get_close_matches(str(key)[:60], known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(known))}"
-            raise UserError(f"{method} has no hyperparameter {key!r}; {hint}")
+            raise UserError(f"{method} has no hyperparameter {brief(key, 60)!r}; {hint}")
     train = {"learning_rate": LEARNING_RATES[method]} | {k: v for k, v in values.items() if k in names}
     try:
         config = validator(TrainConfig).validate_python(train)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"hyperparameter {first['loc'][0]}={first['input']!r}: {first['msg'].lower()}") from error
+        raise UserError(
+            f"hyperparameter {first['loc'][0]}={brief(repr(first['input']), 60)}: {brief(first['msg'].lower())}"
+        ) from error
+    for name in names:
+        finite(f"hyperparameter {name}", getattr(config, name))
     for name, low in (("batch_size", 1), ("accumulate", 1), ("evaluations", 1), ("patience", 0), ("clip", 0)):
         if getattr(config, name) < low:
             raise UserError(f"hyperparameter {name}={getattr(config, name)} must be at least {low}")

@@ -6,6 +6,7 @@ from its last saved state exactly as if nothing had happened.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -322,6 +323,7 @@ class _Run:
             "extra": self.adapter.state() if isinstance(self.adapter, AdaLoRA) else {},
         }
         arrays = {f"{group}|{name}": v for group, tree in groups.items() for name, v in leaves(tree)}
+        mx.eval(arrays)
         facts = {
             "trial": self.trial.id,
             "format": STATE_FORMAT,
@@ -335,6 +337,7 @@ class _Run:
             "noise": self.noise.state,
             "seconds": self._elapsed(),
             "cpu_seconds": self.earlier_cpu_seconds + time.process_time() - self.begin_cpu,
+            "sha256": digest(arrays),
         }
         temporary = self.folder / ".state.partial.safetensors"
         mx.save_safetensors(str(temporary), arrays, metadata={"state": json.dumps(facts)})
@@ -348,11 +351,13 @@ class _Run:
         try:
             loaded: Any = mx.load(str(path), return_metadata=True)
             arrays, facts = loaded[0], json.loads(loaded[1]["state"])
-        except (RuntimeError, KeyError, ValueError):
-            return  # not a state of ours: start afresh
-        if (facts.get("trial"), facts.get("format")) != (self.trial.id, STATE_FORMAT):
-            return
-        mx.eval(arrays)  # they are read lazily, and the file is about to be replaced
+            if (facts.get("trial"), facts.get("format")) != (self.trial.id, STATE_FORMAT):
+                return
+            mx.eval(arrays)  # they are read lazily, and the file is about to be replaced
+            if facts.get("sha256") != digest(arrays):
+                return
+        except (RuntimeError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
+            return  # not a whole state of ours: start afresh
         groups: dict[str, list[tuple[str, Any]]] = {"weights": [], "optimizer": [], "best": [], "extra": []}
         for name, value in arrays.items():
             group, key = name.split("|", 1)
@@ -368,6 +373,15 @@ class _Run:
         self.trial.curve, self.trial.tokens = facts["curve"], facts["tokens"]
         self.noise.state = facts.get("noise", self.noise.state)
         self.earlier_seconds, self.earlier_cpu_seconds = facts["seconds"], facts.get("cpu_seconds", 0.0)
+
+
+def digest(arrays: dict[str, mx.array]) -> str:
+    """sha256 of names and values: safetensors itself notices a short file, but no changed one."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        found.update(name.encode() + b"\0")
+        found.update(memoryview(arrays[name].reshape(-1).view(mx.uint8)))  # type: ignore[arg-type]
+    return found.hexdigest()
 
 
 def sample(examples: int) -> list[int] | None:

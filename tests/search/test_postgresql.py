@@ -3,51 +3,22 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import socket
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from metapeft.search import sweep
+from tests.search.postgresql import postgresql
 from tests.search.surrogate import Surrogate
 from tests.search.test_sweep import TASK, check_resumed, events, given, start, wait_for
-
-BINARIES = [shutil.which("initdb"), *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), reverse=True)]
-INITDB = next((Path(path) for path in BINARIES if path), None)
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    pytest.importorskip("psycopg")
-    if INITDB is None:
-        pytest.skip("no PostgreSQL server is installed")
-    root = os.geteuid() == 0
-    if root and not shutil.which("runuser"):
-        pytest.skip("PostgreSQL does not run as root")
-    person = ["runuser", "-u", "postgres", "--"] if root else []
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        if root:
-            shutil.chown(folder, "postgres")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        data = f"{folder}/data"
-        command = [*person, str(INITDB), "-D", data, "-A", "trust", "-U", "sweeper", "--no-sync", "-E", "UTF8"]
-        subprocess.run(command, check=True, capture_output=True, cwd=folder)
-        flags = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-        control = [*person, str(INITDB.with_name("pg_ctl")), "-D", data]
-        subprocess.run(
-            [*control, "-w", "-l", f"{folder}/log", "-o", flags, "start"], check=True, capture_output=True, cwd=folder
-        )
-        try:
-            yield f"postgresql://sweeper:secret@127.0.0.1:{port}/postgres"
-        finally:
-            subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True, cwd=folder)
+    with postgresql() as started:
+        yield started.url
 
 
 def test_workers_on_two_sides_share_a_study(server: str, tmp_path: Path) -> None:

@@ -101,10 +101,10 @@ def test_waiting_ends_at_the_deadline(tmp_path: Path) -> None:
     with mine.place() as place:
         assert place is not None
         began = time.monotonic()
-        with other.place(time.time() + 0.3) as none:
+        with other.place(time.monotonic() + 0.3) as none:
             assert none is None
         assert 0.2 < time.monotonic() - began < 5
-    with other.place(time.time() - 1) as free:
+    with other.place(time.monotonic() - 1) as free:
         assert free is not None, "what is free is taken without waiting"
 
 
@@ -114,13 +114,13 @@ def test_memory_decides_who_trains_beside_whom(tmp_path: Path) -> None:
     with small.place() as first, big.place() as second, alone.place() as third:
         assert first is not None and second is not None and third is not None
         assert first.begin(huge), "alone on the machine nothing has to fit: the trial itself says when memory ends"
-        assert not second.begin(10.0, time.time() + 0.3), "what has begun may still grow to what was predicted"
+        assert not second.begin(10.0, time.monotonic() + 0.3), "what has begun may still grow to what was predicted"
         assert third.begin(None), "nothing is known of it"
     with small.place() as first, big.place() as second:
         assert first is not None and second is not None
         assert first.begin(1.0)
-        assert second.begin(1.0, time.time() + 1), f"{free_memory_mb():.0f} MB free take two small ones"
-        assert not second.begin(huge, time.time() + 0.3)
+        assert second.begin(1.0, time.monotonic() + 1), f"{free_memory_mb():.0f} MB free take two small ones"
+        assert not second.begin(huge, time.monotonic() + 0.3)
 
 
 def test_memory_of_a_process() -> None:
@@ -132,6 +132,6 @@ def test_a_person_is_told_of_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(slots, "QUIET_SECONDS", 0.1)
-    with Slots(1, tmp_path).place(), Slots(1, tmp_path).place(time.time() + 0.5):
+    with Slots(1, tmp_path).place(), Slots(1, tmp_path).place(time.monotonic() + 0.5):
         pass
     assert capsys.readouterr().err == "sweep: waiting for another sweep on this machine\n"

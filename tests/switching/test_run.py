@@ -1,4 +1,4 @@
-"""Switched trainings: nothing is forgotten at an exchange, budgets hold, failures are survived, kills change nothing."""
+"""Switched trainings: nothing is forgotten at an exchange, budgets hold, failures and kills are survived."""
 
 from __future__ import annotations
 
