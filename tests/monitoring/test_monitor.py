@@ -114,7 +114,7 @@ def test_without_a_change_nothing_fires_and_a_stronger_one_fires_sooner() -> Non
     promise: Promise = made.promise()
     entries = made.steps(120, start=500)
     decisions = joined([s.entry for s in entries], [t for s in entries for t in s.trials])
-    limits = Limits(promise, [d.kind for d in decisions])
+    limits = Limits(promise, decisions)
     assert all(not f.alarms for f in watches.watch(decisions, promise, limits))
     delays = []
     for more in (0.06, 0.12, 0.24):
@@ -125,11 +125,23 @@ def test_without_a_change_nothing_fires_and_a_stronger_one_fires_sooner() -> Non
     assert delays == sorted(delays, reverse=True) and delays[-1] <= 10
 
 
+def test_where_only_the_first_choice_is_ever_tried_its_interval_is_watched() -> None:
+    """No sweep, no shadow trial: regret stays unknown, and says nothing."""
+    entries = [replace_trials(s, 1) for s in made.steps(60, start=1500)]
+    decisions = joined([s.entry for s in entries], [t for s in entries for t in s.trials])
+    promise = made.promise()
+    outside = [d if i < 20 else replace(d, outside=1.0) for i, d in enumerate(decisions)]
+    for given, fires in ((decisions, False), (outside, True)):
+        found = {f.watch: f for f in watches.watch(given, promise, Limits(promise, given))}
+        assert found["regret"].decisions == found["order"].decisions == found["chances"].decisions == 0
+        assert found["intervals"].decisions == 60 and (found["intervals"].fired is not None) is fires
+
+
 def test_seconds_of_another_machine_are_noticed() -> None:
     entries = made.steps(60, start=900)
     decisions = joined([s.entry for s in entries], [t for s in entries for t in s.trials])
     promise = made.promise()
-    limits = Limits(promise, [d.kind for d in decisions])
+    limits = Limits(promise, decisions)
     slower = [d if i < 40 else replace(d, slowness=(d.slowness or 0) + 1.0) for i, d in enumerate(decisions)]
     calm, late = (
         next(f for f in watches.watch(given, promise, limits) if f.watch == "seconds") for given in (decisions, slower)
