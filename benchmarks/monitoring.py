@@ -131,10 +131,9 @@ class House:
         from metapeft.monitoring.watches import FALSE_ALARMS, Limits, watch
 
         decisions = joined([s.entry for s in steps], [t for s in steps for t in s.trials])
-        kinds = [d.kind for d in decisions if d.regret is not None]
-        mixture = frozenset(Counter(kinds))
+        mixture = frozenset(d.kind for d in decisions)
         if mixture not in self.limits:
-            self.limits[mixture] = Limits(self.promise, kinds)
+            self.limits[mixture] = Limits(self.promise, decisions)
         findings = watch(decisions, self.promise, self.limits[mixture])
         vectors = np.array([s.vector for s in steps])
         findings.append(drift.watch(self.profiles, vectors, range(len(steps)), FALSE_ALARMS)[0])
@@ -348,7 +347,7 @@ def stream(promise: Any, random: np.random.Generator, length: int, guess: bool) 
 def findings(promise: Any, decisions: Sequence[Any]) -> list[Any]:
     from metapeft.monitoring.watches import Limits, watch
 
-    return watch(decisions, promise, Limits(promise, [d.kind for d in decisions]))
+    return watch(decisions, promise, Limits(promise, decisions))
 
 
 def harm(rows: Sequence[dict[str, Any]]) -> float:

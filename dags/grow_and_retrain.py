@@ -2,10 +2,10 @@
 
 Every night, when a dataset has changed, and when the advice got worse (`monitor_selection`): `grow` runs, for as long
 as the form says, the trials that teach most per second (it goes on where it stopped); `retrain` fits a new meta-model
-to everything known and lets it compete with the
-champion on families of tasks left out of both; `promoted` updates the asset `meta-model` if it won. The loser stays as
-challenger: `metapeft meta promote` can still choose it, `metapeft meta rollback` undoes a promotion. `version` puts the
-experience and the meta-model under DVC (folder `knowledge`, pushed to the remote) and the model into MLflow's registry.
+to everything known and lets it compete with the champion on families of tasks left out of both; `promoted` updates the
+asset `meta-model` if it won. The loser stays as challenger: `metapeft meta promote` can still choose it, `metapeft meta
+rollback` undoes a promotion. `version` puts the experience and the meta-model under DVC (folder `knowledge`, pushed to
+the remote) and the model into MLflow's registry.
 """
 
 from __future__ import annotations

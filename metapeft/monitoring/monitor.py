@@ -87,7 +87,7 @@ def _look(
     settings: Settings, now: str, remembered: state.State, estimate: bool
 ) -> tuple[Report, dict[str, dict[str, float]]]:
     champion, known = versions.champion(), knowledge(Experience())
-    entries = [entry for entry in given.read() if entry["model"] == champion.number]
+    entries = [e for e in given.read() if e.get("model") == champion.number and e.keys() >= NEEDED]
     decisions = joined(entries, known.trials)
     observations = known.observations(champion.model.remaining)
     first = entries[0]["at"] if entries else now
@@ -97,9 +97,8 @@ def _look(
     allowed = settings.monitor.false_alarms
     moved: list[str] = []
     findings: list[Finding] = []
-    kinds = [d.kind for d in decisions if d.regret is not None]
     if promise and any(d.followed for d in decisions):
-        findings += watch(decisions, promise, Limits(promise, kinds, allowed))
+        findings += watch(decisions, promise, Limits(promise, decisions, allowed))
     else:
         missing = "a trial of a recommended configuration" if promise else f"{_least()} judged tasks in the experience"
         watches += [_unknown(name, missing) for name in ("regret", "order", "intervals", "chances", "seconds")]
@@ -140,7 +139,7 @@ def _look(
         model=champion.number,
         decisions=len(decisions),
         joined=sum(bool(d.followed) for d in decisions),
-        compared=len(kinds),
+        compared=sum(d.regret is not None for d in decisions),
         watches=sorted(watches, key=lambda w: _ORDER.index(w["watch"]) if w["watch"] in _ORDER else len(_ORDER)),
         alerts=found,
         servers=served.summed(health),
@@ -148,6 +147,7 @@ def _look(
     return report, {**remembered.servers, **seen}
 
 
+NEEDED = {"id", "at", "task", "task_version", "backbone", "recommendations"}
 _ORDER = ["regret", "order", "intervals", "chances", "profiles", "seconds"]
 
 

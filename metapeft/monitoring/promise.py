@@ -23,6 +23,7 @@ from metapeft.meta.model import Model
 from metapeft.meta.versions import Version
 from metapeft.monitoring.outcomes import Kind, binned, disorder
 from metapeft.profiling import cache
+from metapeft.progress import say
 from metapeft.settings import home
 
 REPEATS = 8  # ways in which a judged task is followed, per kind
@@ -114,6 +115,7 @@ def promised(version: Version, observations: Sequence[Observation], fitted: Call
         except (KeyError, TypeError):
             pass  # of another version of metapeft: judged again
     # A version that was fitted is judged as what fitting makes of the other families, the beliefs as they are.
+    say("monitor: judging the meta-model on tasks left out, once per version: minutes, with much experience")
     judged = judge(used, fitted if seen else lambda known: version.model, rival=())
     cache.write(path, {"of": digest, "judged": [_plain(asdict(j)) for j in judged]})
     return Promise(judged)

@@ -14,6 +14,7 @@ zero while the promise holds. Limits: `limits`. Seconds have no promise: they ar
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -33,7 +34,7 @@ from metapeft.monitoring.limits import (
     windows,
     worlds,
 )  # fmt: skip
-from metapeft.monitoring.outcomes import Decision, Kind, ece
+from metapeft.monitoring.outcomes import BINS, Decision, Kind, ece
 from metapeft.monitoring.promise import Followed, Promise
 
 # False alarms per 1,000 decisions that each test may give, as shares of what is allowed in all. "profiles": `drift`.
@@ -83,30 +84,43 @@ MEANS: dict[str, Callable[[Followed], np.ndarray]] = {
 }
 
 
+SEEN: dict[str, Callable[[Decision], float | None]] = {
+    "regret": lambda d: d.regret,
+    "order": lambda d: d.disorder,
+    "intervals": lambda d: d.outside,
+}
+
+
 def usual(table: np.ndarray) -> float:
     """Mean of what is known; 0 where nothing is."""
     return float(np.nanmean(table)) if np.isfinite(table).any() else 0.0
 
 
 class Limits:
-    """Of all tests, for decisions that are followed in ways mixed like `kinds`. Made when first asked for."""
+    """Of all tests, for decisions that are followed like these. Made when first asked for."""
 
-    def __init__(self, promise: Promise, kinds: Sequence[Kind], false_alarms: float = FALSE_ALARMS, seed: int = 0):
+    def __init__(
+        self, promise: Promise, decisions: Sequence[Decision], false_alarms: float = FALSE_ALARMS, seed: int = 0
+    ):
         self.promise, self.false_alarms, self.seed = promise, false_alarms, seed
-        self.kinds = list(kinds)
+        told = {name: [_followed(d.kind) for d in decisions if see(d) is not None] for name, see in SEEN.items()}
+        self.kinds = told | {"chances": told["regret"]}
 
     @cached_property
     def made(self) -> Mapping[tuple[str, str], Limit]:
         random = np.random.default_rng(self.seed)
-        names = sorted(set(self.kinds), key=lambda k: (k.tried, k.near, k.examples))
-        share = np.array([self.kinds.count(k) for k in names]) / len(self.kinds)
-        told = [self.promise.of(k) for k in names]
         tasks = drawn(worlds(self.promise.families, random), HORIZON, random)
-        kind = random.choice(len(names), size=tasks.shape, p=share)
-        which = random.integers(told[0].regret.shape[1], size=tasks.shape)
-        found = {("chances", "window"): self._chances(told, kind, tasks, which)}
-        for name, tables in MEANS.items():
-            beyond = np.array([tables(t) - usual(tables(t)) for t in told])[kind, tasks, which]
+        found: dict[tuple[str, str], np.ndarray] = {}
+        for name, kinds in self.kinds.items():
+            known = Counter(kinds or [Kind(1)])
+            told = [self.promise.of(kind) for kind in known]
+            share = np.array(list(known.values())) / sum(known.values())
+            kind = random.choice(len(told), size=tasks.shape, p=share)
+            which = random.integers(told[0].regret.shape[1], size=tasks.shape)
+            if name == "chances":
+                found[name, "window"] = self._chances(told, kind, tasks, which)
+                continue
+            beyond = np.array([MEANS[name](t) - usual(MEANS[name](t)) for t in told])[kind, tasks, which]
             beyond = np.nan_to_num(beyond)  # no order: nothing is told, nothing moves
             found[name, "page_hinkley"] = highest(page_hinkley(beyond, WEIGHT, SMALLEST[name] / 2))
             found[name, "window"] = highest(windows(beyond))
@@ -137,16 +151,9 @@ def watch(decisions: Sequence[Decision], promise: Promise, limits: Limits) -> li
         kinds = [_followed(decisions[i].kind) for i in places]
         found.append(_mean(name, values, np.array([usual(MEANS[name](promise.of(k))) for k in kinds]), places, made))
     places = [i for i, d in enumerate(decisions) if d.chances is not None]
-    chances = np.array([decisions[i].chances for i in places]).reshape(len(places), -1, 3)
+    chances = np.array([decisions[i].chances for i in places]).reshape(len(places), BINS, 3)
     hoped = np.array([ece(promise.of(decisions[i].kind).chances.sum(axis=(0, 1))) for i in places])
     return [*found, _calibration(chances, hoped, places, made), _seconds(decisions, limits.false_alarms)]
-
-
-SEEN: dict[str, Callable[[Decision], float | None]] = {
-    "regret": lambda d: d.regret,
-    "order": lambda d: d.disorder,
-    "intervals": lambda d: d.outside,
-}
 
 
 def _followed(kind: Kind) -> Kind:
