@@ -46,6 +46,13 @@ with Workflow(
             title="Seconds of growth",
             description="How long trials are run before the meta-model is fitted again",
         ),
+        "tasks": Param(
+            None,
+            type=["null", "array"],
+            items={"type": "string", "minLength": 1},
+            title="Tasks",
+            description="Files or catalog names, on which trials are run; empty: the whole catalog",
+        ),
         "backbone": Param(
             None, type=["null", "string"], title="Backbone", description="Whose experience grows; empty: the default"
         ),
@@ -54,7 +61,7 @@ with Workflow(
     grow = CommandOperator(
         task_id="grow",
         arguments=["experience", "grow"],
-        form={"max_seconds": "--max-seconds", "backbone": "--backbone"},
+        form={"max_seconds": "--max-seconds", "tasks": "--tasks", "backbone": "--backbone"},
         project=str(PROJECT),
         execution_timeout=timedelta(hours=11),
         outlets=[EXPERIENCE],

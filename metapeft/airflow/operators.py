@@ -191,7 +191,8 @@ class CommandOperator(ProcessOperator):
     """Run `metapeft ARGUMENTS --json` and return what it prints.
 
     Args:
-        form: DAG parameter -> option, such as {"max_seconds": "--max-seconds"}. Empty fields (None) are left out.
+        form: DAG parameter -> option, such as {"max_seconds": "--max-seconds"}. Empty fields (None) are left out, a
+            list gives its option once for each entry.
     """
 
     def __init__(self, *, form: Mapping[str, str] | None = None, **kwargs: Any) -> None:
@@ -199,8 +200,12 @@ class CommandOperator(ProcessOperator):
         self.form = dict(form or {})
 
     def command(self, params: Mapping[str, Any]) -> list[str]:
-        given = [(option, params.get(name)) for name, option in self.form.items()]
-        return [*self.arguments, *(str(p) for pair in given if pair[1] is not None for p in pair), "--json"]
+        given: list[str] = []
+        for name, option in self.form.items():
+            value = params.get(name)
+            for one in value if isinstance(value, list) else [value]:
+                given += [] if one is None else [option, str(one)]
+        return [*self.arguments, *given, "--json"]
 
 
 def parsed(text: str) -> Any:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,3 +40,26 @@ def airflow_home() -> Iterator[Path]:
     initdb()
     yield HOME
     shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project of the test's own, in Git and DVC, with a remote; no task file is there yet."""
+    folder = tmp_path / "project"
+    (folder / "data").mkdir(parents=True)
+    shutil.copytree(ROOT / "dags", folder / "dags", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "params.yaml", folder)
+    dvc = (sys.executable, "-m", "dvc")
+    for command in (("git", "init", "-q"), (*dvc, "init", "-q"), (*dvc, "remote", "add", "-q", "-d", "r", "../remote")):
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def run(project: Path, dag: str, **given: Any) -> dict[tuple[str, int], tuple[str, int]]:
+    """`dag.test(**given)` in the project: (task, part) -> (state, number of tries)."""
+    from airflow.dag_processing.dagbag import DagBag
+
+    bag = DagBag(str(project / "dags"))
+    assert not bag.import_errors
+    instances = bag.dags[dag].test(**given).get_task_instances()
+    return {(ti.task_id, ti.map_index): (str(ti.state), ti.try_number) for ti in instances}

@@ -148,6 +148,8 @@ def test_commands_print_one_json_value_and_take_options_from_the_form(
     )
     words = task.execute({"params": {"max_seconds": 60, "tasks": None}})["words"]
     assert words == ["experience", "grow", "--max-seconds", "60", "--json"]
+    words = task.execute({"params": {"max_seconds": None, "tasks": ["one", "two"]}})["words"]
+    assert words == ["experience", "grow", "--tasks", "one", "--tasks", "two", "--json"]
 
 
 def test_any_module_can_be_run(tmp_path: Path) -> None:

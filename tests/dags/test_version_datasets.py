@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,31 +10,14 @@ from typing import Any
 import pytest
 
 from metapeft.data import versions
-from tests.dags.conftest import ROOT
+from tests.dags.conftest import run
 from tests.stages.made import spam_file, spam_rows
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    folder = tmp_path / "project"
-    (folder / "data").mkdir(parents=True)
-    (folder / "dags").mkdir()
-    for name in ("dags/version_datasets.py", "params.yaml"):
-        shutil.copy(ROOT / name, folder / name)
-    dvc = (sys.executable, "-m", "dvc")
-    for command in (("git", "init", "-q"), (*dvc, "init", "-q"), (*dvc, "remote", "add", "-q", "-d", "r", "../remote")):
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    return folder
-
-
-def run(project: Path, logical_date: datetime | None = None) -> list[tuple[str, int, str]]:
-    """States of the tasks of one run; logical_date: of a day that is filled in."""
-    from airflow.dag_processing.dagbag import DagBag
-
-    bag = DagBag(str(project / "dags"))
-    assert not bag.import_errors
-    done = bag.dags["version_datasets"].test(logical_date=logical_date)
-    return sorted((ti.task_id, ti.map_index, str(ti.state)) for ti in done.get_task_instances())
+def states(project: Path, logical_date: datetime | None = None) -> list[tuple[str, int, str]]:
+    """Of the tasks of one run; logical_date: of a day that is filled in."""
+    found = run(project, "version_datasets", logical_date=logical_date)
+    return sorted((task, part, state) for (task, part), (state, _) in found.items())
 
 
 def events() -> list[dict[str, Any]]:
@@ -51,6 +31,12 @@ def events() -> list[dict[str, Any]]:
         return list(session.scalars(query.where(AssetModel.name == "datasets").order_by(AssetEvent.id)))
 
 
+def test_a_broken_file_fails_at_once(airflow_home: Path, project: Path) -> None:
+    (project / "data" / "broken.csv").write_text("text,label\nonly one,row\n")
+    assert run(project, "version_datasets")["version", 0] == ("failed", 1), "wrong input must not be tried again"
+    assert not (project / "data/broken.csv.dvc").exists()
+
+
 @pytest.mark.slow
 def test_changed_files_are_versioned_broken_ones_fail_alone_and_others_hear_of_it(
     airflow_home: Path, project: Path
@@ -58,8 +44,7 @@ def test_changed_files_are_versioned_broken_ones_fail_alone_and_others_hear_of_i
     file = spam_file(project / "data")
     (project / "data" / "broken.csv").write_text("text,label\nonly one,row\n")
     before = len(events())
-    states = run(project)
-    assert states == [("files", -1, "success"), ("version", 0, "failed"), ("version", 1, "success")]
+    assert states(project) == [("files", -1, "success"), ("version", 0, "failed"), ("version", 1, "success")]
     identity = versions.tracked(file)
     assert identity == versions.content_id(file) and not (project / "data/broken.csv.dvc").exists()
     (event,) = events()[before:]
@@ -67,12 +52,12 @@ def test_changed_files_are_versioned_broken_ones_fail_alone_and_others_hear_of_i
     assert (project.parent / "remote/files/md5" / identity[:2] / identity[2:]).exists()
 
     (project / "data" / "broken.csv").unlink()
-    assert run(project) == [("files", -1, "success"), ("version", 0, "skipped")]
-    filled = run(project, datetime(2026, 11, 1, tzinfo=UTC))
+    assert states(project) == [("files", -1, "success"), ("version", 0, "skipped")]
+    filled = states(project, datetime(2026, 11, 1, tzinfo=UTC))
     assert filled == [("files", -1, "success"), ("version", 0, "skipped")], "a day of the past changes nothing"
     assert len(events()) == before + 1, "nothing new, nothing told"
 
     file.unlink()
     file.write_text("".join(json.dumps(row) + "\n" for row in spam_rows(90)))
-    assert run(project)[1] == ("version", 0, "success")
+    assert states(project)[1] == ("version", 0, "success")
     assert [e["dvc_id"] for e in events()[before:]] == [identity, versions.tracked(file)]
