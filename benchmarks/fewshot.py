@@ -1,7 +1,8 @@
 """Learning from few examples: every strategy, and the automatic choice, on tasks of families left out of all learning.
 
     python benchmarks/fewshot.py [--quick] [--json FILE] [--markdown FILE] [--tasks a,b] [--shots 4,16] [--draws N]
-                                 [--library a,b] [--rounds N] [--max-seconds S] [--only prepare|run|report]
+                                 [--library a,b] [--rounds N] [--max-seconds S] [--priors FILE]
+                                 [--only prepare|run|report]
 
 Before a task is met, the library holds adapters of the other tasks, trained on up to 600 examples each, and starts are
 meta-learned from the half of the tasks that is of other families. For every task, number of shots and draw of shots,
@@ -22,7 +23,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def main() -> int:
     parser.add_argument("--library", default=",".join(TASKS), help="tasks to learn from beforehand")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of Reptile, for each start")
     parser.add_argument("--max-seconds", type=float, default=math.inf)
+    parser.add_argument("--priors", type=Path, help="write what the strategies gained here, for `metapeft adapt`")
     parser.add_argument("--only", choices=("prepare", "run", "report"))
     options = parser.parse_args()
     until = time.monotonic() + options.max_seconds
@@ -89,6 +91,10 @@ def main() -> int:
     print(text)
     if options.markdown:
         options.markdown.write_text(text + "\n", encoding="utf-8")
+    if options.priors:
+        found_priors = {name: asdict(prior) for name, prior in priors(cells).items()}
+        about = {"cells": len(cells), "tasks": sorted({c["task"] for c in cells}), "priors": found_priors}
+        options.priors.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     if options.json:
         from metapeft.runtime import describe
 

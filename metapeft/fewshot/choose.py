@@ -8,10 +8,13 @@ shots the prior decides, with two hundred the shots do. What is expected to gain
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,9 +46,16 @@ class Prior:
     deviation: float
 
 
-# Measured by benchmarks/fewshot.py on families left out (see docs/fewshot.md); `Prior(0, .3)` for what is not listed.
-PRIORS: dict[str, Prior] = {}
-UNKNOWN = Prior(0.0, 0.3)
+UNKNOWN = Prior(0.0, 0.3)  # of a strategy that was never measured
+MEASURED = Path(__file__).parent / "priors.json"  # written by benchmarks/fewshot.py --priors
+
+
+@cache
+def measured() -> dict[str, Prior]:
+    """By strategy, what benchmarks/fewshot.py measured (see docs/fewshot.md)."""
+    record = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {"priors": {}}
+    return {name: Prior(found["mean"], found["deviation"]) for name, found in record["priors"].items()}
+
 
 Start = Callable[[Session, Sequence[int]], Saved]  # from a session and which of all shots it trains on
 
@@ -213,13 +223,17 @@ def belief(differences: np.ndarray, prior: Prior) -> tuple[float, float]:
 
 
 def choose(
-    strategies: Sequence[Strategy], held: Mapping[str, Held], untuned: Answers, priors: Mapping[str, Prior] = PRIORS
+    strategies: Sequence[Strategy],
+    held: Mapping[str, Held],
+    untuned: Answers,
+    priors: Mapping[str, Prior] | None = None,
 ) -> Choice:
     """The strategy with the highest expected gain, where it is above zero and the transfer does no harm.
 
     held: of the strategies that were cross-validated; the others are judged by their priors. untuned: the backbone's
-    own answers to the same shots.
+    own answers to the same shots. priors: None is what was measured.
     """
+    priors = measured() if priors is None else priors
     base = merit(untuned)
     judged = []
     for strategy in strategies:

@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from metapeft.fewshot.measure import answers
-from metapeft.fewshot.starts import average
+from metapeft.fewshot.starts import average, factors, mixed, owners, top_layers, whole
 from metapeft.peft import adapters
+from metapeft.peft.lora import MatrixAdapter
 from metapeft.peft.saved import Saved
+from metapeft.runtime import mx
 from metapeft.training.session import Session
 
 PRICE = 0.05  # of the sum of absolute weights, in nats: LoraHub's
@@ -24,20 +26,29 @@ TRIES = 24
 
 
 def mix(session: Session, saved: Sequence[Saved], *, tries: int = TRIES, seed: int = 0) -> tuple[Saved, list[float]]:
-    """The mixture that answers the session's training split best, and its weights."""
+    """The mixture that answers the session's training split best, and its weights. Raises UserError for adapters that
+    change no matrices."""
+
+    parts = [factors(each) for each in saved]
+    adapter = adapters.build(whole(mixed(parts, [1.0] * len(parts)), top_layers(saved)), session.model)
+    assert isinstance(adapter, MatrixAdapter)
+    full = {path: delta.b for path, delta in adapter.deltas.items()}
+    # Which weight each column of B gets; what pads it is zero anyway.
+    columns = {path: np.resize(owner, full[path].shape[1]) for path, owner in owners(parts).items()}
 
     def cost(weights: np.ndarray) -> float:
-        adapter = adapters.build(average(saved, weights.tolist()), session.model)
-        adapter.attach(session.model)
-        try:
-            loss = float(answers(session, adapter, "train").loss.mean())
-        finally:
-            adapter.detach(session.model)
+        for path, delta in adapter.deltas.items():
+            delta.b = full[path] * mx.array(weights[columns[path]].astype(np.float32))
+        loss = float(answers(session, adapter, "train").loss.mean())
         return loss + PRICE * float(np.abs(weights).sum())
 
     count = len(saved)
     begins = [np.full(count, 1 / count), *np.eye(count)]
-    weights = minimised(cost, begins, tries, seed).tolist()
+    adapter.attach(session.model)
+    try:
+        weights = minimised(cost, begins, tries, seed).tolist()
+    finally:
+        adapter.detach(session.model)
     return average(saved, weights), weights
 
 

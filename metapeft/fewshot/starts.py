@@ -46,13 +46,18 @@ def average(saved: Sequence[Saved], weights: Sequence[float]) -> Saved:
     """The weighted sum of adapters of one method: of the changes they make, where they change matrices, else of their
     virtual tokens. Raises UserError when they do not match."""
     if all(isinstance(s.config, LoRAConfig | AdaLoRAConfig) for s in saved):
-        layers = [s.config.layers for s in saved if isinstance(s.config, LoRAConfig | AdaLoRAConfig)]
-        return from_factors(mixed([factors(s) for s in saved], weights), layers=0 if 0 in layers else max(layers))
+        return from_factors(mixed([factors(s) for s in saved], weights), layers=top_layers(saved))
     tables = [s.tensors["prompt_embeddings"] for s in saved if "prompt_embeddings" in s.tensors]
     if len({(s.config.method, t.shape) for s, t in zip(saved, tables, strict=False)}) != 1 or len(tables) < len(saved):
         raise UserError("only adapters of one method, with as many virtual tokens, can be averaged")
     summed = sum((w * t.astype(mx.float32) for w, t in zip(weights, tables, strict=True)), mx.array(0.0))
     return start(replace(saved[0], tensors={"prompt_embeddings": summed}))
+
+
+def top_layers(saved: Sequence[Saved]) -> int:
+    """How many top layers some of these change (0: all)."""
+    layers = [s.config.layers for s in saved if isinstance(s.config, LoRAConfig | AdaLoRAConfig)]
+    return 0 if 0 in layers else max(layers)
 
 
 def factors(saved: Saved) -> Factors:
@@ -75,13 +80,25 @@ def factors(saved: Saved) -> Factors:
 
 def mixed(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """The weighted sum of changes; a module that only some of them change is changed by those."""
-    paths = sorted({path for part in parts for path in part})
     summed: Factors = {}
-    for path in paths:
+    for path in sorted({path for part in parts for path in part}):
         here = [(w, part[path]) for w, part in zip(weights, parts, strict=True) if path in part]
         b = np.concatenate([w * b for w, (b, _) in here], axis=1)
         summed[path] = (b, np.concatenate([a for _, (_, a) in here]))
     return summed
+
+
+def owners(parts: Sequence[Factors]) -> dict[str, np.ndarray]:
+    """Which part each rank of `mixed` is from, module by module: (ranks,)."""
+    paths = {path for part in parts for path in part}
+    counts = {path: [len(part[path][1]) if path in part else 0 for part in parts] for path in paths}
+    return {path: np.repeat(np.arange(len(parts)), count) for path, count in counts.items()}
+
+
+def whole(given: Factors, layers: int = 0) -> Saved:
+    """A LoRA that makes exactly this change, at whatever rank it has."""
+    rank = max(len(a) for _, a in given.values())
+    return _lora({path: _padded(b, a, rank) for path, (b, a) in given.items()}, rank, layers)
 
 
 def from_factors(given: Factors, rank: int = RANK, layers: int = 0) -> Saved:
@@ -89,14 +106,23 @@ def from_factors(given: Factors, rank: int = RANK, layers: int = 0) -> Saved:
     size. The rank is that of the fullest module, at most `rank`. layers: how many top layers the modules are (0: all).
     """
     rank = min(rank, max(len(a) for _, a in given.values()))
-    tensors: dict[str, mx.array] = {}
+    found: Factors = {}
     for path, (b, a) in given.items():
         left, right = np.linalg.qr(b), np.linalg.qr(a.T)
         u, values, v = np.linalg.svd(left.R @ right.R.T)
         root = np.sqrt(values)
-        new_b, new_a = (left.Q @ u * root)[:, :rank], ((right.Q @ v.T) * root).T[:rank]
-        missing = rank - len(new_a)
-        new_b, new_a = np.pad(new_b, ((0, 0), (0, missing))), np.pad(new_a, ((0, missing), (0, 0)))
-        tensors[f"{ROOT}{path}.lora_A.weight"] = mx.array(new_a.astype(np.float32))
-        tensors[f"{ROOT}{path}.lora_B.weight"] = mx.array(new_b.astype(np.float32))
+        found[path] = _padded((left.Q @ u * root)[:, :rank], ((right.Q @ v.T) * root).T[:rank], rank)
+    return _lora(found, rank, layers)
+
+
+def _padded(b: np.ndarray, a: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    missing = rank - len(a)
+    return np.pad(b, ((0, 0), (0, missing))), np.pad(a, ((0, missing), (0, 0)))
+
+
+def _lora(given: Factors, rank: int, layers: int) -> Saved:
+    tensors: dict[str, mx.array] = {}
+    for path, (b, a) in given.items():
+        tensors[f"{ROOT}{path}.lora_A.weight"] = mx.array(a.astype(np.float32))
+        tensors[f"{ROOT}{path}.lora_B.weight"] = mx.array(b.astype(np.float32))
     return Saved(LoRAConfig(rank=rank, alpha=float(rank), layers=layers), tensors)
