@@ -434,7 +434,7 @@ class _Training:
                 continue
             for row in leg.trial["curve"]:
                 moved = {"step": step + row["step"], "seconds": round(seconds + row["seconds"], 3)}
-                curve.append(row | moved | {"leg": number, "method": leg.configuration["method"]})
+                curve.append(row | moved | {"leg": number})
             step += _reached(leg)
             seconds += leg.trial["seconds"]
         trial = record.legs[kept].trial
