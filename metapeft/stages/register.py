@@ -67,9 +67,11 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
 
 def selection(settings: Settings, work: Path, basis: str) -> str:
     """How the configuration was chosen, as `metapeft compare --by selection` calls it."""
+    on_the_way = " + switching" if settings.train.switch else ""
     if settings.train.method or settings.train.configuration:
-        return "asked for"
-    return f"{basis} + sweep" if (work / "sweep" / "sweep.json").exists() else basis
+        return f"asked for{on_the_way}"
+    swept = " + sweep" if (work / "sweep" / "sweep.json").exists() else ""
+    return f"{basis}{swept}{on_the_way}"
 
 
 def store(settings: Settings, work: Path) -> str:

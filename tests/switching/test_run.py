@@ -16,7 +16,6 @@ import pytest
 from metapeft.peft import adapters, checkpoints
 from metapeft.switching import handover, run
 from metapeft.switching.decide import Policy, differing
-from metapeft.switching.prices import Price
 from metapeft.training.evaluation import evaluate
 from metapeft.training.session import Session
 from tests.backbones.tiny import tiny_folder
@@ -151,12 +150,6 @@ def test_asked_again_it_is_read_not_trained(session: Session, tmp_path: Path) ->
     again = run.train(session, made.SMALL["p_tuning"], never, steps=30, folder=tmp_path / "x", policy=made.POLICY)
     assert again[0].to_json() == first[0].to_json() | {"adapter_bytes": again[0].adapter_bytes}
     assert again[1] == first[1]
-
-
-def test_prices_are_lines() -> None:
-    price = Price(2.0, 0.5, 1.0)
-    assert price.steps(price.seconds(17, 3), 3) == 17
-    assert price.exchange("distilled") > price.exchange("frozen") == price.exchange("converted")
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
