@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from metapeft.profiling import Profile
     from metapeft.search import Sweep
     from metapeft.search.grow import Grown
+    from metapeft.switching.sequence import Kind, Learned
 
 PROFILED = ("version", "validate", "profile")
 BEFORE_SWEEP = (*PROFILED, "recommend")
@@ -140,15 +141,16 @@ def train(
     method: str | None = None,
     configuration: dict[str, Any] | None = None,
     steps: int | None = None,
+    switch: bool | None = None,
     work: Path | None = None,
     **options: Any,
 ) -> Trial:
     """Train one configuration with the full budget, score it and register it.
 
-    Without a method: the best of the task's sweep where there was one, else the first recommended. options: backbone,
-    seed, params.
+    Without a method: the best of the task's sweep where there was one, else the first recommended. switch: the method
+    may be exchanged on the way, within the same seconds (docs/switching.md). options: backbone, seed, params.
     """
-    wanted = {"method": method, "configuration": configuration, "steps": steps}
+    wanted = {"method": method, "configuration": configuration, "steps": steps, "switch": switch}
     settings = settings_for(task, train=wanted, **options)
     work = work or work_folder(settings)
     stages.run((*BEFORE_SWEEP, "train", "evaluate", "register"), settings, work)
@@ -234,6 +236,52 @@ def learn_starts(
             learned = reptile.reptile(base, loaded, fresh[method], rounds=rounds, folder=folder, report=report)
             done[method] = learned.rounds
     return done
+
+
+def train_sequence(
+    tasks: Sequence[str | Path],
+    *,
+    keep: Kind = "adapters",
+    buffer: int = 32,
+    strength: float | None = None,
+    method: str = "lora",
+    configuration: dict[str, Any] | None = None,
+    steps: int | None = None,
+    **options: Any,
+) -> Learned:
+    """Train tasks one after another, and measure what is left of the earlier ones (docs/switching.md).
+
+    keep: how earlier tasks are kept; buffer: examples of each that "replay" mixes in; strength: of the penalty of "ewc"
+    and "l2". options: backbone, seed, params. The same call again continues, or reads what is there.
+    """
+    from metapeft import backbones
+    from metapeft.data import load_task
+    from metapeft.progress import progress
+    from metapeft.switching import sequence
+
+    if not tasks:
+        raise UserError("a sequence needs at least one task")
+    kept = sequence.Keep(keep, buffer, strength)
+    settings = settings_for(tasks[0], train={"steps": steps}, **options)
+    loaded = [load_task(str(task), settings.data) for task in tasks]
+    base, budget = backbones.load(settings.backbone), settings.train.steps
+    with progress("train-sequence", len(loaded) * budget) as advance:
+
+        def on_event(number: int, event: dict[str, Any]) -> None:
+            score = event.get("validation_score")
+            note = f"{loaded[number].name}: loss {event['train_loss']:.3f}"
+            note += f", validation {score:.3f}" if score is not None else ""
+            advance(number * budget + event["step"], note, line=score is not None)
+
+        return sequence.train_sequence(
+            base,
+            loaded,
+            {"method": method} | (configuration or {}),
+            kept,
+            steps=budget,
+            seed=settings.seed,
+            progress=on_event,
+        )
 
 
 def grow(

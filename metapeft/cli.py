@@ -147,6 +147,9 @@ def train(
         list[str] | None, Option("--set", metavar="KEY=VALUE", help="A hyperparameter, e.g. rank=8.")
     ] = None,
     steps: Annotated[int | None, Option(help="Optimizer steps.")] = None,
+    switch: Annotated[
+        bool | None, Option("--switch", help="The method may be exchanged on the way, within the same seconds.")
+    ] = None,
     backbone: Backbone = None,
     seed: Seed = None,
     params: Params = None,
@@ -159,10 +162,61 @@ def train(
 
     options: dict[str, Any] = {"backbone": backbone, "seed": seed, "params": params, "work": work}
     given = assignments(set_ or [])
-    trial = api.train(task, method=method, configuration=given or None, steps=steps, **options)
+    trial = api.train(task, method=method, configuration=given or None, steps=steps, switch=switch, **options)
     show(trial.to_json(), as_json, outcome(trial), title=f"{trial.method} on {trial.task}")
     if not as_json:
         print(f"adapter: {trial.adapter}")
+
+
+@app.command(name="train-sequence")
+def train_sequence(
+    names: Annotated[list[str], Argument(help="Tasks, in their order: files, dataset ids or catalog names.")],
+    keep: Annotated[
+        Literal["adapters", "replay", "ewc", "l2", "naive"], Option(help="How earlier tasks are kept.")
+    ] = "adapters",
+    buffer: Annotated[int, Option(min=1, help="Examples of each earlier task that are replayed.")] = 32,
+    strength: Annotated[float | None, Option(min=0, help="Of the penalty of ewc and l2.")] = None,
+    method: Annotated[str, Option(help="The method of all tasks.")] = "lora",
+    set_: Annotated[
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="A hyperparameter, e.g. rank=8.")
+    ] = None,
+    steps: Annotated[int | None, Option(help="Optimizer steps per task.")] = None,
+    backbone: Backbone = None,
+    seed: Seed = None,
+    params: Params = None,
+    as_json: Json = False,
+) -> None:
+    """Train tasks one after another, and measure what is left of the earlier ones."""
+    from metapeft import api
+    from metapeft.stages.stage import assignments
+
+    given = assignments(set_ or [])
+    options: dict[str, Any] = {"backbone": backbone, "seed": seed, "params": params}
+    found = api.train_sequence(
+        names,
+        keep=keep,
+        buffer=buffer,
+        strength=strength,
+        method=method,
+        configuration=given,
+        steps=steps,
+        **options,
+    ).to_json()
+    last, learned = found["scores"][-1], [row[-1] for row in found["scores"]]
+    rows = [
+        {
+            "task": name,
+            "untuned": number(found["untuned"][n]),
+            "when learned": number(learned[n]),
+            "at the end": number(last[n]),
+            "adapter": found["adapters"][n],
+        }
+        for n, name in enumerate(found["tasks"])
+    ]
+    show(found, as_json, rows, title=f"{len(rows)} tasks, kept by {keep}")
+    if not as_json:
+        measures = ("average_accuracy", "backward_transfer", "forgetting", "drift")
+        print(", ".join(f"{name.replace('_', ' ')} {found[name]:.3f}" for name in measures))
 
 
 @app.command()

@@ -58,6 +58,11 @@ class TrainSettings(Section):
     steps: int = Field(120, ge=1, description="optimizer steps")
     method: str | None = Field(None, description="None: the best of the sweep, else the first recommended")
     configuration: dict[str, Any] = Field(default_factory=dict, description="overrides of the chosen hyperparameters")
+    switch: bool = Field(False, description="the method may be exchanged on the way, within the same seconds")
+    switches: int = Field(2, ge=0, description="exchanges at most")
+    confidence: float = Field(0.75, ge=0.5, lt=1, description="that an exchange is better, before it is made")
+    tolerance: float = Field(0.02, ge=0, le=1, description="score that an exchange may cost before it is undone")
+    looks: int = Field(6, ge=2, description="evaluations per method, at which decisions are made")
 
 
 class MonitorSettings(Section):

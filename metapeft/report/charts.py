@@ -75,14 +75,14 @@ def trade_offs(trials: Sequence[Trial], width: int, untuned: float | None = None
     left, right, top, bottom = 52.0, width - 16.0, 14.0, height - 46.0
     spans = {t.id: span(t) for t in shown}
     x = axis((points[t.id][1] for t in shown), left + 14, right - 14, log=True)
-    y = _score_axis([*(v for s in spans.values() for v in s), *([untuned] if untuned is not None else [])], bottom, top)
+    y = score_axis([*(v for s in spans.values() for v in s), *([untuned] if untuned is not None else [])], bottom, top)
     memories = [points[t.id][2] for t in shown]
     best = pareto.front(shown, adapters)
     on_front = {t.id for t in best}
     titles = pareto.titles(best, adapters)
 
-    body = _frame(x, y, left, right, top, bottom, "training time", wording.duration, wording.score)
-    body += _untuned(y, untuned, left, right)
+    body = frame(x, y, left, right, top, bottom, "training time", wording.duration, wording.score)
+    body += untuned_line(y, untuned, left, right)
     body.append(_staircase([points[t.id] for t in best], x, y))
     obstacles: list[Box] = []
     for trial in sorted(shown, key=lambda t: (t.id in on_front, -points[t.id][2])):
@@ -118,16 +118,18 @@ def curves(trials: Sequence[Trial], width: int, quantity: str, untuned: float | 
     x = Axis(0, max(s for _, known in lines for s, _ in known) * 1.02, left, right)
     said: Callable[[float], str]
     if quantity == "validation_score":
-        y = _score_axis([*values, *([untuned] if untuned is not None else [])], bottom, top)
+        y = score_axis([*values, *([untuned] if untuned is not None else [])], bottom, top)
         said, label = wording.score, "validation score"
     else:
         y = axis((max(v, TINY_LOSS) for v in values), bottom, top, log=True)
         said, label = wording.number, "validation loss"
-    body = _frame(x, y, left, right, top, bottom, "optimizer steps", wording.number, said)
+    body = frame(x, y, left, right, top, bottom, "optimizer steps", wording.number, said)
     if quantity == "validation_score":
-        body += _untuned(y, untuned, left, right)
-    frame = f'x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"'
-    body.append(f'<clipPath id="{quantity}-{width}"><rect {frame}/></clipPath><g clip-path="url(#{quantity}-{width})">')
+        body += untuned_line(y, untuned, left, right)
+    inside = f'x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"'
+    body.append(
+        f'<clipPath id="{quantity}-{width}"><rect {inside}/></clipPath><g clip-path="url(#{quantity}-{width})">'
+    )
     for trial, known in sorted(lines, key=lambda line: line[0].id == best):
         places = [(x(s), y(v if quantity == "validation_score" else max(v, TINY_LOSS))) for s, v in known]
         path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in places)
@@ -151,7 +153,7 @@ def growth(times: Sequence[float], shares: Sequence[float], width: int) -> str:
     left, right, top, bottom = 52.0, width - 16.0, 12.0, height - 46.0
     x = Axis(0, times[-1] * 1.02, left, right)
     y = axis([0.0, *shares], bottom, top)
-    body = _frame(x, y, left, right, top, bottom, "time of all trials together", wording.duration, wording.score)
+    body = frame(x, y, left, right, top, bottom, "time of all trials together", wording.duration, wording.score)
     moves = f"M{x(0):.1f} {y(0):.1f}" + "".join(f"H{x(t):.1f}V{y(s):.1f}" for t, s in zip(times, shares, strict=True))
     body.append(f'<g class="line best">{stroke("grown", moves + f"H{right}")}</g>')
     return figure(width, height, "Hypervolume of the front over time", body)
@@ -285,7 +287,7 @@ def _staircase(points: Sequence[pareto.Point], x: Axis, y: Axis) -> str:
     return stroke("stairs", f"{path}")
 
 
-def _score_axis(values: Sequence[float], start: float, end: float) -> Axis:
+def score_axis(values: Sequence[float], start: float, end: float) -> Axis:
     """Never beyond what a score can be, and never so narrow that noise looks like a difference."""
     low, high = min(values), max(values)
     if high - low < 0.1:
@@ -294,7 +296,7 @@ def _score_axis(values: Sequence[float], start: float, end: float) -> Axis:
     return Axis(max(low - room, -0.02), min(high + room, 1.02), start, end)
 
 
-def _untuned(y: Axis, untuned: float | None, left: float, right: float) -> list[str]:
+def untuned_line(y: Axis, untuned: float | None, left: float, right: float) -> list[str]:
     if untuned is None or not math.isfinite(untuned):
         return []
     place = y(untuned)
@@ -304,7 +306,7 @@ def _untuned(y: Axis, untuned: float | None, left: float, right: float) -> list[
     ]
 
 
-def _frame(
+def frame(
     x: Axis,
     y: Axis,
     left: float,

@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from metapeft.data.task import SPLITS, Task
-from metapeft.report import charts, parallel, tables, wording
+from metapeft.report import charts, parallel, switched, tables, wording
 from metapeft.search import pareto
 from metapeft.training.trial import Trial
 
@@ -25,6 +25,7 @@ class Content:
     trials: of the sweep, in their order. infeasible: trial id -> which limit it breaks, or how it ended (`Sweep`).
     final: the trial whose adapter is kept. recommendation, profile, validation: their JSON. environment: `describe()`
     and `versions()` of the runtime. called: the task as the user names it on the command line. model: registered name.
+    switching: the record of the final training, where its method could be exchanged.
     """
 
     task: Task
@@ -38,6 +39,7 @@ class Content:
     environment: Mapping[str, Any] = field(default_factory=dict)
     called: str = ""
     model: str = ""
+    switching: Mapping[str, Any] | None = None
 
     def feasible(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.id not in self.infeasible]
@@ -72,6 +74,7 @@ def render(content: Content) -> str:
         task=content.task,
         subtitle=_subtitle(content),
         final=_final(content),
+        switching=_switching(content),
         sweep=_sweep(content),
         search=_search(content),
         learning=_learning(content),
@@ -143,6 +146,17 @@ def _final(content: Content) -> dict[str, Any] | None:
         "caption": f"{wording.metric(found.metric).capitalize()} with one standard error." if found else "",
         "facts": facts,
         "command": _parts(pareto.command(trial, content.called or None)),
+    }
+
+
+def _switching(content: Content) -> dict[str, Any] | None:
+    found = content.switching
+    if not found:
+        return None
+    return {
+        "sentence": switched.sentence(found),
+        "chart": _picture(lambda width: switched.chart(found, width, content.untuned())),
+        "rows": switched.rows(found),
     }
 
 

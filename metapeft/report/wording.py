@@ -12,6 +12,7 @@ METHODS = {
     "prompt": "prompt tuning",
     "prefix": "prefix tuning",
     "p_tuning": "P-tuning",
+    "switching": "switching methods",
 }
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1", "exact_match": "exact match"}
 ENDINGS = {"diverged": "diverged", "out_of_memory": "out of memory", "failed": "failed", "stopped": "stopped early"}

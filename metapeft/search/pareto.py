@@ -289,12 +289,16 @@ def command(trial: Trial, task: str | None = None) -> str:
     It sets everything that is searched, since `metapeft train` starts from the recommended configuration, and what
     else is not the default.
     """
-    usual = spaces.defaults(trial.method)
-    words = ["metapeft", "train", task or trial.task, "--method", trial.method, "--steps", str(trial.budget)]
+    switched = "start" in trial.configuration  # a training that could exchange its method: where it began
+    chosen = trial.configuration["start"] if switched else trial.configuration
+    method = chosen["method"]
+    usual = spaces.defaults(method)
+    words = ["metapeft", "train", task or trial.task, "--method", method, "--steps", str(trial.budget)]
+    words += ["--switch"] if switched else []
     words += ["--backbone", trial.backbone] if trial.backbone != DEFAULT_BACKBONE else []
     words += ["--seed", str(trial.seed)] if trial.seed else []
-    for name, value in trial.configuration.items():
-        if name != "method" and (name in searched(trial.method) or usual.get(name) != value):
+    for name, value in chosen.items():
+        if name != "method" and (name in searched(method) or usual.get(name) != value):
             words += [
                 "--set",
                 f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metapeft.peft import METHODS
 from metapeft.settings import Settings
 from metapeft.stages.files import read_task, read_trials
 from metapeft.stages.stage import Stage, read_json, write_json
@@ -37,8 +38,9 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     profile = Stored(read_json(work / "profile" / "profile.json"))
     recommendation = Stored(read_json(work / "recommend" / "recommendation.json"))
     trial = Trial.from_json(read_json(work / "evaluate" / "trial.json"))
-    Experience().append(trial)  # now with its score
-    library.offer(work / "train" / "adapter", trial, task, Profile.from_json(profile.record))
+    if trial.method in METHODS:
+        Experience().append(trial)  # now with its score
+        library.offer(work / "train" / "adapter", trial, task, Profile.from_json(profile.record))
     with pipeline_run(settings, work, task) as tracker:
         tracker.log_task(task)
         tracker.log_profile(profile)
@@ -50,6 +52,8 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         tracker.log_decision(recommendation, profile, trial)
         tracker.set_tags({"selection": selection(settings, work, recommendation.record["basis"])})
         tracker.log_json(settings.model_dump(mode="json"), "settings.json")
+        if (work / "train" / "switching.json").exists():
+            tracker.log_json(read_json(work / "train" / "switching.json"), "switching.json")
         registration = tracker.register(work / "train" / "adapter", trial, task, recommendation)
         url = run_url(settings, tracker)
     model = registration.model
@@ -67,9 +71,11 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
 
 def selection(settings: Settings, work: Path, basis: str) -> str:
     """How the configuration was chosen, as `metapeft compare --by selection` calls it."""
+    on_the_way = " + switching" if settings.train.switch else ""
     if settings.train.method or settings.train.configuration:
-        return "asked for"
-    return f"{basis} + sweep" if (work / "sweep" / "sweep.json").exists() else basis
+        return f"asked for{on_the_way}"
+    swept = " + sweep" if (work / "sweep" / "sweep.json").exists() else ""
+    return f"{basis}{swept}{on_the_way}"
 
 
 def store(settings: Settings, work: Path) -> str:

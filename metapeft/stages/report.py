@@ -18,6 +18,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     final = Trial.from_json(read_json(work / "evaluate" / "trial.json"))
     model = read_json(work / "register" / "model.json")
     sweep = read_json(work / "sweep" / "sweep.json")
+    switching = work / "train" / "switching.json"
     content = Content(
         task=read_task(work / "version"),
         trials=read_trials(work / "sweep" / "trials.jsonl"),
@@ -29,6 +30,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         validation=read_json(work / "validate" / "report.json"),
         environment={"device": final.device, **final.versions},
         called=settings.task,
+        switching=read_json(switching) if switching.exists() else None,
         model=f"{model['model']} version {model['version']}",
     )
     paths = write_report(out, content)
@@ -39,7 +41,7 @@ STAGE = Stage(
     "report",
     body,
     settings=("task",),
-    needs=("version", "validate", "profile", "recommend", "sweep", "evaluate", "register"),
+    needs=("version", "validate", "profile", "recommend", "sweep", "train", "evaluate", "register"),
     code=("metapeft/report", "metapeft/stages/report.py"),
 )
 run, main = STAGE.run, STAGE.main

@@ -1,14 +1,15 @@
 """train: trains the chosen configuration with the full budget.
 
 The choice is the best of the sweep (by what the user prefers) where there was one, else the first recommended, with the
-user's own values on top. Writes trial.json, curve.csv and the folder adapter.
+user's own values on top. Writes trial.json, curve.csv, the folder adapter and, where the method could be exchanged on
+the way, switching.json.
 """
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metapeft.data.task import Task
 from metapeft.errors import MetapeftError
@@ -19,37 +20,45 @@ from metapeft.stages.stage import Stage, read_json, write_json
 from metapeft.stages.sweep import CURVE, NAMED
 from metapeft.stages.trainer import ENGINE, Trainer, trial_lock
 
+if TYPE_CHECKING:
+    from metapeft.switching.decide import Policy
+
 
 def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     """Train, and keep the best weights by validation."""
     from metapeft.training.configuration import full
-    from metapeft.training.trial import trial_id
 
     task = read_task(work / "version")
     chosen, why = choose(settings, work, task)
     configuration = full(chosen)
     steps = settings.train.steps
-    identity = trial_id(
-        task.name, task.version, settings.backbone, configuration, settings.seed, steps, len(task.train)
-    )
     profile = read_json(work / "profile" / "profile.json")
     with progress(f"train {configuration['method']}", steps) as advance:
 
         def on_event(event: dict[str, Any]) -> None:
             score = event.get("validation_score")
-            note = f"loss {event['train_loss']:.3f}" + (f", validation {score:.3f}" if score is not None else "")
-            advance(event["step"], f"step {event['step']} of {steps}: {note}", line=score is not None)
+            method = f"{event['method']} " if "method" in event else ""
+            note = f"{method}loss {event['train_loss']:.3f}" + (
+                f", validation {score:.3f}" if score is not None else ""
+            )
+            done = event["step"] / event["steps"]
+            advance(done * steps, f"step {event['step']} of {event['steps']}: {note}", line=score is not None)
 
         train = Trainer(settings.backbone, task, profile["version"], test=False, record=False, on_event=on_event)
-        with trial_lock(identity):
-            trial = train(configuration, settings.seed, steps, identity)
+        if settings.train.switch:
+            trial, record = train.switching(configuration, settings.seed, steps, profile, policy(settings))
+            write_json(out / "switching.json", record.to_json())
+        else:
+            trial = train.static(configuration, settings.seed, steps)
+        with trial_lock(trial.id):
             if trial.status in ("ok", "stopped"):
-                shutil.copytree(home() / "adapters" / identity, out / "adapter")
+                shutil.copytree(home() / "adapters" / trial.id, out / "adapter")
     if trial.status not in ("ok", "stopped"):
         raise MetapeftError(
             f"training {trial.method} ended as {trial.status} ({trial.error}); choose another configuration, for"
             f" example a lower learning_rate than {configuration['learning_rate']:g}"
         )
+    methods = [leg.configuration["method"] for leg in record.legs] if settings.train.switch else [trial.method]
     trial.adapter = "adapter"
     write_json(out / "trial.json", trial.to_json())
     write_csv(out / "curve.csv", [{"trial": trial.id, "method": trial.method} | row for row in trial.curve], CURVE)
@@ -60,7 +69,16 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         "chosen": why,
         "validation": validation,
         "seconds": trial.seconds,
+        "methods": methods,
     }
+
+
+def policy(settings: Settings) -> Policy:
+    """How readily methods are exchanged."""
+    from metapeft.switching.decide import Policy
+
+    wanted = settings.train
+    return Policy(wanted.confidence, wanted.switches, wanted.tolerance, wanted.looks)
 
 
 def choose(settings: Settings, work: Path, task: Task) -> tuple[dict[str, Any], str]:
@@ -103,7 +121,13 @@ STAGE = Stage(
     settings=("backbone", "seed", "train", "recommend.prefer"),
     needs=("version", "profile", "recommend/configurations.json"),
     uses=("sweep",),
-    code=("metapeft/search/pareto.py", *ENGINE, "metapeft/stages/train.py", "metapeft/stages/trainer.py"),
+    code=(
+        "metapeft/search/pareto.py",
+        "metapeft/switching",
+        *ENGINE,
+        "metapeft/stages/train.py",
+        "metapeft/stages/trainer.py",
+    ),
 )
 run, main = STAGE.run, STAGE.main
 

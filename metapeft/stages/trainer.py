@@ -16,6 +16,8 @@ from metapeft.stages.stage import ROOT, content, write_json
 from metapeft.training.trial import Score, Trial
 
 if TYPE_CHECKING:
+    from metapeft.switching.decide import Policy
+    from metapeft.switching.record import Record
     from metapeft.training.session import Session
 
 # What decides how a trial ends.
@@ -101,6 +103,47 @@ class Trainer:
         if self.record or trial.status not in ("ok", "stopped"):
             Experience().append(trial)
         return trial
+
+    def static(self, configuration: dict[str, Any], seed: int, steps: int) -> Trial:
+        """One configuration (all hyperparameters) to its end."""
+        from metapeft.training.trial import trial_id
+
+        task = self.task
+        identity = trial_id(task.name, task.version, self.backbone, configuration, seed, steps, len(task.train))
+        return self(configuration, seed, steps, identity)
+
+    def switching(
+        self, configuration: dict[str, Any], seed: int, steps: int, profile: dict[str, Any], policy: Policy
+    ) -> tuple[Trial, Record]:
+        """A training that begins with a configuration and may exchange it, within what `steps` of it cost.
+
+        profile: the task's, as JSON. The trial belongs to no method, so the experience does not get it.
+        """
+        from metapeft.profiling import Profile
+        from metapeft.switching import run
+        from metapeft.switching.advice import Advice, advice
+
+        before = self.untuned()
+        session = self.session()
+
+        def ask() -> Advice:
+            return advice(self.task, Profile.from_json(profile), configuration, steps, before.value)
+
+        identity = run.identity(session, configuration, steps, seed, policy)
+        with trial_lock(identity):
+            trial, record = run.train(
+                session,
+                configuration,
+                ask,
+                steps=steps,
+                folder=home() / "adapters" / identity,
+                policy=policy,
+                seed=seed,
+                progress=lambda event: self.on_event(event) if self.on_event else None,  # type: ignore[func-returns-value]
+                test=False,
+            )
+        trial.profile_version = self.profile_version
+        return trial, record
 
     def tested(self, trial: Trial) -> Trial:
         """Scores a finished trial on the test split, where its adapter is still there, and tells the experience."""

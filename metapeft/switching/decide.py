@@ -10,6 +10,7 @@ confidence and is worth LEAST on average.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -63,7 +64,7 @@ class Evidence:
         """What is followed, for people: score, losses, slope of the loss per doubling of steps, gradient noise."""
         last = self.curve[-1]
         slope = None
-        if len(self.curve) > 1:
+        if len(self.curve) > 1:  # a leg that failed before its first look has one row, without a loss
             before = self.curve[-2]
             slope = (last["validation_loss"] - before["validation_loss"]) / np.log2(last["step"] / before["step"])
         return {
@@ -142,12 +143,9 @@ def _expected(evidence: Evidence) -> tuple[Expected, ...]:
 
 def to_json(evidence: Evidence, policy: Policy, decision: Decision) -> dict[str, Any]:
     """The record of a decision: what was known, what was asked for, what was decided."""
-    return {
-        "evidence": asdict(evidence),
-        "signals": evidence.signals(),
-        "policy": asdict(policy),
-        "decision": asdict(decision),
-    }
+    record = {"evidence": asdict(evidence), "policy": asdict(policy), "decision": asdict(decision)}
+    found: dict[str, Any] = json.loads(json.dumps(record | {"signals": evidence.signals()}))  # as a file gives it back
+    return found
 
 
 def replay(record: Mapping[str, Any]) -> Decision:

@@ -18,7 +18,8 @@ class Leg:
     """A training with one configuration. how: what it began with (`metapeft.switching.handover`; "" at the start).
 
     change: of the guard's outputs at its beginning. undone: it lost too much there, nothing of it was trained. trial:
-    its outcome, once it is over. forced: it began because the one before it had failed.
+    its outcome, once it is over. forced: it began because the one before it had failed. returns: it goes on with the
+    method in hand, after an exchange was undone.
     """
 
     configuration: dict[str, Any]
@@ -27,6 +28,7 @@ class Leg:
     how: str = ""
     source: int | None = None  # the leg whose adapter it began with
     forced: bool = False
+    returns: bool = False
     change: dict[str, Any] | None = None
     undone: bool = False
     seconds: float = 0.0  # of the handover, measured

@@ -180,7 +180,7 @@ class _Training:
                     after = predict(upper, adapter, "validation", guarded)
                     found = handover.change(self.session, guarded, before, after)
                     leg.change = found.to_json()
-                    if found.score_after < found.score_before - self.policy.tolerance:
+                    if found.score_after < found.score_before - self.policy.tolerance and not leg.returns:
                         raise _Lost
                 leg.seconds += time.perf_counter() - begun
                 self.record.save(self.place)
@@ -350,7 +350,7 @@ class _Training:
         left = self.record.budget_seconds - self._spent(number, 0)
         steps = price.steps(left - price.exchange(how), self.policy.looks)
         if steps >= LEAST_STEPS:
-            self.record.legs.append(Leg(configuration, steps, leg.price, how, source))
+            self.record.legs.append(Leg(configuration, steps, leg.price, how, source, returns=True))
 
     def _forced(self, number: int) -> None:
         """After a leg that failed: the best alternative, if the seconds left buy any."""
@@ -434,7 +434,7 @@ class _Training:
                 continue
             for row in leg.trial["curve"]:
                 moved = {"step": step + row["step"], "seconds": round(seconds + row["seconds"], 3)}
-                curve.append(row | moved | {"leg": number, "method": leg.configuration["method"]})
+                curve.append(row | moved | {"leg": number})
             step += _reached(leg)
             seconds += leg.trial["seconds"]
         trial = record.legs[kept].trial

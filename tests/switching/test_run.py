@@ -16,7 +16,6 @@ import pytest
 from metapeft.peft import adapters, checkpoints
 from metapeft.switching import handover, run
 from metapeft.switching.decide import Policy, differing
-from metapeft.switching.prices import Price
 from metapeft.training.evaluation import evaluate
 from metapeft.training.session import Session
 from tests.backbones.tiny import tiny_folder
@@ -128,21 +127,15 @@ def test_a_change_that_loses_too_much_is_undone(
     monkeypatch.setattr(handover, "_distil", forgets)
     policy = Policy(looks=4, tolerance=-2.0)  # nothing is good enough
     trial, record = made.train(session, tmp_path / "x", "lora", "prefix", policy=policy, steps=60, prefix=0.9)
-    assert [leg.undone for leg in record.legs] == [False, True, True]  # the way back is held to the same measure
-    assert record.kept == 0 and trial.score is not None
-    again = Policy(looks=4, tolerance=0.3)
-    trial, record = made.train(session, tmp_path / "y", "lora", "prefix", policy=again, steps=60, prefix=0.9)
-    change = record.legs[1].change
-    assert change is not None
-    if record.legs[1].undone:
-        assert change["score_after"] < change["score_before"] - 0.3
-        assert record.legs[2].configuration["method"] == "lora" and record.legs[2].how == "frozen"
+    assert [leg.undone for leg in record.legs] == [False, True, False]
+    assert record.legs[2].returns and record.legs[2].how == "frozen" and trial.score is not None
+    assert record.legs[2].change is not None and record.legs[2].change["largest"] < 1e-3
 
 
 def test_a_method_that_fails_is_exchanged(session: Session, tmp_path: Path) -> None:
     given = made.advice("lora", "prefix", prefix=0.8)
-    start = {"method": "lora", "learning_rate": 30.0, "clip": 0.0, "rank": 2}
-    trial, record = run.train(session, start, lambda: given, steps=40, folder=tmp_path / "x", policy=made.POLICY)
+    start = {"method": "lora", "learning_rate": 1e6, "clip": 0.0, "rank": 2}
+    trial, record = run.train(session, start, lambda: given, steps=60, folder=tmp_path / "x", policy=Policy(looks=2))
     assert record.legs[0].trial is not None and record.legs[0].trial["status"] == "diverged"
     assert record.legs[1].forced and record.legs[1].configuration["method"] == "prefix"
     assert trial.status == "ok" and differing(record.decisions) == []
@@ -157,12 +150,6 @@ def test_asked_again_it_is_read_not_trained(session: Session, tmp_path: Path) ->
     again = run.train(session, made.SMALL["p_tuning"], never, steps=30, folder=tmp_path / "x", policy=made.POLICY)
     assert again[0].to_json() == first[0].to_json() | {"adapter_bytes": again[0].adapter_bytes}
     assert again[1] == first[1]
-
-
-def test_prices_are_lines() -> None:
-    price = Price(2.0, 0.5, 1.0)
-    assert price.steps(price.seconds(17, 3), 3) == 17
-    assert price.exchange("distilled") > price.exchange("frozen") == price.exchange("converted")
 
 
 def start(folder: Path) -> subprocess.Popen[str]:

@@ -1,0 +1,28 @@
+"""Prices: the cost model as a line in steps and looks."""
+
+from __future__ import annotations
+
+import pytest
+
+from metapeft.meta.costs import cost
+from metapeft.peft import METHODS
+from metapeft.switching.prices import Price, prices
+from tests.meta.made import SPEED, profile
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_price_is_what_the_cost_model_says_without_the_test_split(method: str) -> None:
+    about = profile()
+    untested = profile()
+    untested.features["test_examples"] = 0
+    [price] = prices([{"method": method}], about, SPEED, [], {})
+    for steps, looks in ((30, 4), (200, 6)):
+        expected = cost({"method": method, "evaluations": looks}, untested, SPEED, steps).seconds
+        assert price.seconds(steps, looks) == pytest.approx(expected, rel=1e-6)
+
+
+def test_steps_are_what_seconds_pay_for() -> None:
+    price = Price(2.0, 0.5, 1.0)
+    assert price.steps(price.seconds(17, 3) + 0.1, 3) == 17
+    assert price.steps(1.0, 3) <= 0
+    assert price.exchange("distilled") > price.exchange("frozen") == price.exchange("converted")
