@@ -411,7 +411,7 @@ class Engine:
             job = self.jobs[row]
             assert job.text is not None
             over = row.last in ends
-            stopped = False if over else job.text.add(row.last)
+            stopped = False if over else job.text.add(row.last, look=job.stream)
             reason = "stop" if over or stopped else "length" if len(row.written) >= job.limit else None
             if reason or job.stream:
                 piece = job.text.ready(final=reason is not None)
