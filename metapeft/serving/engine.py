@@ -124,6 +124,7 @@ class Counts:
     """What has happened since the start."""
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0  # of them, those that an earlier row had read
     written_tokens: int = 0
     steps: int = 0
     step_rows: int = 0
@@ -375,6 +376,7 @@ class Engine:
         begin = time.perf_counter()
         logits = batch.advance(max(16, READ_TOKENS // len(batch.rows)))
         self.counts.read_seconds += time.perf_counter() - begin
+        self.counts.reused_tokens = self.steps.memory.taken if self.steps is not None else 0
         if logits is None:
             return
         ready = batch.ready()
