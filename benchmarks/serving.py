@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="of every measurement, until no new request starts")
     parser.add_argument("--soak", type=float, help="seconds with 64 clients (default: 300; quick: 20)")
     parser.add_argument("--rounds", type=int, help="turns of each server (default: 3; quick: 1)")
-    parser.add_argument("--clients", default=",".join(map(str, CLIENTS)), help="how many at the same time")
+    parser.add_argument("--clients", default=",".join(map(str, CLIENTS)), help="how many at the same time; '': no race")
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.prepare:
@@ -99,9 +99,12 @@ def main() -> int:
         os.environ["METAPEFT_HOME"] = str(prepare_home(work))
         subprocess.run([sys.executable, __file__, "--prepare", str(work)], check=True)
         facts = json.loads((work / "made.json").read_text(encoding="utf-8"))
-        with ours(facts) as metapeft, theirs(facts, work) as stock:
-            clients = [int(count) for count in options.clients.split(",")]
-            rows = side_by_side([metapeft, stock], clients, seconds, rounds, options.quick)
+        clients = [int(count) for count in options.clients.split(",") if count]
+        with ours(facts) as metapeft:
+            rows = []
+            if clients:
+                with theirs(facts, work) as stock:
+                    rows = side_by_side([metapeft, stock], clients, seconds, rounds, options.quick)
             soaked = soaking(metapeft, soak)
             print(table([soaked]), flush=True)
             selected = selecting(metapeft, 10 if options.quick else 30)

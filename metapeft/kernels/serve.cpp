@@ -16,11 +16,11 @@
 #include <thread>
 #include <vector>
 
-#include <immintrin.h>
-
 #include "products.h"
 
 #ifdef METAPEFT_LANES
+
+#include <immintrin.h>
 
 namespace {
 
@@ -356,7 +356,7 @@ class Forward {
   void work(int me) const {
     float *sums = memory + own + me * part_size(), *more = sums + rows_size(), *plain = more + rows_size();
     float *scores = plain + (size_t)std::max({m.inner, q_width, m.width}) * WIDTH;
-    const int width = m.width, d = m.head_width;
+    const int width = m.width;
     bool adapted = false;
     for (int i = 0; i < s.sequence_count; i++) adapted = adapted || s.sequences[i].adapter;
 
@@ -403,7 +403,6 @@ class Forward {
       if (adapted) team.share(s.rows, [&](int r) { lower(r, i, DOWN, product + (size_t)r * m.inner); });
       team.share(width / WIDTH, [&](int at) { add(linear[DOWN], at, i, DOWN, product, sums, plain); });
     }
-    (void)d;
     if (!s.count) return;
     team.share(s.count, [&](int n) {
       norm(hidden + (size_t)s.chosen[n] * width, m.norm, normed + (size_t)n * width, width);

@@ -124,6 +124,7 @@ class Counts:
     """What has happened since the start."""
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0  # of them, those that an earlier row had read
     written_tokens: int = 0
     steps: int = 0
     step_rows: int = 0
@@ -375,6 +376,7 @@ class Engine:
         begin = time.perf_counter()
         logits = batch.advance(max(16, READ_TOKENS // len(batch.rows)))
         self.counts.read_seconds += time.perf_counter() - begin
+        self.counts.reused_tokens = self.steps.memory.taken if self.steps is not None else 0
         if logits is None:
             return
         ready = batch.ready()
@@ -411,7 +413,7 @@ class Engine:
             job = self.jobs[row]
             assert job.text is not None
             over = row.last in ends
-            stopped = False if over else job.text.add(row.last)
+            stopped = False if over else job.text.add(row.last, look=job.stream)
             reason = "stop" if over or stopped else "length" if len(row.written) >= job.limit else None
             if reason or job.stream:
                 piece = job.text.ready(final=reason is not None)

@@ -292,9 +292,11 @@ class Text:
         self.sent = 0
         self.stopped = False
 
-    def add(self, id: int) -> bool:
-        """Whether a stop string is complete; the text then ends before it."""
+    def add(self, id: int, look: bool = True) -> bool:
+        """Whether a stop string is complete; the text then ends before it. look: somebody wants the text now."""
         self.ids.append(id)
+        if not look and not self.stop:
+            return False  # everything is decoded at the end
         before = self.decode(self.ids[self.begin : self.known])
         now = self.decode(self.ids[self.begin :])
         if now.endswith("\ufffd"):  # in the middle of a character

@@ -18,6 +18,7 @@ from metapeft.serving.generate import Row, write
 from metapeft.serving.mixed import Resident
 
 REMEMBERED_MB = 256  # keys and values of earlier rows
+REMEMBERED = 256  # rows at most: each is compared with every new one
 SHORTEST = 4  # tokens that are worth taking over
 
 
@@ -32,7 +33,7 @@ class Memory:
     def add(self, row: Row, cache: Cache) -> None:
         self._rows[row] = cache
         self.bytes += cache.memory.nbytes
-        while self.bytes > self.bound:
+        while self.bytes > self.bound or len(self._rows) > REMEMBERED:
             self.bytes -= self._rows.popitem(last=False)[1].memory.nbytes
 
     def forget(self, resident: Resident) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metapeft.profiling.cache import read
-from metapeft.profiling.profiles import Profile
-from metapeft.settings import home
+from metapeft.meta import decisions
+from metapeft.meta.knowledge import knowledge
+from metapeft.profiling.profiles import Profile, every_profile
 from metapeft.tracking.models import Model
+from metapeft.training.trial import Trial
 
 if TYPE_CHECKING:
     from metapeft.serving.engine import Engine
@@ -21,11 +24,13 @@ if TYPE_CHECKING:
 def overview(engine: Engine, registry: Registry, selector: Selector) -> dict[str, Any]:
     """JSON without NaN. Needs neither MLX nor the engine's thread."""
     found = registry.models
+    trials = [trial for trial in knowledge().trials if trial.backbone == engine.backbone.id]
+    registered = {m.task: m.method for m in reversed(found)}
     return {
         "backbone": engine.name,
-        "map": task_map(profiles(engine.backbone.content_id), {m.task: m.method for m in reversed(found)}),
+        "map": task_map(profiles(engine.backbone.content_id), registered, best_methods(trials)),
         "reliability": reliability(found),
-        "decisions": [decision(job) for job in selector.recent()],
+        "decisions": [*unfinished(selector), *decided(engine.backbone.id, trials)],
         "models": [described(model, registry) for model in found],
         "deployments": [
             {"time": d.time, "task": d.task, "alias": d.alias, "version": d.version, "before": d.before}
@@ -37,21 +42,28 @@ def overview(engine: Engine, registry: Registry, selector: Selector) -> dict[str
 
 
 def profiles(backbone_content: str) -> list[Profile]:
-    """Of all tasks that were measured here for a backbone, one per task."""
-    found: dict[str, Profile] = {}
-    for path in sorted((home() / "profiles").glob("**/*.json")):
-        record = read(path)
-        try:
-            profile = Profile.from_json(record) if record else None
-        except Exception:  # of another version
-            continue
-        if profile is not None and profile.backbone_content == backbone_content:
-            found[profile.task] = profile
-    return list(found.values())
+    """Of all tasks that were measured for a backbone, here or for the experience that ships; one per task."""
+    known = [profile for profile in every_profile().values() if profile.backbone_content == backbone_content]
+    return list({profile.task: profile for profile in known}.values())
 
 
-def task_map(known: list[Profile], methods: dict[str, str]) -> list[dict[str, Any]]:
-    """Every task at its place in two dimensions: the first principal components of the embeddings."""
+def best_methods(trials: Sequence[Trial]) -> dict[str, tuple[str, float]]:
+    """Task -> the method with the best score in the experience, and that score."""
+    found: dict[str, tuple[str, float]] = {}
+    for trial in trials:
+        value = trial.score.value if trial.score is not None else math.nan
+        if math.isfinite(value) and value > found.get(trial.task, ("", -math.inf))[1]:
+            found[trial.task] = (trial.method, value)
+    return found
+
+
+def task_map(
+    known: list[Profile], registered: dict[str, str], best: dict[str, tuple[str, float]]
+) -> list[dict[str, Any]]:
+    """Every task at its place in two dimensions: the first principal components of the embeddings.
+
+    registered: the method of each task's latest adapter. best: what the experience knows.
+    """
     known = [p for p in known if p.names == known[0].names] if known else []
     if not known:
         return []
@@ -65,7 +77,9 @@ def task_map(known: list[Profile], methods: dict[str, str]) -> list[dict[str, An
         places = np.zeros((1, 2))
     signs = np.where(places[np.abs(places).argmax(axis=0), range(2)] < 0, -1, 1)  # SVD leaves them open
     return [
-        {"task": p.task, "x": round(float(x), 4), "y": round(float(y), 4), "method": methods.get(p.task)}
+        {"task": p.task, "x": round(float(x), 4), "y": round(float(y), 4)}
+        | {"method": registered.get(p.task), "best": best.get(p.task, (None, None))[0]}
+        | {"best_score": best.get(p.task, (None, None))[1]}
         for p, (x, y) in zip(known, places * signs, strict=True)
     ]
 
@@ -100,18 +114,39 @@ def reliability(found: tuple[Model, ...]) -> dict[str, Any]:
     }
 
 
-def decision(job: Any) -> dict[str, Any]:
-    """A request to select and the first of what was recommended."""
-    first = ((job.recommendation or {}).get("recommendations") or [None])[0]
-    return {
-        "time": job.created,
-        "task": (job.recommendation or {}).get("task") or job.request.get("task", "").rsplit("/", 1)[-1],
-        "status": job.state,
-        "basis": (job.recommendation or {}).get("basis"),
-        "method": first["method"] if first else None,
-        "score": first["score"] if first else None,
-        "p_best": first["p_best"] if first else None,
-    }
+def unfinished(selector: Selector) -> list[dict[str, Any]]:
+    """Datasets that wait, are being measured, or could not be."""
+    return [
+        {"time": job.created, "task": job.request.get("task", "").rsplit("/", 1)[-1], "status": job.state}
+        for job in selector.recent()
+        if job.state != "done"
+    ]
+
+
+def decided(backbone: str, trials: Sequence[Trial], count: int = 20) -> list[dict[str, Any]]:
+    """The latest recommendations, whoever asked: the first choice, and what became of it.
+
+    tried: later trials of recommended configurations. best: the best later score. regret: that less the first choice's.
+    """
+    outcomes = {outcome.recommendation: outcome for outcome in decisions.outcomes(trials)}
+    found = []
+    for entry in [entry for entry in decisions.read() if entry["backbone"] == backbone][-count:][::-1]:
+        first, outcome = next(iter(entry["recommendations"]), None), outcomes[entry["id"]]
+        found.append(
+            {
+                "time": datetime.fromisoformat(entry["at"]).timestamp(),
+                "task": entry["task"],
+                "status": "done",
+                "basis": entry["basis"],
+                "method": first["method"] if first else None,
+                "score": first["score"] if first else None,
+                "p_best": first["p_best"] if first else None,
+                "tried": len(outcome.followed),
+                "best": outcome.best,
+                "regret": outcome.regret,
+            }
+        )
+    return found
 
 
 def described(model: Model, registry: Registry) -> dict[str, Any]:
