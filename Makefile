@@ -43,7 +43,7 @@ test-slow: $(READY)
 # or two on two cores. METAPEFT_FAULT_EVERY=5 tries every fifth point; METAPEFT_FUZZ and METAPEFT_REQUESTS are cases per test.
 test-faults: $(READY)
 	METAPEFT_FUZZ=$${METAPEFT_FUZZ:-2000} METAPEFT_REQUESTS=$${METAPEFT_REQUESTS:-100} \
-	  $(BIN)/python -m pytest tests/faults -n 0 -m "faults or not faults"
+	  $(BIN)/python -m pytest tests/faults
 
 # The whole platform as real processes (PostgreSQL, Redis, MLflow, Airflow with two Celery workers): some 5 minutes.
 test-platform: $(READY) .venv/.platform
