@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-platform | lint | format | venv | lock        (PYTHON=python3.12 chooses the interpreter)
+# make demo | test | test-slow | test-faults | test-platform | lint | format | venv | lock        (PYTHON=python3.12 chooses the interpreter)
 SHELL := /bin/sh
 UV_VERSION := 0.13.9
 BIN := .venv/bin
@@ -8,7 +8,7 @@ SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c '$(SUITABLE)' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help venv demo test test-slow test-platform lint format lock
+.PHONY: help venv demo test test-slow test-faults test-platform lint format lock
 help:
 	@sed -n 's/^# //;1p' Makefile
 
@@ -34,10 +34,16 @@ demo: $(READY)
 	$(BIN)/metapeft demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not faults" -n 2 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Kills at every write, full and read-only disks, damaged files, wild input and clocks, databases that go, floods: an hour
+# or two on two cores. METAPEFT_FAULT_EVERY=5 tries every fifth point; METAPEFT_FUZZ and METAPEFT_REQUESTS are cases per test.
+test-faults: $(READY)
+	METAPEFT_FUZZ=$${METAPEFT_FUZZ:-2000} METAPEFT_REQUESTS=$${METAPEFT_REQUESTS:-100} \
+	  $(BIN)/python -m pytest tests/faults
 
 # The whole platform as real processes (PostgreSQL, Redis, S3, MLflow, Airflow with two Celery workers): some 5 minutes.
 test-platform: $(READY) .venv/.platform

@@ -38,26 +38,44 @@ def publish(folder: Path, files: Mapping[str, bytes], *, sealed: bool = True) ->
     folder.parent.mkdir(parents=True, exist_ok=True)
     leftovers = _asides(folder) + _siblings(folder, "gone")
     leftovers += [path for path in _siblings(folder, "new") if _age(path) > _STALE_SECONDS]
-    building = _sibling(folder, "new")
+    for left in (2, 1, 0):
+        building = _sibling(folder, "new")
+        try:
+            _build(building, files, sealed)
+            _put(building, folder, leftovers)
+            break
+        except FileNotFoundError:  # a writer whose clock had jumped took ours for a dead one's: write it again
+            if not left:
+                raise
+        except OSError:
+            shutil.rmtree(building, ignore_errors=True)  # a full disk must not get fuller
+            raise
+    _sync(folder.parent)
+    for path in leftovers:
+        _remove(path, _sibling(folder, "gone"))
+
+
+def _build(building: Path, files: Mapping[str, bytes], sealed: bool) -> None:
     building.mkdir()
     for name, content in files.items():
         _write(building / name, content)
     if sealed:
         _write(building / MANIFEST, _manifest(files))
     _sync(building)
+
+
+def _put(building: Path, folder: Path, aside: list[Path]) -> None:
+    """Gives what was built its name; adds to `aside` where the folders before it stepped."""
     while True:
-        leftovers.append(_sibling(folder, "old"))
+        aside.append(_sibling(folder, "old"))
         with contextlib.suppress(FileNotFoundError):
-            os.rename(folder, leftovers[-1])
+            os.rename(folder, aside[-1])
         try:
             os.rename(building, folder)
-            break
+            return
         except OSError:  # another writer took the name in between: replace that one
             if not folder.exists():
                 raise
-    _sync(folder.parent)
-    for path in leftovers:
-        _remove(path, _sibling(folder, "gone"))
 
 
 def locate(folder: Path) -> Path:

@@ -249,7 +249,7 @@ def _work(book: _Book, run: Run, deadline: float | None, aids: _Aids, ended: Cal
                 repeats = claim.seed != book.settings.seed
                 watch = None if aids.rule is None or repeats else book.watch(claim, aids)
                 trial = run(claim.configuration, claim.seed, claim.steps, claim.id, watch)
-            except UserError:
+            except (UserError, OSError):  # a full disk, for example: no fault of the configuration
                 book.release(claim)
                 raise
             except Exception as error:  # the sweep outlives a broken trial, and keeps it

@@ -20,8 +20,8 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from pydantic import Field, model_validator
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import BaseModel, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from metapeft.data.rows import Row as DataRow
@@ -94,6 +94,29 @@ class DeployRequest(Body):
     model: str | None = Field(None, max_length=300)
 
 
+class Problem(BaseModel):
+    """What went wrong, as OpenAI's API says it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Failure(BaseModel):
+    error: Problem
+
+
+# Of every route: what is wrong with a request (4XX; never 422, which FastAPI would promise), what is wrong here (5XX).
+FAILURES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": Failure, "description": "The request cannot be answered; the message says why"},
+    "5XX": {"model": Failure, "description": "The server cannot answer now"},
+}
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer; server-sent events with stream", "content": {"text/event-stream": {}}}
+}
+
+
 class TooMany(Busy):
     """The key's own rate is used up."""
 
@@ -108,6 +131,7 @@ def create_app(service: Service) -> FastAPI:
         summary="One backbone, many adapters, and advice on how to make the next one",
         docs_url=None,
         redoc_url=None,
+        responses=FAILURES,
     )
     page, docs = ((PAGE / name).read_text(encoding="utf-8") for name in ("index.html", "docs.html"))
 
@@ -145,7 +169,13 @@ def create_app(service: Service) -> FastAPI:
         ready = engine.alive and registry.ready.is_set()
         return JSONResponse({"status": "ready" if ready else "starting"}, 200 if ready else 503)
 
-    @app.get("/metrics", tags=["operation"], summary="For Prometheus", dependencies=[known])
+    @app.get(
+        "/metrics",
+        tags=["operation"],
+        summary="For Prometheus",
+        dependencies=[known],
+        response_class=PlainTextResponse,
+    )
     def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -184,7 +214,7 @@ def create_app(service: Service) -> FastAPI:
     def view() -> dict[str, Any]:
         return overview(service.engine, registry, service.selector)
 
-    @app.post("/v1/chat/completions", tags=["completions"], dependencies=[known])
+    @app.post("/v1/chat/completions", tags=["completions"], dependencies=[known], responses=ANSWERS)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """OpenAI's chat completions. model: an id of /v1/models."""
         version = await resolved(body.model)
@@ -229,7 +259,7 @@ def create_app(service: Service) -> FastAPI:
 
         return await streamed(request, body, version, record, jobs, events, chunk, len(ids))
 
-    @app.post("/v1/completions", tags=["completions"], dependencies=[known])
+    @app.post("/v1/completions", tags=["completions"], dependencies=[known], responses=ANSWERS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """OpenAI's completions: the prompt as it is, without any template."""
         version = await resolved(body.model)

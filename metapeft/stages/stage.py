@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metapeft.errors import MetapeftError, UserError
+from metapeft.errors import MetapeftError, UserError, disk
 from metapeft.progress import quiet
 from metapeft.settings import Settings, brief, load_settings
 
@@ -287,6 +287,9 @@ def report_failure(error: Exception, debug: bool) -> int:
     if isinstance(error, MetapeftError):
         print(f"error: {message}", file=sys.stderr)
         return error.exit_code
+    if (reason := disk(error)) is not None:
+        print(f"error: {reason}", file=sys.stderr)
+        return 1
     hint = "" if debug else "; run with --debug for the traceback"
     print(f"error: {type(error).__name__}: {message}{hint}", file=sys.stderr)
     return 1

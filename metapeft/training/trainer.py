@@ -6,6 +6,7 @@ from its last saved state exactly as if nothing had happened.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -340,7 +341,10 @@ class _Run:
             "sha256": digest(arrays),
         }
         temporary = self.folder / ".state.partial.safetensors"
-        mx.save_safetensors(str(temporary), arrays, metadata={"state": json.dumps(facts)})
+        try:
+            mx.save_safetensors(str(temporary), arrays, metadata={"state": json.dumps(facts)})
+        except RuntimeError as error:  # MLX does not say why
+            raise OSError(errno.ENOSPC, "the disk is full or cannot be written", str(temporary)) from error
         os.replace(temporary, self.folder / "state.safetensors")
         self.saved = time.perf_counter()
 

@@ -12,7 +12,7 @@ from metapeft.errors import MetapeftError, UserError
 
 LONGEST = 1500  # characters of a message, the path in it included
 SECONDS = 10.0  # of one case; a quiet machine takes milliseconds
-EXAMPLES = int(os.environ.get("METAPEFT_FUZZ", "60"))
+EXAMPLES = int(os.environ.get("METAPEFT_FUZZ", "25"))
 
 tried: Counter[str] = Counter()
 refused: Counter[str] = Counter()

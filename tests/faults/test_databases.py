@@ -19,7 +19,7 @@ from tests.search.postgresql import Server, postgresql
 from tests.search.surrogate import Surrogate
 from tests.search.test_sweep import TASK, events, given, identities, only_study, start, wait_for
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Every parser of what a user gives, fuzzed: a valid result or one clear sentence, never anything else.
 
-METAPEFT_FUZZ is the number of cases per test (60 in `make test`, 2,000 in `make test-faults`).
+METAPEFT_FUZZ is the number of cases per test (25 in `make test`, 2,000 in `make test-faults`).
 """
 
 from __future__ import annotations
