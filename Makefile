@@ -37,7 +37,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not faults" -n 2 --dist loadfile
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not faults"
 
 # Kills at every write, full and read-only disks, damaged files, wild input and clocks, databases that go, floods: an hour
 # or two on two cores. METAPEFT_FAULT_EVERY=5 tries every fifth point; METAPEFT_FUZZ and METAPEFT_REQUESTS are cases per test.
