@@ -65,3 +65,16 @@ def test_the_commands(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [key["name"] for key in listed] == ["app"] and "sha256" not in listed[0]
     assert main(["keys", "revoke", "app"]) == 0 and main(["keys", "revoke", "app"]) == 2
     assert keys.load() == []
+
+
+def test_a_secret_made_elsewhere_is_adopted_and_may_change(home: Path) -> None:
+    first, second = (f"mp-0a1b2c3d-{letter * 32}" for letter in "ab")
+    key = keys.adopt("prometheus", first)
+    assert keys.adopt("prometheus", first) == key and keys.load() == [key]
+    assert keys.Keyring().find(first) == key and key.admin is False
+    changed = keys.adopt("prometheus", second)
+    assert changed.id == key.id and len(keys.load()) == 1
+    assert keys.Keyring().find(first) is None and keys.Keyring().find(second) == changed
+    assert first not in keys.path().read_text() and second not in keys.path().read_text()
+    with pytest.raises(UserError, match="under 32 characters"):
+        keys.adopt("prometheus", "short")
