@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -54,10 +55,9 @@ SLOWER = 1.7
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one world, fewer histories")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="written after every scenario, so that a run that is cut is not lost")
+    parser.add_argument("--only", action="append", choices=SCENARIOS, help="this degradation (may be repeated)")
     options = parser.parse_args()
-    from metapeft.runtime import describe
-
     worlds, histories, length = (1, 3, 1500) if options.quick else (3, 6, 4000)
     began = time.perf_counter()
     still: list[dict[str, Any]] = []
@@ -68,31 +68,50 @@ def main() -> int:
         say(f"world {seed}: fitted and judged after {time.perf_counter() - began:.0f} s")
         still += unchanged(house, length)
         say(f"world {seed}: unchanged histories after {time.perf_counter() - began:.0f} s")
-        for scenario in SCENARIOS:
+        for scenario in options.only or SCENARIOS:
             rows = [degraded(house, scenario, run) for run in range(histories)]
             changed += rows
             mended.append(retrained(house, scenario, rows[0]))
             delays = [row["delay"] for row in rows]
             say(f"world {seed}: {scenario}: delays {delays} after {time.perf_counter() - began:.0f} s")
+            write(options.json, began, still, changed, mended, {}, False)
     observed = real()
     targets = judged(still, changed, mended)
     print(table(still, changed, mended, observed))
     for target in targets:
         value = "not known" if target["value"] is None else f"{target['value']:.3g}"
         print(f"{'met' if target['met'] else 'NOT MET'}: {target['name']}: {value} (target {target['target']})")
-    if options.json:
-        record = {
-            "machine": describe(),
-            "command": " ".join(["python", "benchmarks/monitoring.py", *sys.argv[1:]]),
-            "seconds": round(time.perf_counter() - began),
-            "rows": changed,
-            "unchanged": still,
-            "retrained": mended,
-            "real": observed,
-            "targets": targets,
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(options.json, began, still, changed, mended, observed, True)
     return 0 if all(t["met"] for t in targets) else 1
+
+
+def write(
+    path: Path | None,
+    began: float,
+    still: list[dict[str, Any]],
+    changed: list[dict[str, Any]],
+    mended: list[dict[str, Any]],
+    observed: dict[str, Any],
+    complete: bool,
+) -> None:
+    from metapeft.runtime import describe
+
+    if path is None:
+        return
+    record = {
+        "machine": describe(),
+        "command": " ".join(["python", "benchmarks/monitoring.py", *sys.argv[1:]]),
+        "complete": complete,
+        "seconds": round(time.perf_counter() - began),
+        "rows": changed,
+        "unchanged": still,
+        "retrained": mended,
+        "real": observed,
+        "targets": judged(still, changed, mended),
+    }
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 @dataclass
@@ -403,6 +422,8 @@ def table(
     ]
     for scenario in SCENARIOS:
         rows = [r for r in changed if r["scenario"] == scenario]
+        if not rows:
+            continue
         delays = [r["delay"] if r["delay"] is not None else np.inf for r in rows]
         first = Counter(r["watch"] for r in rows if r["watch"]).most_common(2)
         again = [m for m in mended if m["scenario"] == scenario]
