@@ -120,7 +120,7 @@ def serving(home: Path, backbone: str, *arguments: str, **environment: str) -> I
         process = subprocess.Popen(command, stdout=out, stderr=out, env=variables)
     try:
         url = ""
-        until = time.monotonic() + 300
+        until = time.monotonic() + 300  # on a machine that others use, imports alone take minutes
         while time.monotonic() < until and process.poll() is None:
             said = log.read_text(encoding="utf-8")[before:]
             found = [line.rsplit(" ", 1)[-1] for line in said.splitlines() if line.startswith("serving ")]
