@@ -144,8 +144,10 @@ def test_set_options(pairs: list[tuple[str, Any]]) -> None:
 
 @fuzzed
 @given(
-    st.sampled_from(METHODS) | SCALARS,
-    st.dictionaries(st.sampled_from(KNOBS) | st.text(max_size=9), VALUES, max_size=4),
+    st.sampled_from(METHODS) | st.sampled_from(METHODS) | SCALARS,
+    st.dictionaries(
+        st.sampled_from(KNOBS) | st.text(max_size=9), VALUES | st.integers(1, 64) | st.floats(0, 1), max_size=2
+    ),
 )
 def test_configurations(method: Any, values: dict[str, Any]) -> None:
     found = sound("configuration", lambda: full({**values, "method": method}))
@@ -207,12 +209,15 @@ CHAT = st.lists(
     ),
     max_size=4,
 )
-ROWS = st.lists(
+USUAL = st.integers(12, 24).map(lambda n: [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(n)])
+ODD_ROWS = st.lists(
     st.dictionaries(COLUMNS, VALUES | CHAT, max_size=4)
-    | st.fixed_dictionaries({"text": st.text(max_size=9), "label": st.sampled_from("ab")})
+    | st.fixed_dictionaries({"text": VALUES, "label": SCALARS})
     | st.fixed_dictionaries({"messages": CHAT}),
-    min_size=1,
-    max_size=24,
+    max_size=2,
+)
+ROWS = st.tuples(USUAL, ODD_ROWS, st.booleans()).map(
+    lambda parts: parts[1] + parts[0] if parts[2] else parts[0] + parts[1]
 )
 
 
