@@ -39,8 +39,8 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not faults"
 
-# Kills at every write, full and read-only disks, damaged files, wild input and clocks, databases that go, floods: an hour
-# or two on two cores. METAPEFT_FAULT_EVERY=5 tries every fifth point; METAPEFT_FUZZ and METAPEFT_REQUESTS are cases per test.
+# Kills at every write, full and read-only disks, damaged files, wild input and clocks, databases that go, floods: hours.
+# METAPEFT_FAULT_EVERY=5 tries every fifth point; METAPEFT_FUZZ and METAPEFT_REQUESTS are cases per test.
 test-faults: $(READY)
 	METAPEFT_FUZZ=$${METAPEFT_FUZZ:-2000} METAPEFT_REQUESTS=$${METAPEFT_REQUESTS:-100} \
 	  $(BIN)/python -m pytest tests/faults

@@ -226,7 +226,7 @@ def test_a_space_file_is_yaml_or_json(tmp_path: Path) -> None:
     [
         (None, "cannot read the space file"),
         ("[1, 2]", "must map"),
-        ("a: [", "neither YAML nor JSON"),
+        ("a: [", "not valid YAML"),
         ("1: 2", "must map"),
     ],
 )

@@ -45,11 +45,13 @@ def test_the_rate_is_a_bucket_that_fills_again(home: Path) -> None:
 
 
 def test_a_damaged_file_never_opens_the_door(home: Path) -> None:
-    keys.create("app")
+    _, text = keys.create("app")
     ring = keys.Keyring()
     keys.path().write_text("[{", encoding="utf-8")
+    assert ring.find("anything") is None and ring.any, "the keys read before stay in force"
+    assert ring.find(text) is not None
     with pytest.raises(UserError, match="damaged"):
-        ring.find("anything")
+        keys.Keyring()
 
 
 def test_the_commands(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
