@@ -403,9 +403,9 @@ def judged(
         },
         {
             "name": "scenarios whose regret is back at its former level after retraining, share",
-            "value": float(np.mean(back)),
+            "value": float(np.mean(back)) if back else None,
             "target": "1",
-            "met": all(back),
+            "met": bool(back) and all(back),
         },
     ]
 
