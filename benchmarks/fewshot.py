@@ -124,6 +124,14 @@ def task(name: str) -> Any:
     return _loaded[name]
 
 
+def opened(of: Any) -> Any:
+    """A session on the benchmark's backbone."""
+    from metapeft.training.session import Session
+
+    _loaded["session"] = Session(backbone(), of, _loaded.get("session"))
+    return _loaded["session"]
+
+
 def cold() -> dict[str, dict[str, Any]]:
     from metapeft.backbones.forward import anatomy
     from metapeft.fewshot import strategies
@@ -159,13 +167,12 @@ def teach(name: str, method: str, configuration: dict[str, Any]) -> None:
     """One adapter for the library, trained as `metapeft train` would."""
     from metapeft.meta import library
     from metapeft.profiling import profile
-    from metapeft.training.session import Session
     from metapeft.training.trainer import run_trial
 
     if (task(name).version, method) in {(e.trial.task_version, e.trial.method) for e in library.entries()}:
         return
     begin = time.monotonic()
-    session = Session(backbone(), task(name))
+    session = opened(task(name))
     trial = run_trial(session, configuration, steps=STEPS, folder=folder() / "teaching", test=False)
     library.offer(folder() / "teaching", trial, task(name), profile(task(name), backbone()))
     shutil.rmtree(folder() / "teaching", ignore_errors=True)
@@ -216,13 +223,12 @@ def cell(name: str, count: int, draw: int, learned_from: Sequence[str]) -> None:
     from metapeft.fewshot.strategies import METHODS, strategies
     from metapeft.meta import library
     from metapeft.profiling import profile
-    from metapeft.training.session import Session
 
     if (name, count, draw) in {(c["task"], c["shots"], c["draw"]) for c in read()} or count > len(task(name).train):
         return
     begin = time.monotonic()
     few = shots.draw(task(name), count, draw)
-    session = Session(backbone(), replace(few, validation=few.train[:1]))
+    session = opened(replace(few, validation=few.train[:1]))
     family = task(name).family
     known = {task(n).version for n in learned_from}
     near = library.find(profile(few, backbone()), 10**6, without={name, family})
@@ -232,7 +238,7 @@ def cell(name: str, count: int, draw: int, learned_from: Sequence[str]) -> None:
     places = {method: reptile.read(start_folder(method, family not in HALF)) for method in METHODS}
     learned = {method: found.saved for method, found in places.items() if found is not None}
     ways = strategies(session, near, learned)
-    folds = choose.sessions(backbone(), few, choose.fold_count(count))
+    folds = choose.sessions(backbone(), few, choose.fold_count(count), session)
     record: dict[str, Any] = {"task": name, "family": family, "shots": count, "draw": draw}
     record["near"] = [[f.entry.trial.task, f.entry.trial.method, round(f.similarity, 3)] for f in near]
     record["untuned"] = {"shots": packed(answers(session, None, "train")), "test": zero(name)}
@@ -273,12 +279,11 @@ def one(way: Strategy, session: Any, folds: Any, count: int) -> dict[str, Any]:
 def zero(name: str) -> str:
     """The untuned backbone's hits on the test split, measured once per task."""
     from metapeft.fewshot.measure import answers
-    from metapeft.training.session import Session
 
     key = f"zero {name}"
     if key not in _loaded:
         known = [c["untuned"]["test"] for c in read() if c["task"] == name]
-        session = Session(backbone(), task(name)) if not known else None
+        session = opened(task(name)) if not known else None
         _loaded[key] = known[0] if known else bits(answers(session, None, "test").hit)
     return _loaded[key]
 

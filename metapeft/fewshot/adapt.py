@@ -95,7 +95,7 @@ def adapt(
     near = library.find(profile(task, backbone), NEIGHBOURS, without={task.name, *without})
     found = strategies(session, near, starts_of(backbone, {task.name, task.family, *without} - {""}))
     found = [s for s in found if not only or s.name in only]
-    folds = sessions(backbone, task, fold_count(len(task.train))) if len(task.train) > 1 else []
+    folds = sessions(backbone, task, fold_count(len(task.train)), session) if len(task.train) > 1 else []
     held: dict[str, Held] = {}
     for number, each in enumerate(found if folds else []):
         if max_seconds is not None and time.monotonic() - begin > max_seconds:

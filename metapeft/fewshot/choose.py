@@ -139,14 +139,17 @@ def fold_count(shots: int) -> int:
     return min(shots, FOLDS)
 
 
-def sessions(backbone: Backbone, task: Task, count: int) -> list[tuple[Session, list[int]]]:
+def sessions(
+    backbone: Backbone, task: Task, count: int, like: Session | None = None
+) -> list[tuple[Session, list[int]]]:
     """Per fold: a session that trains on the other shots and validates on these, and which these are."""
     found = []
     for held in shots.folds(task, count):
         rest = [example for i, example in enumerate(task.train) if i not in set(held)]
         validation = tuple(task.train[i] for i in held)
         part = replace(task, train=tuple(rest), validation=validation, test=shots.spelled(task))
-        found.append((Session(backbone, part), held))
+        like = Session(backbone, part, like)
+        found.append((like, held))
     return found
 
 

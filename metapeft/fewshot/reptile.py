@@ -85,7 +85,8 @@ def reptile(
         index = int(np.random.default_rng((seed, turn)).permutation(len(tasks))[which])
         if index not in sessions:
             task = tasks[index]
-            sessions[index] = Session(backbone, replace(task, validation=task.validation[:1], test=spelled(task)))
+            cut = replace(task, validation=task.validation[:1], test=spelled(task))
+            sessions[index] = Session(backbone, cut, next(iter(sessions.values()), None))
         ended, loss = _round(sessions[index], configuration, state, inner, seed + number)
         part = FIRST + (LAST - FIRST) * number / max(1, rounds - 1)
         state = ended if state is None or ended is None else toward(state, ended, part)

@@ -13,7 +13,7 @@ import numpy as np
 
 from metapeft.backbones.forward import Prefix, PrefixCache, anatomy, extended, run
 from metapeft.data.task import Task
-from metapeft.kernels.decoder import decoder
+from metapeft.kernels.decoder import Decoder, decoder
 from metapeft.peft.base import Adapter
 from metapeft.peft.stack import beneath
 from metapeft.runtime import mx, nn
@@ -44,9 +44,12 @@ class Shard:
 
 
 class Session:
-    """Holds the encoded splits, the trunk's hidden states by depth, the workers and the untuned scores."""
+    """Holds the encoded splits, the trunk's hidden states by depth, the workers and the untuned scores.
 
-    def __init__(self, backbone: Backbone, task: Task):
+    like: a session on the same backbone, whose native view of it is used again; making and checking one takes seconds.
+    """
+
+    def __init__(self, backbone: Backbone, task: Task, like: Session | None = None):
         self.backbone, self.task = backbone, task
         self.model: nn.Module = backbone.model
         encoded = encode_task(task, backbone.tokenizer, backbone.context_length)
@@ -64,7 +67,9 @@ class Session:
         # Models hold lazy constants (rotary frequencies): computed here, every thread may use them.
         mx.eval(run(self.model, mx.array([[0]])))
         longest = len(self.shared) + max(e.length for examples in self.encoded.values() for e in examples)
-        view = decoder(self.model)
+        same = like is not None and like.model is self.model
+        self._view: Decoder | None = like._view if like is not None and same else decoder(self.model)
+        view = self._view
         # None where MLX computes: on a GPU, without a compiler, and for architectures that are not like Llama.
         self.decoder = view if view is None or view.window is None or longest + VIRTUAL <= view.window else None
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from metapeft.runtime import mx, nn
 from metapeft.training.encode import Encoded
+from metapeft.training.evaluation import predict
 from metapeft.training.session import Session, Shard, completion_logits, rows_targets
 from tests.training import made
 
@@ -79,3 +80,12 @@ def test_rows_point_at_the_tokens_before_each_completion_token(sizes: Sequence[t
     assert padded[:, :-1].reshape(-1)[rows].tolist() == [target - 1 for target in targets]
     assert padded[:, 1:].reshape(-1)[rows].tolist() == targets
     assert spans == [completion for _, completion in sizes]
+
+
+def test_sessions_alike_share_the_view_of_the_model_and_compute_the_same() -> None:
+    first = made.session()
+    task = made.classification(seed=5)
+    shared, own = Session(first.backbone, task, first), Session(first.backbone, task)
+    assert shared.decoder is first.decoder and (own.decoder is not first.decoder or own.decoder is None)
+    assert Session(made.session("qwen2").backbone, task, first).decoder is not first.decoder or first.decoder is None
+    assert predict(shared, None, "test").loss_sum.tolist() == predict(own, None, "test").loss_sum.tolist()
