@@ -65,6 +65,7 @@ COMMANDS = [
     ["profile"],
     ["recommend"],
     ["train"],
+    ["train-sequence"],
     ["sweep"],
     ["experience", "list"],
     ["experience", "grow"],
