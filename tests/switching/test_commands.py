@@ -1,0 +1,46 @@
+"""The commands, through Python: a training that may switch, and tasks one after another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from metapeft import api, stages
+from metapeft.errors import UserError
+from metapeft.switching.decide import differing
+from tests.backbones.tiny import tiny_folder
+from tests.stages.made import spam_file
+
+START = {"learning_rate": 1e-4, "tokens": 4, "width": 16}
+
+
+def test_tasks_one_after_another(tmp_path: Path) -> None:
+    files = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        files.append(spam_file(tmp_path / name, 60))
+    found = api.train_sequence(files, keep="l2", steps=4, backbone=str(tiny_folder("llama")), configuration={"rank": 2})
+    assert [len(row) for row in found.scores] == [1, 2] and all(Path(a).is_dir() for a in found.adapters)
+    with pytest.raises(UserError, match="at least one task"):
+        api.train_sequence([])
+
+
+@pytest.mark.slow
+def test_a_training_that_may_switch(tmp_path: Path) -> None:
+    """The whole pipeline: the record lies beside the trial and replays, the trial is none of the experience's."""
+    file, backbone = spam_file(tmp_path), str(tiny_folder("llama"))
+    options = {"method": "p_tuning", "configuration": START, "steps": 40, "switch": True}
+    trial = api.train(file, backbone=backbone, **options)
+    assert trial.method == "switching" and trial.score is not None
+    settings = api.settings_for(file, backbone=backbone, train=options)
+    work = api.work_folder(settings)
+    record = json.loads((work / "train" / "switching.json").read_text(encoding="utf-8"))
+    assert record["trial"] == trial.id and record["decisions"] and differing(record["decisions"]) == []
+    from metapeft.meta.experience import Experience
+
+    assert trial.id not in {t.id for t in Experience().trials()}
+    static = api.train(file, backbone=backbone, **(options | {"switch": False}))
+    assert static.id != trial.id and static.method == "p_tuning"
+    assert stages.get("train").current(settings, work) is False  # the same folder holds the static one now
