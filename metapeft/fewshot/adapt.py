@@ -148,8 +148,8 @@ def explained(choice: Choice) -> str:
         measured = f"measured {chosen.difference:+.3f} ± {chosen.standard_error:.3f} on held-out shots"
         said.append(
             f"{chosen.strategy} ({done}) is expected to gain {chosen.gain:.3f} over the untuned backbone's"
-            f" {choice.untuned:.3f} ({measured}), {chosen.p_better:.0%} sure that it gains;"
-            f" ahead of the next best by {choice.ahead:.3f} ± {choice.ahead_error:.3f}."
+            f" {choice.untuned:.3f} ({measured}), {chosen.p_better:.1%} sure that it gains;"
+            f" {choice.ahead:.3f} ± {choice.ahead_error:.3f} ahead of {choice.rival or 'the untuned backbone'}."
         )
     for judged in choice.judged:
         if judged.transfer is not None and judged.transfer.avoided:

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,15 +119,15 @@ class Judged:
 
 @dataclass(frozen=True)
 class Choice:
-    """`judged`: best first. chosen: None is the untuned backbone. ahead: of the next best, expected, with its standard
-    error."""
+    """`judged`: best first. chosen: None is the untuned backbone. ahead: of `rival`, the next best ("" is the untuned
+    backbone), expected, with its standard error."""
 
     chosen: Judged | None
     judged: tuple[Judged, ...]
     untuned: float
     ahead: float = 0.0
     ahead_error: float = 0.0
-    priors: Mapping[str, Prior] = field(default_factory=dict)
+    rival: str = ""
 
 
 def merit(found: Answers) -> np.ndarray:
@@ -262,15 +262,18 @@ def choose(
     judged.sort(key=lambda j: (-j.gain, j.steps, j.strategy))
     usable = [j for j in judged if j.gain > 0 and not (j.transfer and j.transfer.avoided)]
     chosen = usable[0] if usable else None
-    choice = Choice(chosen, tuple(judged), float(base.mean()), priors=priors)
+    choice = Choice(chosen, tuple(judged), float(base.mean()))
     if chosen is None:
         return choice
     others = [j for j in judged if j is not chosen and not (j.transfer and j.transfer.avoided)]
     rival = others[0] if others and others[0].gain > 0 else None
-    if rival is None or chosen.strategy not in held or rival.strategy not in held:
-        return replace(choice, ahead=chosen.gain - (rival.gain if rival else 0.0), ahead_error=chosen.deviation)
+    if rival is None:
+        return replace(choice, ahead=chosen.gain, ahead_error=chosen.deviation)
+    choice = replace(choice, ahead=chosen.gain - rival.gain, rival=rival.strategy)
+    if chosen.strategy not in held or rival.strategy not in held:
+        return replace(choice, ahead_error=math.hypot(chosen.deviation, rival.deviation))
     both = merit(held[chosen.strategy].answers[chosen.steps]) - merit(held[rival.strategy].answers[rival.steps])
-    return replace(choice, ahead=chosen.gain - rival.gain, ahead_error=standard_error(both))
+    return replace(choice, ahead_error=standard_error(both))
 
 
 def _transfer(strategy: Strategy, held: Mapping[str, Held], priors: Mapping[str, Prior]) -> Transfer | None:
