@@ -40,3 +40,10 @@ def test_a_new_alert_updates_the_asset_and_an_old_one_does_not(airflow_home: Pat
     assert set(event["alerts"]) & {"regret", "order"} and event["since"]
     assert run() == {"monitor": "success", "degraded": "skipped"}, "told before"
     assert len(events()) == before + 1
+
+
+@pytest.mark.timeout(1200)
+def test_where_nothing_was_advised_yet_nothing_is_degraded(airflow_home: Path) -> None:
+    before = len(events())
+    assert run() == {"monitor": "success", "degraded": "skipped"}
+    assert len(events()) == before
