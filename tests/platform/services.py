@@ -1,6 +1,6 @@
 """The platform's services as real processes of this machine, each with a log in one folder."""
 
-from __future__ import annotations
+from __future__ import contextlib
 
 import json
 import os
@@ -251,8 +251,9 @@ class Platform:
         process = psutil.Process(self.processes[name].pid)
         family = [process, *process.children(recursive=True)]
         for member in family:
-            if "metapeft.stages" not in " ".join(member.cmdline()):
-                member.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it, or what it forked, has just ended by itself
+                if "metapeft.stages" not in " ".join(member.cmdline()):
+                    member.kill()
 
 
 def program(name: str) -> Path:
