@@ -1,7 +1,8 @@
 """The platform's services as real processes of this machine, each with a log in one folder."""
 
-from __future__ import contextlib
+from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets

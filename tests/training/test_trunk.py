@@ -83,9 +83,11 @@ def test_states_do_not_depend_on_company_workers_room_or_a_lower_trunk(session: 
     lower.prepare(range(0, 40, 2), session.workers)
     higher = fresh(session, 3, lower=lower)
     higher.prepare(every, session.workers)
+    # The native decoder gives the same bits; a BLAS may have other kernels for few rows, which round otherwise.
+    least = 0.0 if session.decoder is not None else 1e-4
     for index in every:
         for other in (alone, few, higher):
-            assert np.array_equal(together.get(index), other.get(index))
+            assert np.allclose(together.get(index), other.get(index), rtol=least, atol=least)
     three.close()
 
 
