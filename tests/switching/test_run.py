@@ -133,8 +133,8 @@ def test_a_change_that_loses_too_much_is_undone(
 
 
 def test_a_method_that_fails_is_exchanged(session: Session, tmp_path: Path) -> None:
-    given = made.advice("lora", "prefix", prefix=0.8)
-    start = {"method": "lora", "learning_rate": 1e9, "clip": 0.0, "rank": 2}
+    given = made.advice("adalora", "prefix", prefix=0.8)
+    start = {"method": "adalora", "learning_rate": 2e9, "alpha": 2e9, "clip": 0.0}
     trial, record = run.train(session, start, lambda: given, steps=60, folder=tmp_path / "x", policy=Policy(looks=2))
     assert record.legs[0].trial is not None and record.legs[0].trial["status"] == "diverged"
     assert record.legs[1].forced and record.legs[1].configuration["method"] == "prefix"
