@@ -305,7 +305,9 @@ def create_app(service: Service) -> FastAPI:
         texts = [body.input] if isinstance(body.input, str) else body.input
         rendered = [render(DataRow(text, ""), template, labels).prompt for text in texts]
         prompts = [prompt_ids(prompt, backbone.tokenizer) for prompt in rendered]
-        for ids in prompts:
+        for n, ids in enumerate(prompts):
+            if not ids:
+                raise UserError(f"input {n}: with this template nothing is left of it to read; give a text")
             room(len(ids) + 8, 1)
         end = backbone.tokenizer.eos_token_id
         space = separator(rendered[0])

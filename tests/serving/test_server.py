@@ -241,6 +241,12 @@ def test_no_input_makes_the_server_fail(server: Server, route: str, body: dict[s
         assert answer.json()["error"]["message"]
 
 
+def test_a_text_of_which_the_template_leaves_nothing_is_refused(server: Server) -> None:
+    with server.client() as http:
+        answer = http.post("/v1/classify", json={"model": "task/alpha", "input": ["ok", ""], "template": "{text}"})
+    assert answer.status_code == 400 and "input 1" in answer.json()["error"]["message"]
+
+
 def test_bodies_are_bounded_and_other_names_refused(server: Server) -> None:
     with server.client() as http:
         assert http.post("/v1/select", content=b'{"rows": ["' + b"x" * (17 * 2**20)).status_code == 413
