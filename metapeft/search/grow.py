@@ -184,7 +184,7 @@ class _Work:
         self.tasks, self.backbone, self.steps, self.sizes, self.load = tasks, backbone, steps, sizes, load
         self.grown, self.until = grown, until
         self.slots = Slots(1)
-        self.origin: list[tuple[str, DataSettings]] = []  # of each place
+        self.origin: list[tuple[str, DataSettings]] = []  # of each place: the task as it was given, for a file its path
         self.ratios: list[float] = []
 
     def table(self) -> tuple[list[Place], list[Cell]]:
@@ -202,10 +202,10 @@ class _Work:
             except UserError as error:
                 self.grown.skipped[name] = str(error)
                 continue
-            self._add(task, full, rows, number % 4 == 1, places, cells)
+            self._add(name, task, full, rows, number % 4 == 1, places, cells)
             if len(task.train) >= 4 * small.max_train:
                 if large % 5 in (0, 3):
-                    self._add(self.load(name, small), small, rows, False, places, cells)
+                    self._add(name, self.load(name, small), small, rows, False, places, cells)
                 large += 1
         if not places:
             raise UserError("no task can be used: " + "; ".join(self.grown.skipped.values()))
@@ -213,6 +213,7 @@ class _Work:
 
     def _add(
         self,
+        given: str,
         task: Task,
         data: DataSettings,
         rows: list[dict[str, Any]],
@@ -229,7 +230,7 @@ class _Work:
         untuned = rate.forward * tokens * (PROBED + len(task.test))
         place = len(places)
         places.append(Place(task.name, task.family or task.name, len(task.train), len(task.test), 2.0 + untuned))
-        self.origin.append((task.name, data))
+        self.origin.append((given, data))
         for number, row in enumerate(rows):
             costs = cost(row, profile, rate, self.steps)
             for seed in (0, REPEATED_SEED) if repeat else (0,):

@@ -33,7 +33,7 @@ def task(name: str, settings: DataSettings) -> Task:
 
 def grown(model: str, tasks: list[str], **options: Any) -> Grown:
     with patch.object(plan, "CONFIGURATIONS", ROWS):
-        return grow(tasks, load(model, dequantize=False), steps=STEPS, sizes=SIZES, load=task, **options)
+        return grow(tasks, load(model, dequantize=False), steps=STEPS, sizes=SIZES, **{"load": task, **options})
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from metapeft.training import trainer
 from metapeft.training.trial import Trial
 from tests.backbones.tiny import tiny_folder
 from tests.search.growing import ROWS, grown
+from tests.stages.made import spam_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,6 +66,13 @@ def test_a_task_is_grown_once_at_both_sizes(model: str, home: Path) -> None:
         assert entry.worth == max(library.worth(t, t.adapter_bytes // 2) for t in same) and entry.read().tensors
     again = grown(model, ["t1"])
     assert again.complete and again.trials == 0 and again.known == first.cells
+
+
+def test_a_file_is_grown_too(model: str, tmp_path: Path) -> None:
+    from metapeft.data import load_task
+
+    found = grown(model, [str(spam_file(tmp_path))], load=load_task, max_trials=2)
+    assert found.trials == 2 and found.tasks == ["spam"]
 
 
 def test_trials_are_as_many_as_asked_for_and_unusable_tasks_are_left_out(model: str) -> None:
