@@ -45,7 +45,7 @@ test-faults: $(READY)
 	METAPEFT_FUZZ=$${METAPEFT_FUZZ:-2000} METAPEFT_REQUESTS=$${METAPEFT_REQUESTS:-100} \
 	  $(BIN)/python -m pytest tests/faults
 
-# The whole platform as real processes (PostgreSQL, Redis, S3, MLflow, Airflow with two Celery workers): some 5 minutes.
+# The whole platform as real processes (PostgreSQL, Redis, S3, MLflow, Airflow with two Celery workers): 5 to 12 minutes.
 test-platform: $(READY) .venv/.platform
 	METAPEFT_TEST_PLATFORM=1 PYTHONPATH=.venv/.platform $(BIN)/python -m pytest tests/platform
 
