@@ -31,7 +31,7 @@ def small(folder: Path) -> Settings:
 def end_state(settings: Settings, work: Path) -> dict[str, Any]:
     """What a pipeline leaves for others: models, experience, runs, scores. Not how long it took."""
     models = [(m.name, m.version, m.aliases, m.trial, m.score, m.dvc_id) for m in list_models(settings)]
-    trials = [(t.id, t.status, t.score) for t in Experience().trials()]
+    trials = [(t.id, t.status, t.score) for t in Experience(shipped=None).trials()]
     rows = [(row["trial"], row["score"], row["status"]) for row in compare(settings)]
     scores = read_json(work / "evaluate" / "metrics.json")
     return {"models": models, "trials": sorted(trials), "runs": sorted(rows), "tuned": scores["tuned"]}
