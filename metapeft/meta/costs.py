@@ -221,7 +221,7 @@ def _seconds(
         flops = sum(6 * method.initial_rank**2 * sum(size) for size in matrices.values())
         step += TRIPLETS * flops * speed.gradient / (4 * sum(weights)) + len(matrices) * TRIPLETS * 1e-4
     sampled = min(SAMPLE, validation)
-    evaluated = train.evaluations * sampled + (validation if validation > sampled else 0) + test
+    evaluated = train.evaluations * sampled + validation - sampled + test
     scoring = evaluated * (length * above * speed.forward + completion * speed.head_forward)
     trunk = (min(features["train_examples"], steps * batch) + validation + test) * length * (1 - above) * speed.forward
     return float(steps * step + scoring + trunk)

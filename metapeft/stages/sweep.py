@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from metapeft.search.sweep import Run
 
 NAMED = {"accuracy": "most accurate", "balanced": "balanced", "speed": "fastest", "memory": "smallest"}
+STEPS_PER_LOOK = 10
 NEAR = 1.5  # learning rates that differ by less train about alike
 POINT = ["trial", "method", "score", "standard_error", "seconds", "peak_memory_mb", "front", "status"]
 CURVE = ["trial", "method", "step", "seconds", "train_loss", "validation_loss", "validation_score"]
@@ -217,11 +218,15 @@ def _space(settings: Settings, train: Any) -> Any:
     """The search space, fitted to the backbone."""
     from metapeft.peft.matrices import linear_layers
     from metapeft.search import spaces
+    from metapeft.training.configuration import TrainConfig
 
-    spaces.space(settings.sweep.methods, settings.sweep.space)  # a mistake in it is cheaper to find without the model
+    # A look at 64 validation examples costs as much as several steps: short trials take fewer.
+    looks = max(1, min(TrainConfig.evaluations, settings.sweep.steps // STEPS_PER_LOOK))
+    narrow = {"evaluations": looks} | settings.sweep.space
+    spaces.space(settings.sweep.methods, narrow)  # a mistake in it is cheaper to find without the model
     session = train.session()
     modules = {path.rsplit(".", 1)[-1] for path in linear_layers(session.model)}
-    return spaces.space(settings.sweep.methods, settings.sweep.space, depth=session.depth, modules=modules)
+    return spaces.space(settings.sweep.methods, narrow, depth=session.depth, modules=modules)
 
 
 def _point(trial: Any, on_front: bool) -> dict[str, Any]:

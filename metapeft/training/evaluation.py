@@ -117,6 +117,17 @@ def predict(session: Session, adapter: Adapter | None, split: str, indices: Sequ
     return result
 
 
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """Predictions for all examples of the parts, in their order."""
+    labels = [p.label_scores for p in parts if p.label_scores is not None]
+    return Predictions(
+        np.concatenate([p.loss_sum for p in parts]),
+        np.concatenate([p.tokens for p in parts]),
+        np.concatenate([p.exact for p in parts]),
+        np.concatenate(labels) if labels else None,
+    )
+
+
 def score(session: Session, predictions: Predictions, split: str, indices: Sequence[int] | None = None) -> Score:
     """What `predict` found, as the task's metric."""
     task = session.task

@@ -31,7 +31,7 @@ from metapeft.training import native
 from metapeft.training.batches import batch_at, shards
 from metapeft.training.configuration import TrainConfig, full, split
 from metapeft.training.encode import text_ids
-from metapeft.training.evaluation import evaluate, untuned
+from metapeft.training.evaluation import Predictions, evaluate, joined, predict, score, untuned
 from metapeft.training.noise import GradientNoise
 from metapeft.training.session import Session, completion_logits
 from metapeft.training.trial import Score, Trial, trial_id
@@ -158,6 +158,7 @@ class _Run:
         self.lowest = math.inf  # mean of five losses in a row
         self.best: Score | None = None
         self.best_vector: mx.array | None = None
+        self.best_found: Predictions | None = None  # on the sample, unless an earlier process found them
         self.since_best = 0
         self.noise = GradientNoise()
         self.earlier_seconds = self.earlier_cpu_seconds = 0.0
@@ -202,9 +203,15 @@ class _Run:
         self.trial.train_seconds = self._elapsed()
 
     def validated(self) -> Score:
-        """The score of the weights in force on the whole validation split."""
+        """The score of the best weights, which are in force, on the whole validation split."""
         assert self.best is not None
-        return self.best if self.sample is None else evaluate(self.session, self.adapter, "validation")
+        if self.sample is None:
+            return self.best
+        rest = sorted(set(range(len(self.session.encoded["validation"]))) - set(self.sample))
+        # Apart even where both are unknown: a run that was killed gives the same bits.
+        sampled = self.best_found or predict(self.session, self.adapter, "validation", self.sample)
+        others = predict(self.session, self.adapter, "validation", rest)
+        return score(self.session, joined([sampled, others]), "validation", [*self.sample, *rest])
 
     def _elapsed(self) -> float:
         return self.earlier_seconds + time.perf_counter() - self.begin
@@ -295,11 +302,12 @@ class _Run:
             raise Diverged(f"the loss rose from {self.lowest:.2f} to {recent:.2f} by step {self.step}")
 
     def _evaluate(self) -> dict[str, Any]:
-        found = evaluate(self.session, self.adapter, "validation", self.sample)
+        predictions = predict(self.session, self.adapter, "validation", self.sample)
+        found = score(self.session, predictions, "validation", self.sample)
         self.since_best += 1
         if self.best is None or (found.value, -found.loss) > (self.best.value, -self.best.loss):
             self.best, self.since_best = found, 0
-            self.best_vector = self.vector
+            self.best_vector, self.best_found = self.vector, predictions
         recent = self.losses[-max(1, self.steps // 10) :]
         row = {
             "step": self.step,
