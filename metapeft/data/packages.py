@@ -48,8 +48,8 @@ def unpacked(archive: Archive) -> Path:
             (partial / "download").mkdir(parents=True)
             (partial / "files").mkdir()
             file = download(archive, partial / "download")
-            count = keep_members(file, archive, partial / "files")
-            marker = {"sha256": archive.sha256, "members": list(archive.members), "files": count}
+            keep_members(file, archive, partial / "files")
+            marker = expected(partial / "files", archive)
             (partial / "files" / COMPLETE).write_text(json.dumps(marker), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial / "files", folder)
@@ -63,11 +63,19 @@ def unpacked(archive: Archive) -> Path:
 
 
 def is_complete(folder: Path, archive: Archive) -> bool:
+    """Whether all that was unpacked is there, unchanged."""
     try:
         marker = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return bool(marker == expected(folder, archive))
+    except (OSError, ValueError, RecursionError):
         return False
-    return bool(marker["sha256"] == archive.sha256 and marker["members"] == list(archive.members))
+
+
+def expected(folder: Path, archive: Archive) -> dict[str, object]:
+    """What COMPLETE says of a folder with these files in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / COMPLETE)
+    content = {path.relative_to(folder).as_posix(): digest(path) for path in files}
+    return {"sha256": archive.sha256, "members": list(archive.members), "files": content}
 
 
 def download(archive: Archive, folder: Path) -> Path:
@@ -187,9 +195,9 @@ def reason(output: str) -> str:
     return (errors or lines or ["no output"])[0][:200]
 
 
-def keep_members(file: Path, archive: Archive, folder: Path) -> int:
-    """Copy the wanted members of a zip or tar file below `folder`; their number. A name leading outside is refused."""
-    count = 0
+def keep_members(file: Path, archive: Archive, folder: Path) -> None:
+    """Copy the wanted members of a zip or tar file below `folder`. A name that leads outside is refused."""
+    found = False
     for name, content in members(file, archive):
         target = folder / name
         if not target.resolve().is_relative_to(folder.resolve()):
@@ -197,10 +205,9 @@ def keep_members(file: Path, archive: Archive, folder: Path) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as out:
             shutil.copyfileobj(content, out)
-        count += 1
-    if not count:
+        found = True
+    if not found:
         raise MetapeftError(f"{file.name} holds no file like {archive.members[0]}")
-    return count
 
 
 def members(file: Path, archive: Archive) -> Iterator[tuple[str, IO[bytes]]]:

@@ -21,6 +21,7 @@ import pytest
 from metapeft.data import packages
 from metapeft.data.catalog import Archive
 from metapeft.errors import MetapeftError, UserError
+from tests.faults import damages
 
 NAME, VERSION = "metapeft-sample-data", "1.0"
 WHEEL = f"{NAME.replace('-', '_')}-{VERSION}-py3-none-any.whl"
@@ -272,12 +273,22 @@ def test_a_killed_download_leaves_nothing_in_the_way(registry: type[Registry], h
     assert not list((home / "data" / "archives").glob(".*.partial"))
 
 
-def test_an_incomplete_folder_is_made_again(registry: type[Registry]) -> None:
+@pytest.mark.parametrize("name", [packages.COMPLETE, "sample/rows.jsonl"])
+def test_a_damaged_folder_is_made_again(registry: type[Registry], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     registry.content = wheel()
     wanted = archive(registry.content)
     folder = packages.unpacked(wanted)
-    (folder / packages.COMPLETE).write_text("{")
-    assert packages.unpacked(wanted) == folder and registry.downloads == 2
+    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    # pip itself is tried above; here it would take most of the time.
+    packed = folder.parent / "packed.whl"
+    packed.write_bytes(registry.content)
+    fetched: list[Archive] = []
+    monkeypatch.setattr(packages, "download", lambda known, into: fetched.append(known) or packed)
+    for number, how in enumerate(damages.NAMES, start=1):
+        damages.damage(folder / name, how)
+        assert packages.unpacked(wanted) == folder, how
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == whole, how
+        assert len(fetched) == number, how
 
 
 def test_a_folder_that_cannot_be_written(
