@@ -163,7 +163,8 @@ def _followed(kind: Kind) -> Kind:
 def _mean(
     name: str, values: np.ndarray, expected: np.ndarray, places: Sequence[int], made: Mapping[tuple[str, str], Limit]
 ) -> Finding:
-    beyond, tolerated = values - expected, SMALLEST[name] / 2
+    measured, tolerated = values - expected, SMALLEST[name] / 2
+    beyond = measured
     tests = {"page_hinkley": made[name, "page_hinkley"], "window": made[name, "window"]}
     alarms: list[int] = []
     fired = since = None
@@ -176,6 +177,9 @@ def _mean(
             if len(recent) >= WINDOW // 2 and beyond[now + 1 - WINDOW // 2 : now + 1].mean() < tolerated / 2:
                 fired, since, start, worst, chance = None, None, now + 1, 0.0, 1.0
                 hinkley = _river(tests["page_hinkley"].value, tolerated)
+                # Told once. A promise that was a little too good would be told again and again: from here on, what is
+                # usual is the promise and all that was seen, the former as sure as WEIGHT decisions.
+                beyond = measured - max(0.0, float(measured[: now + 1].sum()) / (WEIGHT + now + 1))
             continue
         statistics = {
             "page_hinkley": hinkley._sum_increase - hinkley._min_increase,
@@ -229,13 +233,16 @@ def _calibration(
     alarms: list[int] = []
     fired = since = None
     start, worst, chance = 0, 0.0, 1.0
+    told = peak = limit.value
     for now in range(len(chances)):
         own = chances[max(start, now + 1 - WINDOW) : now + 1]
         statistic = float(sliding_ece(own[None])[0, -1]) if len(own) else -np.inf
-        evidence = max(0.0, statistic / limit.value)
+        evidence = max(0.0, statistic / told)
         if fired is not None:
+            peak = max(peak, statistic)
             if now - fired >= WINDOW and evidence < 0.75:
                 fired, since, start, worst, chance = None, None, now + 1, 0.0, 1.0
+                told = peak  # only what is worse is told again
             continue
         worst, chance = evidence, limit.chance(statistic)
         if worst >= 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metapeft.errors import UserError
+from metapeft.files import clear
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -27,8 +28,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(record, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-        if path.is_dir() and not path.is_symlink():  # no file of ours: it would be in the way for ever
-            path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}.unknown"))
+        clear(path)
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror

@@ -60,6 +60,7 @@ RETRY_SECONDS = 1.0
 TRIES = 20  # proposals of a configuration that was tried before, until the space counts as exhausted
 FAILURES = 4  # errors in a row that end a sweep: something other than the configurations is broken
 MOST_SEEDS = 3  # trainings of one configuration
+AGAIN = ("repeated", "released")  # void, for they are begun anew
 STOPPED = 1.0  # how infeasible a stopped trial counts: bad, but not as bad as one that failed
 PATIENCE = 600.0  # seconds that a database may be away (a restart, a failover) before the sweep gives up
 LOST = "its worker was killed twice while training it; often the machine ran out of memory"
@@ -170,6 +171,8 @@ def sweep(
             _work(book, run, deadline, aids, ended)
         ended()
         return book.result(reused)
+    except json.JSONDecodeError as error:  # SQLite does not notice changed bytes of a text
+        raise _damaged(url, error) from error
     finally:
         for helper in helpers:
             helper.terminate()
@@ -204,12 +207,21 @@ def _identity(task: Task, settings: Settings, space: spaces.Space, limits: Limit
 
 def load(name: str, task: Task, settings: Settings, *, storage: str | None = None) -> Sweep:
     """A study as it is, without running anything. Raises UserError when there is none of that name."""
-    book = _Book(_url(storage, name), name, task, settings)
+    url = _url(storage, name)
+    book = _Book(url, name, task, settings)
     try:
         book.open(create=False)
         return book.result(len(book.finished()))
+    except json.JSONDecodeError as error:
+        raise _damaged(url, error) from error
     finally:
         book.close()
+
+
+def _damaged(url: str, error: Exception) -> UserError:
+    return UserError(
+        f"the sweep storage {shown(url)} is damaged ({brief(error)}); put a copy back, or move it away to begin anew"
+    )
 
 
 @dataclass(frozen=True)
@@ -483,8 +495,8 @@ class _Book:
                     elif tried >= TRIES:
                         return None
                 # A sampler per trial, seeded by its place: a sweep that was interrupted goes on as if it had not been.
-                study.sampler = self._sampler(len(self._all()), random=tried > TRIES // 2)
-                asked = study.ask()
+                study.sampler = self._sampler(self._place(), random=tried > TRIES // 2)
+                asked = self._given_back() or study.ask()
                 configuration = spaces.suggest(asked, self.space) | asked.user_attrs.get("extra", {})
                 steps = int(configuration.pop("steps", self.settings.sweep.steps))
                 configuration = full(configuration)
@@ -500,6 +512,22 @@ class _Book:
                     asked.set_user_attr(key, value)
                 return _Claim(asked.number, identity, configuration, steps, seed, asked)
             return None
+
+    def _place(self) -> int:
+        """How many trials the study has, each of them once, however often it was begun."""
+        return sum(t.user_attrs.get("void") not in AGAIN for t in self._all())
+
+    def _given_back(self) -> optuna.Trial | None:
+        """The first of the queued trials that was begun before, which is next: Optuna itself takes it last."""
+        import optuna
+
+        waiting = (t for t in self._all() if t.state == optuna.trial.TrialState.WAITING and "copy_of" in t.user_attrs)
+        found = next(waiting, None)
+        if found is None:
+            return None
+        assert self.database is not None and self.study is not None
+        self.database.set_trial_state_values(found._trial_id, optuna.trial.TrialState.RUNNING)
+        return optuna.Trial(self.study, found._trial_id)
 
     def watch(self, claim: _Claim, aids: _Aids) -> Watch:
         """Asks the rule at every evaluation of a training, against what has ended until then."""
@@ -636,6 +664,8 @@ class _Book:
             asked = optuna.Trial(self.study, trial._trial_id)
             if "record" in trial.user_attrs:
                 self._tell(asked, Trial.from_json(trial.user_attrs["record"]))
+            elif worker is None and not ("fixed_params" in trial.system_attrs or "copy_of" in trial.user_attrs):
+                self._void(asked, "repeated")  # half a proposal: the next one, of the same place, is the whole of it
             elif own or worker is None or "retry_of" not in trial.user_attrs:
                 self._requeue(trial, attempt=not own and worker is not None)
                 self._void(asked, "repeated")

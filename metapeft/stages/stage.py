@@ -19,11 +19,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from metapeft.errors import MetapeftError, UserError, disk
+from metapeft.files import clear
 from metapeft.progress import quiet
 from metapeft.settings import Settings, brief, load_settings
 
@@ -77,7 +79,17 @@ class Stage:
             done = self._finished(work, inputs)
             if done is not None:
                 return Result(self.name, work / self.name, done, True, time.perf_counter() - started)
-            summary = self._write(settings, work, inputs)
+            try:
+                summary = self._write(settings, work, inputs)
+            except MetapeftError:
+                raise
+            except Exception as error:
+                if (changed := self._changed(work)) is None:
+                    raise
+                raise UserError(
+                    f"{self.name} cannot use {work / changed}, which is not as the stage {changed} wrote it"
+                    f" ({type(error).__name__}: {brief(error)}); run the stage {changed} again"
+                ) from error
         return Result(self.name, work / self.name, summary, False, time.perf_counter() - started)
 
     def fingerprint(self, settings: Settings, work: Path) -> str:
@@ -110,6 +122,15 @@ class Stage:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
+    def _changed(self, work: Path) -> str | None:
+        """An earlier stage whose output is not what its record says; alone no fault, for DVC may bring back another."""
+        for stage in dict.fromkeys(need.partition("/")[0] for need in (*self.needs, *self.uses)):
+            with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+                record = json.loads((work / ".stages" / f"{stage}.json").read_text(encoding="utf-8"))
+                if record["output"] != content(work / stage):
+                    return stage
+        return None
+
     def _write(self, settings: Settings, work: Path, inputs: str) -> dict[str, Any]:
         final, record = work / self.name, self._record(work)
         for left_over in work.glob(f".{self.name}-*.tmp"):  # of a killed run: we hold the lock, so nobody writes there
@@ -118,6 +139,7 @@ class Stage:
         try:
             out.chmod(0o755)
             summary = self.body(settings, work, out)
+            clear(record)
             record.unlink(missing_ok=True)
             if final.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{self.name}-", suffix=".tmp", dir=work))
@@ -262,6 +284,7 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
+        clear(path)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

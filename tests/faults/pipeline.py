@@ -74,6 +74,9 @@ class Pipeline:
                     [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
                 )
                 found[name] = settled(values)
+                if stage == "sweep" and path.suffix == ".jsonl":
+                    for trial in found[name]:  # which trials are tested too depends on which was the fastest
+                        trial.pop("score", None)
             elif path.is_file():
                 found[name] = path.suffix
         return found

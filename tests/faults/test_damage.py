@@ -73,14 +73,16 @@ def test_a_stage_reads_a_damaged_file(pipeline: Pipeline, kind: str, figure: Any
         pipeline.restore("end")
         (path, *_) = sorted(pipeline.now.glob(read.files))
         data = path.read_bytes()
-        (pipeline.work / ".stages" / f"{read.stage}.json").unlink(missing_ok=True)  # so that the stage runs again
+        record = pipeline.work / ".stages" / f"{read.stage}.json"
+        if record != path:
+            record.unlink(missing_ok=True)  # so that the stage runs again
         damages.damage(path, how)
         ended = pipeline.run(read.stage)
         where = f"{kind}, {how}: {ended.err}"
         if ended.code:
             refused += 1
             assert ended.code in (1, 2) and "--debug" not in ended.error, where
-            assert not read.again, where
+            assert not read.again or how == "a folder", where
             if not path.exists() or path.is_dir() or path.read_bytes() != data:
                 damages.restore(path, data)
             for beside in path.parent.glob(f"{path.name}-*"):  # SQLite's log is of another life

@@ -18,7 +18,7 @@ import metapeft
 from metapeft.meta import versions
 from metapeft.monitoring import benefit, channels, drift, exported, shadow, watches
 from metapeft.monitoring.monitor import monitor
-from metapeft.monitoring.outcomes import joined
+from metapeft.monitoring.outcomes import Decision, Kind, joined
 from metapeft.monitoring.promise import Promise
 from metapeft.monitoring.watches import Limits
 from metapeft.settings import load_settings
@@ -123,6 +123,24 @@ def test_without_a_change_nothing_fires_and_a_stronger_one_fires_sooner() -> Non
         assert regret.fired is not None and regret.fired >= 40 and regret.since is not None
         delays.append(regret.fired - 40)
     assert delays == sorted(delays, reverse=True) and delays[-1] <= 10
+
+
+def test_a_promise_that_was_a_little_too_good_is_told_once_and_a_real_change_still_is() -> None:
+    promise = made.promise()
+    level = float(np.mean(promise.of(Kind(8)).regret)) + 0.02
+    values = np.clip(level + 0.05 * np.random.default_rng(1).standard_normal(3000), 0, promise.cap)
+
+    def decision(regret: float) -> Any:
+        return Decision("", "", "t", "v", "", "f", 0, Kind(8), regret=regret)
+
+    limits = Limits(promise, [decision(v) for v in values])
+
+    def alarms(given: Any) -> tuple[int, ...]:
+        found = watches.watch([decision(v) for v in given], promise, limits)
+        return next(f.alarms for f in found if f.watch == "regret")
+
+    assert 1 <= len(alarms(values)) <= 3, "by the promise alone it would be a dozen"
+    assert any(3000 <= a < 3030 for a in alarms([*values, *(values[:200] + 0.08)]))
 
 
 def test_where_only_the_first_choice_is_ever_tried_its_interval_is_watched() -> None:

@@ -188,6 +188,31 @@ def test_ctrl_c_loses_nothing(tmp_path: Path) -> None:
     assert len(set(identities(found))) == 4
 
 
+@pytest.mark.parametrize("cut", ["id", "configuration", "worker"])
+@pytest.mark.parametrize("warm", [[], [{"method": m, "learning_rate": 1e-3} for m in ("lora", "prefix", "prompt")]])
+def test_a_claim_that_is_cut_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, warm: list[dict[str, Any]], cut: str
+) -> None:
+    """More is queued than will run: what was begun comes before what was not."""
+    import optuna
+
+    whole = sweep.sweep(Surrogate(), TASK, given(2), warm_start=warm)
+    monkeypatch.setenv("METAPEFT_HOME", str(tmp_path / "other"))
+    write = optuna.Trial.set_user_attr
+
+    def killed(self: Any, key: str, value: Any) -> None:
+        if key == cut:
+            raise SystemExit
+        write(self, key, value)
+
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(optuna.Trial, "set_user_attr", killed)
+            sweep.sweep(Surrogate(), TASK, given(2), warm_start=warm)
+    found = sweep.sweep(Surrogate(), TASK, given(2), warm_start=warm)
+    assert set(identities(found)) == set(identities(whole))
+
+
 def test_the_time_is_kept() -> None:
     begin = time.monotonic()
     found = sweep.sweep(Surrogate(seconds=0.2), TASK, given(50, max_seconds=2))
