@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metapeft.errors import UserError
+from metapeft.settings import brief
 
 VERSION = 1  # raise it when the folder written here changes: cached ones are then rebuilt
 
@@ -46,7 +47,7 @@ def convert(file: Path, folder: Path) -> None:
         loaded: Any = mx.load(str(file), format="gguf", return_metadata=True)
         weights, metadata = loaded
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{file} is not a readable GGUF file ({error}); download it again") from error
+        raise UserError(f"{file} is not a readable GGUF file ({brief(error)}); download it again") from error
     read = _Metadata(file, metadata)
     if (architecture := read.text("general.architecture")) != "llama":
         raise UserError(f"{file} holds a {architecture} model; only the llama family can be converted from GGUF")

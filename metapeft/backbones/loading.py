@@ -171,7 +171,7 @@ def _prepare(model: nn.Module, folder: Path, dequantize: bool) -> None:
     try:
         mx.eval(parameters)
     except RuntimeError as error:
-        raise UserError(f"the weights in {folder} cannot be read ({error}); download the model again") from error
+        raise UserError(f"the weights in {folder} cannot be read ({brief(error)}); download the model again") from error
     model.eval()
     model.freeze()
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, TensorSpec, deserialize, serialize
 
 from metapeft.errors import UserError
 from metapeft.runtime import mx
+from metapeft.settings import brief
 
 _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
@@ -33,7 +34,9 @@ def decode(content: bytes, path: Path) -> dict[str, mx.array]:
     try:
         entries = deserialize(content)
     except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); copy or save the adapter again") from error
+        raise UserError(
+            f"{path} is not a whole safetensors file ({brief(error)}); copy or save the adapter again"
+        ) from error
     tensors = {}
     for name, entry in entries:
         if entry["dtype"] not in _NUMPY:

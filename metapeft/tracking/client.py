@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metapeft.errors import MetapeftError, UserError
+from metapeft.errors import MetapeftError, UserError, disk
 from metapeft.settings import TrackingSettings, home
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def failures(settings: TrackingSettings) -> Iterator[None]:
         yield
     except MlflowException as error:
         where = uri(settings)
+        if (reason := disk(error)) is not None:
+            raise MetapeftError(f"MLflow at {where}: {reason}") from error
         raise MetapeftError(f"MLflow at {where} refused: {_reason(error, where)}") from error
 
 
@@ -117,6 +119,7 @@ def _client(where: str) -> MlflowClient:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its tracebacks come as exceptions too
     client = MlflowClient(where, os.environ.get("MLFLOW_REGISTRY_URI") or where)
     client.search_experiments(max_results=1)  # connects, and checks the database's schema
     return client

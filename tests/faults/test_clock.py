@@ -34,6 +34,7 @@ def test_a_pipeline_through_time(tmp_path: Path, figure: Any) -> None:
     )
     jumps = 0
     try:
+        (tmp_path / "pipeline").mkdir()
         made = Pipeline(tmp_path / "pipeline", faked)
         made.call("tests.faults.pipeline:make_database")
         for stage, offset in zip(STAGES, ("+0", "-1y", "+10y", "-27y", "+0", "+1d", "-1d", "+3y", "-2y"), strict=True):
