@@ -22,8 +22,8 @@ are cheap. Wall time is that of the trials one after another. Hypervolume (score
 memory; one reference per task) and best score are the surrogate's truth about what was tried, not the noisy numbers
 that the sweep saw; `chosen` is the truth about what the sweep would report as most accurate.
 
-Live (--live): two tasks swept for real, warm, and cold without stopping, by validation scores; the experience there
-excludes the task itself.
+Live (--live): two tasks swept for real, warm, and cold without stopping, by validation scores, in new METAPEFT_HOMEs
+that share only the downloads; of the experience that ships, the task's family is left out.
 """
 
 from __future__ import annotations
@@ -546,16 +546,27 @@ def table(rows: Sequence[dict[str, Any]], count: int) -> str:
 
 
 def swept(task: str, count: int, steps: int) -> list[dict[str, Any]]:
-    """A task swept for real, warm, and cold without stopping; by validation scores."""
+    """A task swept for real, warm, and cold without stopping; by validation scores. Nothing is known of its family."""
     from metapeft import api
+    from metapeft.meta.experience import Experience
     from metapeft.search import pareto
+    from metapeft.settings import home
+
+    def others(self: Experience, everything: Any = Experience.trials) -> list[Any]:
+        return [t for t in everything(self) if families().get(t.task, t.task) != families()[task]]
 
     found = {}
     for strategy, options in (("warm", {}), ("cold tpe", {"warm": False, "stop": False})):
-        began = time.perf_counter()
-        result = api.sweep(task, trials=count, steps=steps, repeats=0, **options)  # type: ignore[arg-type]
-        found[strategy] = result
-        say(f"live {task}, {strategy}: {len(result.trials)} trials in {time.perf_counter() - began:.0f} s")
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("backbones", "data"):
+                Path(folder, name).symlink_to((home() / name).resolve())
+            with (
+                mock.patch.dict(os.environ, {"METAPEFT_HOME": folder}),
+                mock.patch.object(Experience, "trials", others),
+            ):
+                began = time.perf_counter()
+                found[strategy] = api.sweep(task, trials=count, steps=steps, repeats=0, **options)  # type: ignore[arg-type]
+        say(f"live {task}, {strategy}: {count} trials in {time.perf_counter() - began:.0f} s")
     worst = pareto.reference(t for result in found.values() for t in result.trials)
     rows = []
     for strategy, result in found.items():
