@@ -74,8 +74,22 @@ def drawn(
         start=start[:, 0],
         mean=scores.mean(axis=0),
         p_best=(ties / ties.sum(axis=1, keepdims=True)).mean(axis=0),
-        p_within=(scores >= top - CLOSE).mean(axis=0),
+        p_within=calibrated((scores >= top - CLOSE).mean(axis=0), model.within),
     )
+
+
+def calibrated(chances: np.ndarray, within: tuple[float, float]) -> np.ndarray:
+    """Chances (n,) after Platt's recalibration (1999): log odds times a slope plus an intercept. The order stays."""
+    intercept, slope = within
+    found: np.ndarray = 1 / (1 + np.exp(-intercept - slope * log_odds(chances)))
+    return found
+
+
+def log_odds(chances: np.ndarray) -> np.ndarray:
+    """Of shares of DRAWS, never infinite."""
+    kept = np.clip(chances, 1 / DRAWS, 1 - 1 / DRAWS)
+    found: np.ndarray = np.log(kept / (1 - kept))
+    return found
 
 
 def scaled(model: Model, away: np.ndarray) -> np.ndarray:

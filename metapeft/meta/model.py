@@ -53,6 +53,7 @@ class Model:
     length: float = 1.0  # of the similarity kernel, in the metric's distances
     level_scale: float = 1.0  # factors by which uncertainty is too small, found on tasks left out: of a task's level,
     choice_scale: float = 1.0  # and of how configurations differ on it
+    within: tuple[float, float] = (0.0, 1.0)  # intercept and slope that P(within 1 %) needed there, in log odds
     remaining: Remaining = field(default_factory=Remaining)  # what a learning curve that broke off leaves open
 
     def variance(self, name: str) -> float:
@@ -70,6 +71,7 @@ class Model:
             "length": self.length,
             "level_scale": self.level_scale,
             "choice_scale": self.choice_scale,
+            "within": list(self.within),
             "remaining": self.remaining.to_json(),
         }
 
@@ -78,10 +80,12 @@ class Model:
         """Raises KeyError, TypeError or ValueError for a record that is none."""
         numbers = {name: float(record[name]) for name in ("reach", "length", "level_scale", "choice_scale")}
         deviations = {name: float(record["deviations"][name]) for name in prior.DEVIATIONS}
+        intercept, slope = record.get("within", (0.0, 1.0))  # versions of before it was fitted have none
         return cls(
             deviations=deviations,
             metric=Metric.from_json(record["metric"]),
             remaining=Remaining.from_json(record["remaining"]),
+            within=(float(intercept), float(slope)),
             **numbers,
         )
 

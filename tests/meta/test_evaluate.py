@@ -105,6 +105,21 @@ def test_scales_follow_how_wrong_the_model_was() -> None:
     assert fitting._scale([]) == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize("too", [0.2, 4.0])
+def test_chances_that_do_not_come_true_are_mended_and_keep_their_order(told: World, too: float) -> None:
+    """Too sure or too shy by far: mended on known tasks, checked on other ones."""
+    observations = told.observations()
+    wrong = replace(fit(observations), choice_scale=too, within=(0.0, 1.0))
+    splits = [split for part in folds(observations) if (split := fitting.Split.of(observations, part)).asked]
+    mended = fitting._with_chances(wrong, splits)
+    others = world(26, seed=1, filled=0.5).observations()
+    before, after = (judge(others, lambda _, m=model: m, rival=()) for model in (wrong, mended))  # type: ignore[misc]
+    assert protocol.summary(after)["ece_within"] < 0.8 * protocol.summary(before)["ece_within"]
+    for one, two in zip(before, after, strict=True):
+        assert np.argsort(one.p_within, kind="stable").tolist() == np.argsort(two.p_within, kind="stable").tolist()
+    assert Model.from_json(mended.to_json()) == mended
+
+
 @pytest.mark.parametrize("tasks", [0, 1, 4])
 def test_with_too_little_the_beliefs_stay_and_nothing_is_claimed(tasks: int) -> None:
     few = world(max(1, tasks), filled=0.6).observations() if tasks else []
