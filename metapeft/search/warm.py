@@ -16,7 +16,7 @@ from metapeft.training.trial import Trial
 
 MOST_TASKS = 3
 MOST_EACH = 4  # points of one task's front
-FIRST = 3  # the best of as many methods come first, whatever they cost
+FIRST = 3  # the best come first, whatever they cost
 WORTH = 0.005  # share of the expected hypervolume that one more configuration must add
 CHEAPER = 0.95  # share of its score that a cheaper variant is expected to keep
 
@@ -49,8 +49,8 @@ def warm_start(
 ) -> list[dict[str, Any]]:
     """At most half of the trials (or one per method): the rest is for what nobody expected.
 
-    A short sweep sees the first recommended configuration of every method. A longer one begins with those of FIRST
-    methods; what follows adds most to the hypervolume that `predict` expects, of the recommended configurations, the
+    A short sweep sees the first recommended configuration of every method. A longer one begins with the first FIRST, of
+    whatever method: on tasks left out the best of these was better than the best of as many methods. What follows adds most to the hypervolume that `predict` expects, of the recommended configurations, the
     similar tasks' fronts, and cheaper variants of both: a front has a cheap end too. Without `predict` (or where it
     knows nothing) the similar tasks' fronts and the other recommended ones take turns.
     """
@@ -61,7 +61,7 @@ def warm_start(
     turns = _unique([*ordered, *(c for c in chain(*zip_longest(nearest, others)) if c is not None)])
     if predict is None or most <= len(best):
         return turns[:most]
-    chosen = turns[:FIRST]
+    chosen = _unique(recommended)[:FIRST]
     pool = [(c, predict(c), 1.0) for c in turns] + [(v, predict(v), CHEAPER) for c in turns for v in _cheaper(c)]
     points = [(c, (share * p[0], p[1], p[2])) for c, p, share in pool if p is not None]
     if not points:
