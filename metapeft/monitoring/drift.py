@@ -1,11 +1,12 @@
 """Are incoming tasks like those that the champion learned from? Their profiles, feature by feature.
 
     ks     the largest Kolmogorov-Smirnov distance of any feature, between the last WINDOW tasks and the known ones
-    psi    the population stability index (bins of equal share of the known tasks), averaged over features
+    means  the largest difference of any feature's mean, over the last 10, 20 and 30 tasks, in standard errors
 
-Both are multiplied by n m / (n + m) (its root for the former), which makes windows of different size comparable, and
-looked at after every new task; how high they get without a change is simulated with whole profiles, so that features
-which go together count as what they are.
+The former is multiplied by the root of n m / (n + m), which makes windows of different size comparable. Both are looked
+at after every new task; how high they get without a change is simulated with whole profiles, so that features which go
+together count as what they are. What is told to people is the population stability index (bins of equal share of the
+known tasks), averaged over features.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from metapeft.profiling.profiles import SCALES
 
 BINS = 4
 LEAST_KNOWN, LEAST_NEW = 8, 10  # tasks
+LENGTHS = (10, 20, 30)  # of the windows of means
+MOST = 4.0  # usual spreads from the usual middle: more says no more, as in a task's embedding
+LEAST_SPREAD = 0.5  # usual spreads: one odd task among known ones that are all alike is no drift
 RUNS = 200
 
 
@@ -65,25 +69,43 @@ class Profiles:
         """(features,)"""
         return _index(self.shares, _smoothed(_counted(self.places(rows)).sum(axis=0)))
 
+    @cached_property
+    def standards(self) -> tuple[np.ndarray, np.ndarray]:
+        """(features,) each: mean and spread of the known tasks."""
+        kept = np.clip(self.rows, -MOST, MOST)
+        return kept.mean(axis=0), np.maximum(kept.std(axis=0, ddof=1), LEAST_SPREAD)
+
+    def standardised(self, rows: np.ndarray) -> np.ndarray:
+        mean, spread = self.standards
+        found: np.ndarray = (np.clip(rows, -MOST, MOST) - mean) / spread
+        return found
+
+    def away(self, rows: np.ndarray) -> np.ndarray:
+        """(features,): how far the means of the last rows are from the known one, in standard errors of both."""
+        values = self.standardised(rows)
+        lengths = [m for m in LENGTHS if m <= len(rows)]
+        far = [np.abs(values[-m:].sum(axis=0)) / (m * (1 + m / len(self.rows))) ** 0.5 for m in lengths]
+        found: np.ndarray = np.max(far, axis=0) if far else np.zeros(rows.shape[1])
+        return found
+
     def statistics(self, rows: np.ndarray) -> dict[str, float]:
         """Of the last rows."""
         n, m = len(self.rows), len(rows)
-        size = n * m / (n + m)
-        return {"ks": float(self.ks(rows).max() * size**0.5), "psi": float(self.psi(rows).mean() * size)}
+        return {"ks": float(self.ks(rows).max() * (n * m / (n + m)) ** 0.5), "means": float(self.away(rows).max())}
 
     @cached_property
     def highest(self) -> dict[str, np.ndarray]:
         """(RUNS,) each, ascending: how high the statistics get in histories of the known tasks themselves."""
         random = np.random.default_rng(0)
         tasks = drawn(worlds(self.families, random, RUNS), HORIZON, random)
-        n, own = len(self.rows), _counted(self.places(self.rows)).reshape(len(self.rows), -1)
+        n, own = len(self.rows), self.standardised(self.rows)
         order = np.argsort(self.rows, axis=0, kind="stable")
         last = np.ones(self.rows.shape, dtype=bool)  # of equal values, where the distribution has made its whole step
         last[:-1] = np.diff(self.ordered, axis=0) > 0
         known = (np.arange(n) + 1)[:, None] / n
         m = np.minimum(np.arange(HORIZON) + 1, WINDOW)[:, None]
         size = (n * m / (n + m))[:, 0]
-        found: dict[str, list[float]] = {"ks": [], "psi": []}
+        found: dict[str, list[float]] = {"ks": [], "means": []}
         for run in tasks:
             counts = windowed(np.eye(n, dtype=np.float32)[run], axis=0)
             far = np.zeros(HORIZON)
@@ -92,9 +114,9 @@ class Profiles:
                     steps = np.cumsum(counts[:, order[:, feature]], axis=1) / m
                     away = np.abs(steps - known.T)[:, last[:, feature]]
                     far = np.maximum(far, away.max(axis=1))
-            index = _index(self.shares, _smoothed((counts @ own).reshape(HORIZON, -1, BINS))).mean(axis=-1)
             found["ks"].append(float((far * size**0.5)[LEAST_NEW - 1 :].max()))
-            found["psi"].append(float((index * size)[LEAST_NEW - 1 :].max()))
+            sums = ((windowed(own[run], 0, m)[m - 1 :], m * (1 + m / n)) for m in LENGTHS)
+            found["means"].append(max(float(np.abs(s).max()) / variance**0.5 for s, variance in sums))
         return {name: highest(np.array(values)[:, None]) for name, values in found.items()}
 
 
@@ -121,7 +143,7 @@ def scaled(features: dict[str, float]) -> np.ndarray:
 def watch(known: Profiles, rows: np.ndarray, places: Sequence[int], false_alarms: float) -> tuple[Finding, list[str]]:
     """How incoming tasks stand to the known ones, and the features that moved most. rows: (tasks, features), the oldest
     first; places: of the decisions that brought them."""
-    limits = {t: Limit(known.highest[t], false_alarms * SHARES["profiles", t]) for t in ("ks", "psi")}
+    limits = {t: Limit(known.highest[t], false_alarms * SHARES["profiles", t]) for t in ("ks", "means")}
     alarms: list[int] = []
     fired = since = None
     start, worst, chance, test = 0, 0.0, 1.0, "ks"
@@ -144,7 +166,7 @@ def watch(known: Profiles, rows: np.ndarray, places: Sequence[int], false_alarms
         if worst >= 1:
             fired, since = now, max(start, now + 1 - WINDOW)
             alarms.append(now)
-            far = known.ks(own)
+            far = known.ks(own) if best == "ks" else known.away(own)
             moved = [list(SCALES)[i] for i in np.argsort(-far)[:3]]
     return (
         Finding(

@@ -80,12 +80,12 @@ def windows(values: np.ndarray) -> np.ndarray:
     return found
 
 
-def windowed(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Sums of the last WINDOW values (of all, while there are fewer)."""
+def windowed(values: np.ndarray, axis: int = -1, length: int = WINDOW) -> np.ndarray:
+    """Sums of the last `length` values (of all, while there are fewer)."""
     sums = np.cumsum(values, axis=axis)
-    before = np.roll(sums, WINDOW, axis=axis)
+    before = np.roll(sums, length, axis=axis)
     first = [slice(None)] * values.ndim
-    first[axis] = slice(0, WINDOW)
+    first[axis] = slice(0, length)
     before[tuple(first)] = 0
     found: np.ndarray = sums - before
     return found

@@ -47,8 +47,8 @@ SHARES = {
     ("intervals", "window"): 0.05,
     ("chances", "window"): 0.05,
     ("seconds", "window"): 0.05,
-    ("profiles", "ks"): 0.10,
-    ("profiles", "psi"): 0.10,
+    ("profiles", "ks"): 0.05,
+    ("profiles", "means"): 0.15,
 }
 FALSE_ALARMS = 0.8  # per 1,000 decisions, of all tests together
 SMALLEST = {"regret": 0.03, "order": 0.10, "intervals": 0.20}  # what has to be found; half of it is tolerated

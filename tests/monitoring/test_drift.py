@@ -59,3 +59,25 @@ def test_few_tasks_say_nothing() -> None:
 def test_a_profile_is_scaled_as_its_embedding() -> None:
     measured = profile()
     assert scaled(measured.features) == pytest.approx(measured.embedding)
+
+
+def test_a_shift_of_one_feature_is_found_within_a_few_tasks() -> None:
+    """Half of a window suffices: the shorter windows of means see it before it is most of the last 30 tasks."""
+    known, families = tasks(60, 0)
+    own, delays = Profiles(known, families), []
+    for seed in range(8):
+        calm, new = tasks(60, 10 + seed)[0], tasks(60, 30 + seed)[0]
+        new[:, 7] += 2.0
+        rows = np.vstack([calm, new])
+        found, moved = watch(own, rows, range(len(rows)), 0.8)
+        late = [a for a in found.alarms if a >= 60]
+        delays.append(late[0] - 59)
+        assert moved[0] == list(SCALES)[7]
+    assert np.median(delays) <= 18 and max(delays) <= 25
+
+
+def test_differences_of_means_are_in_standard_errors() -> None:
+    known, families = tasks(4000, 0)
+    own = Profiles(known, families)
+    calm = np.array([own.away(tasks(10, 100 + seed, families=4000)[0])[20:] for seed in range(60)])
+    assert np.sqrt(np.mean(calm**2)) == pytest.approx(1.0, abs=0.1)
