@@ -8,7 +8,8 @@ in time and memory: then it will not be on the front.
 
 A false stop is a stopped trial that would have beaten all of those after all. `calibrated` replays recorded full curves
 as sweeps, each task with the curves of the others, and takes the largest alpha whose share of false stops is, as surely
-as SURE, at most TARGET: a sweep that searches near the front meets harder cases than the replay. Without enough recorded curves nothing is ever stopped.
+as SURE, at most TARGET: a sweep that searches near the front meets harder cases than the replay. Without enough
+recorded curves nothing is ever stopped.
 """
 
 from __future__ import annotations
