@@ -23,7 +23,7 @@ import numpy as np
 from metapeft.meta import gains, rivals, scores
 from metapeft.meta.evidence import Observation, without
 from metapeft.meta.fitting import Group, fit, groups
-from metapeft.meta.forecast import CLOSE, Forecast, forecast, untuned_of
+from metapeft.meta.forecast import CLOSE, Forecast, forecast, tests_of, untuned_of
 from metapeft.meta.model import Conditioned, Model
 from metapeft.meta.threads import one_thread
 from metapeft.peft import METHODS
@@ -106,7 +106,7 @@ def _judged(group: Group, known: Conditioned, ranks: dict[str, rivals.Rank]) -> 
     candidates = [o.configuration for o in group]
     seen, held = (np.array([getattr(o, name) for o in group]) for name in ("score", "validation"))
     untuned = untuned_of(group)
-    tests = _examples(group)
+    tests = tests_of(group)
     told = forecast(known, first.task, candidates, first.steps, untuned, tests)
     result = Judged(
         first.task.name, first.task.version, first.task.family, first.steps, first.task.train_examples,
@@ -169,12 +169,6 @@ def _uncertainty(result: Judged, told: Forecast, seen: np.ndarray, tests: int) -
     result.p_best, result.is_best = told.p_best.tolist(), (ties / ties.sum()).tolist()
     result.p_within, result.is_within = told.p_within.tolist(), (seen >= seen.max() - CLOSE).astype(float).tolist()
     result.sure = float(told.p_within[told.mean.argmax()])
-
-
-def _examples(group: Group) -> int:
-    """Of the test split, from the standard error of a share."""
-    sizes = [o.tests for o in group if o.tests]
-    return sizes[0] if sizes else 300
 
 
 @dataclass

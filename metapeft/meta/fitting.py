@@ -16,7 +16,7 @@ import numpy as np
 
 from metapeft.meta.embedding import Metric, learn
 from metapeft.meta.evidence import Known, Observation, without
-from metapeft.meta.forecast import CLOSE, drawn, log_odds, untuned_of
+from metapeft.meta.forecast import CLOSE, drawn, log_odds, tests_of, untuned_of
 from metapeft.meta.model import FREEDOM, Conditioned, Model, Places, fit_deviations, noise, terms
 from metapeft.meta.threads import one_thread
 
@@ -27,7 +27,6 @@ REACHES = (0.0, 0.25, 0.5, 0.75, 1.0)
 LENGTHS = (0.7, 1.4)
 HESITATION = 0.5  # standard errors: tasks left out must show that similar tasks help
 CHOICES = 4  # independent answers that the configurations of one task are worth, for they stand or fall together
-USUAL_TESTS = 300
 NOMINAL = 5  # tasks on which the uncertainty is believed to have been right, before any was checked
 
 Group = list[Observation]
@@ -143,8 +142,7 @@ def _with_chances(model: Model, splits: list[Split]) -> Model:
     told, came = [], []
     for group, mean, covariance in (found for split in splits for found in next(split.predict([model]))):
         seen = np.array([o.score for o in group])
-        chances = drawn(model, mean, covariance, untuned_of(group), max(o.tests for o in group) or USUAL_TESTS).p_within
-        told.append(log_odds(chances))
+        told.append(log_odds(drawn(model, mean, covariance, untuned_of(group), tests_of(group)).p_within))
         came.append(seen >= seen.max() - CLOSE)
     odds, happened = np.concatenate(told), np.concatenate(came)
     weight = np.concatenate([np.full(len(t), CHOICES / len(t)) for t in told])

@@ -17,6 +17,7 @@ from metapeft.meta.evidence import Configuration, Known, Observation
 from metapeft.meta.model import Conditioned, Model
 
 DRAWS = 4000
+USUAL_TESTS = 300  # examples of a test split, where the trials do not say
 CLOSE = 0.01  # of the score: as good as the best
 
 
@@ -74,11 +75,11 @@ def drawn(
         start=start[:, 0],
         mean=scores.mean(axis=0),
         p_best=(ties / ties.sum(axis=1, keepdims=True)).mean(axis=0),
-        p_within=calibrated((scores >= top - CLOSE).mean(axis=0), model.within),
+        p_within=recalibrated((scores >= top - CLOSE).mean(axis=0), model.within),
     )
 
 
-def calibrated(chances: np.ndarray, within: tuple[float, float]) -> np.ndarray:
+def recalibrated(chances: np.ndarray, within: tuple[float, float]) -> np.ndarray:
     """Chances (n,) after Platt's recalibration (1999): log odds times a slope plus an intercept. The order stays."""
     intercept, slope = within
     found: np.ndarray = 1 / (1 + np.exp(-intercept - slope * log_odds(chances)))
@@ -104,3 +105,8 @@ def untuned_of(observations: Sequence[Observation]) -> tuple[float, float]:
     if features is None:
         return 0.0, 0.0
     return features["zero_shot_score"], features["zero_shot_standard_error"]
+
+
+def tests_of(observations: Sequence[Observation]) -> int:
+    """How many examples the test split of their task has."""
+    return next((o.tests for o in observations if o.tests), USUAL_TESTS)

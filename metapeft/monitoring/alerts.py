@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -73,9 +73,12 @@ DO["chances"] = DO["intervals"]
 
 
 def of_watch(
-    finding: Finding, decisions: Sequence[Decision], moved: Sequence[str] = (), benefit: Benefit | None = None
+    finding: Finding,
+    decisions: Sequence[Decision],
+    moved: Mapping[str, float] | None = None,
+    benefit: Benefit | None = None,
 ) -> Alert | None:
-    """None while it does not fire."""
+    """None while it does not fire. moved: features of profiles, with the difference of their means in usual spreads."""
     if finding.fired is None:
         return None
     name = finding.watch
@@ -90,8 +93,8 @@ def of_watch(
         f" {100 * finding.expected:.0f} are usual",
         "seconds": f"Measured seconds were {2**finding.at_alarm:.2g} times the predicted ones;"
         f" {2**finding.expected:.2g} times at first",
-        "profiles": f"Their population stability index is {finding.at_alarm:.2f}; chance alone makes"
-        f" {finding.expected:.2f}. Most different: {', '.join(moved) or 'many features'}",
+        "profiles": f"Most different in the mean, in spreads of the known tasks: {_shifts(moved or {})}. The population"
+        f" stability index of all features is {finding.at_alarm:.2f}; chance alone makes {finding.expected:.2f}",
     }[name]
     retrain = name in RETRAINED
     do = DO[name]
@@ -111,6 +114,10 @@ def of_watch(
         retrain=retrain,
         benefit=benefit.to_json() if retrain and benefit is not None and benefit.tasks else {},
     )
+
+
+def _shifts(moved: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {shift:+.1f}" for name, shift in moved.items())
 
 
 def kinds(worse: Sequence[Decision], name: str) -> tuple[str, ...]:

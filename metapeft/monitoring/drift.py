@@ -81,12 +81,11 @@ class Profiles:
         return found
 
     def away(self, rows: np.ndarray) -> np.ndarray:
-        """(features,): how far the means of the last rows are from the known one, in standard errors of both."""
-        values = self.standardised(rows)
+        """(windows, features): how far the means of the last 10, 20 and 30 rows, as far as there are so many, are from
+        the known ones, in standard errors of both."""
+        values, n = self.standardised(rows), len(self.rows)
         lengths = [m for m in LENGTHS if m <= len(rows)]
-        far = [np.abs(values[-m:].sum(axis=0)) / (m * (1 + m / len(self.rows))) ** 0.5 for m in lengths]
-        found: np.ndarray = np.max(far, axis=0) if far else np.zeros(rows.shape[1])
-        return found
+        return np.array([np.abs(values[-m:].sum(axis=0)) / (m * (1 + m / n)) ** 0.5 for m in lengths])
 
     def statistics(self, rows: np.ndarray) -> dict[str, float]:
         """Of the last rows."""
@@ -115,7 +114,7 @@ class Profiles:
                     away = np.abs(steps - known.T)[:, last[:, feature]]
                     far = np.maximum(far, away.max(axis=1))
             found["ks"].append(float((far * size**0.5)[LEAST_NEW - 1 :].max()))
-            sums = ((windowed(own[run], 0, m)[m - 1 :], m * (1 + m / n)) for m in LENGTHS)
+            sums = ((windowed(own[run], 0, few)[few - 1 :], few * (1 + few / n)) for few in LENGTHS)
             found["means"].append(max(float(np.abs(s).max()) / variance**0.5 for s, variance in sums))
         return {name: highest(np.array(values)[:, None]) for name, values in found.items()}
 
@@ -140,15 +139,18 @@ def scaled(features: dict[str, float]) -> np.ndarray:
     return np.array([(change(features[n]) - centre) / scale for n, (change, centre, scale) in SCALES.items()])
 
 
-def watch(known: Profiles, rows: np.ndarray, places: Sequence[int], false_alarms: float) -> tuple[Finding, list[str]]:
-    """How incoming tasks stand to the known ones, and the features that moved most. rows: (tasks, features), the oldest
-    first; places: of the decisions that brought them."""
+def watch(
+    known: Profiles, rows: np.ndarray, places: Sequence[int], false_alarms: float
+) -> tuple[Finding, dict[str, float]]:
+    """How incoming tasks stand to the known ones; and, while that is an alert, the features that moved most, with the
+    difference of their means in spreads of the known tasks. rows: (tasks, features), the oldest first; places: of the
+    decisions that brought them."""
     limits = {t: Limit(known.highest[t], false_alarms * SHARES["profiles", t]) for t in ("ks", "means")}
     alarms: list[int] = []
     fired = since = None
     start, worst, chance, test = 0, 0.0, 1.0, "ks"
-    level = expected = float("nan")
-    moved: list[str] = []
+    level = expected = at_alarm = float("nan")
+    moved: dict[str, float] = {}
     for now in range(len(rows)):
         own = rows[max(start, now + 1 - WINDOW) : now + 1]
         if len(own) < LEAST_NEW:
@@ -164,10 +166,13 @@ def watch(known: Profiles, rows: np.ndarray, places: Sequence[int], false_alarms
             continue
         worst, test, chance = evidence[best], best, limits[best].chance(found[best])
         if worst >= 1:
-            fired, since = now, max(start, now + 1 - WINDOW)
+            far = known.ks(own)[None] if best == "ks" else known.away(own)
+            window = int(far.max(axis=1).argmax())
+            length = len(own) if best == "ks" else LENGTHS[window]
+            shifts = known.standardised(own[-length:]).mean(axis=0)
+            moved = {list(SCALES)[i]: float(shifts[i]) for i in np.argsort(-far[window], kind="stable")[:3]}
+            fired, since, at_alarm = now, now + 1 - length, level
             alarms.append(now)
-            far = known.ks(own) if best == "ks" else known.away(own)
-            moved = [list(SCALES)[i] for i in np.argsort(-far)[:3]]
     return (
         Finding(
             watch="profiles",
@@ -180,7 +185,7 @@ def watch(known: Profiles, rows: np.ndarray, places: Sequence[int], false_alarms
             fired=None if fired is None else places[fired],
             since=None if since is None else places[since],
             alarms=tuple(places[a] for a in alarms),
-            at_alarm=level,
+            at_alarm=at_alarm,
         ),
-        moved if fired is not None else [],
+        moved if fired is not None else {},
     )

@@ -95,7 +95,7 @@ def _look(
     found: list[Alert] = []
     watches: list[dict[str, Any]] = []
     allowed = settings.monitor.false_alarms
-    moved: list[str] = []
+    moved: dict[str, float] = {}
     findings: list[Finding] = []
     if promise and any(d.followed for d in decisions):
         findings += watch(decisions, promise, Limits(promise, decisions, allowed))

@@ -164,9 +164,10 @@ def disorder(predicted: np.ndarray, measured: np.ndarray) -> float | None:
     a, b = np.triu_indices(len(measured), 1)
     apart, told = measured[a] - measured[b], predicted[a] - predicted[b]
     total = float(np.abs(apart).sum())
-    wrong = float(np.abs(apart[np.sign(apart) * np.sign(told) < 0]).sum())
-    ties = float(np.abs(apart[told == 0]).sum())
-    return (wrong + ties / 2) / total if total > 1e-12 else None
+    if total <= 1e-12:
+        return None
+    missed = (1 - np.sign(apart) * np.sign(told)) / 2  # per pair: 0 right, 1 wrong, a half for no order
+    return float(np.average(missed, weights=np.abs(apart)))
 
 
 def binned(pairs: Iterable[tuple[float, float]]) -> np.ndarray:

@@ -50,10 +50,9 @@ def warm_start(
     """At most half of the trials (or one per method): the rest is for what nobody expected.
 
     A short sweep sees the first recommended configuration of every method. A longer one begins with the first FIRST, of
-    whatever method: on tasks left out the best of these was better than the best of as many methods. What follows adds
-    most to the hypervolume that `predict` expects, of the recommended configurations, the similar tasks' fronts, and
-    cheaper variants of both: a front has a cheap end too. Without `predict` (or where it knows nothing) the similar
-    tasks' fronts and the other recommended ones take turns.
+    whatever method. What follows adds most to the hypervolume that `predict` expects, of the recommended
+    configurations, the similar tasks' fronts, and cheaper variants of both: a front has a cheap end too. Without
+    `predict` (or where it knows nothing) the similar tasks' fronts and the other recommended ones take turns.
     """
     best = list({c["method"]: c for c in reversed(recommended)}.values())
     ordered = [c for c in recommended if c in best]

@@ -118,6 +118,8 @@ def test_chances_that_do_not_come_true_are_mended_and_keep_their_order(told: Wor
     for one, two in zip(before, after, strict=True):
         assert np.argsort(one.p_within, kind="stable").tolist() == np.argsort(two.p_within, kind="stable").tolist()
     assert Model.from_json(mended.to_json()) == mended
+    older = {name: value for name, value in mended.to_json().items() if name != "within"}
+    assert Model.from_json(older) == wrong
 
 
 @pytest.mark.parametrize("tasks", [0, 1, 4])
