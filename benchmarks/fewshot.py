@@ -7,9 +7,9 @@
 Before a task is met, the library holds adapters of the other tasks, trained on up to 600 examples each, and starts are
 meta-learned from the half of the tasks that is of other families. For every task, number of shots and draw of shots,
 every strategy is cross-validated on the shots and, trained on all of them, scored on the test split; the automatic
-choice sees the former alone, and priors made of the cells of other families. Results are kept in
-METAPEFT_HOME/benchmarks/fewshot, one line per cell as it ends, the cheapest cells first: an interrupted run continues,
-and `--only report` reports what there is.
+choice sees the former alone, and priors made of the cells of other families. Results are kept (--records; default: in
+METAPEFT_HOME/benchmarks/fewshot), one line per cell as it ends, the cheapest cells first: an interrupted run continues,
+and `--only report` reports what there is. benchmarks/records/fewshot.jsonl holds what docs/fewshot.md reports.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument("--max-seconds", type=float, default=math.inf)
     parser.add_argument("--priors", type=Path, help="write what the strategies gained here, for `metapeft adapt`")
     parser.add_argument("--only", choices=("prepare", "run", "report"))
+    parser.add_argument("--records", type=Path, help="finished cells are read from here and added here")
     options = parser.parse_args()
     until = time.monotonic() + options.max_seconds
     names, shots = options.tasks.split(","), [int(k) for k in options.shots.split(",")]
@@ -71,6 +72,7 @@ def main() -> int:
         names, shots, draws, library, rounds = ["name_gender"], [4], 1, QUICK_LIBRARY, 10
     learned = json.dumps([sorted(library), rounds, DATA.model_dump()])
     _place.append(home() / "benchmarks" / "fewshot" / hashlib.sha256(learned.encode()).hexdigest()[:8])
+    _records.append(options.records or folder() / "cells.jsonl")
     if options.only in (None, "prepare"):
         prepare(library, rounds, until)
     if options.only in (None, "run"):
@@ -105,6 +107,7 @@ def main() -> int:
 
 
 _place: list[Path] = []
+_records: list[Path] = []
 _loaded: dict[str, Any] = {}
 
 
@@ -206,7 +209,7 @@ def learn_start(
 
 def read() -> list[dict[str, Any]]:
     """Every finished cell once."""
-    path = folder() / "cells.jsonl"
+    path = _records[-1]
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         if line.endswith("}"):  # the last one may have been cut
@@ -244,7 +247,8 @@ def cell(name: str, count: int, draw: int, learned_from: Sequence[str]) -> None:
     record["untuned"] = {"shots": packed(answers(session, None, "train")), "test": zero(name)}
     record["strategies"] = {way.name: one(way, session, folds, count) for way in ways}
     record["seconds"] = round(time.monotonic() - begin, 1)
-    with (folder() / "cells.jsonl").open("a", encoding="utf-8") as file:
+    _records[-1].parent.mkdir(parents=True, exist_ok=True)
+    with _records[-1].open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     scores = {n: f"{hits(s['test'][max(s['test'], key=int)]).mean():.2f}" for n, s in record["strategies"].items()}
     say(f"{name} {count} shots, draw {draw}: untuned {hits(record['untuned']['test']).mean():.2f} {scores}")

@@ -8,9 +8,10 @@ wrong      switching from the method that did worst there on validation: the sha
 sequences  tasks one after another: naive, replay, EWC, L2 and an adapter per task
 forecast   coverage of the 90 % intervals on the recorded curves of families left out
 
-Nothing that is predicted for a task knows a trial of that task. Finished trainings are kept in
-METAPEFT_HOME/benchmarks/switching.jsonl, so an interrupted run continues; cheap tasks come first, and every line of
-the result says how many tasks and seeds it rests on.
+Nothing that is predicted for a task knows a trial of that task. Finished trainings are kept (--records; default:
+METAPEFT_HOME/benchmarks/switching.jsonl), so an interrupted run continues; cheap tasks come first, and every line of
+the result says how many tasks and seeds it rests on. benchmarks/records/switching.jsonl holds what docs/switching.md
+reports.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from metapeft.settings import home
 
 TASKS = (
     "bb_plural",
@@ -47,6 +50,9 @@ STEPS = 40  # of LoRA on every layer: what they cost is everybody's budget
 PARTS = ("forecast", "one", "wrong", "sequences")
 
 
+_records: list[Path] = []  # the file that this run goes by
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two tasks, one seed, short trainings")
@@ -55,8 +61,10 @@ def main() -> int:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--records", type=Path, help="finished trainings are read from here and added here")
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="no new training begins after that")
     options = parser.parse_args()
+    _records.append(options.records or home() / "benchmarks" / "switching.jsonl")
     tasks = options.tasks.split(",")[: 2 if options.quick else None]
     seeds = [int(s) for s in options.seeds.split(",")][: 1 if options.quick else None]
     steps = 12 if options.quick else options.steps
@@ -181,7 +189,6 @@ def static(name: str, choice: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def switched(name: str, choice: dict[str, Any], seed: int, budget: float) -> dict[str, Any]:
-    from metapeft.settings import home
     from metapeft.switching import run
     from metapeft.switching.decide import Policy
 
@@ -239,9 +246,7 @@ def sequences(order: list[str], seeds: list[int], steps: int, until: float) -> l
 
 def kept(place: dict[str, Any], work: Callable[[], dict[str, Any]], until: float) -> dict[str, Any] | None:
     """The result that is on file, else a new one; None: no time is left."""
-    from metapeft.settings import home
-
-    path = home() / "benchmarks" / "switching.jsonl"
+    path = _records[-1]
     path.parent.mkdir(parents=True, exist_ok=True)
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         row = json.loads(line)
