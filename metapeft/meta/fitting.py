@@ -25,7 +25,6 @@ LEAST_TASKS = 5  # tasks with at least LEAST_TRIED configurations before anythin
 LEAST_TRIED = 3
 REACHES = (0.0, 0.25, 0.5, 0.75, 1.0)
 LENGTHS = (0.7, 1.4)
-HESITATION = 0.5  # standard errors: tasks left out must show that similar tasks help
 CHOICES = 4  # independent answers that the configurations of one task are worth, for they stand or fall together
 NOMINAL = 5  # tasks on which the uncertainty is believed to have been right, before any was checked
 
@@ -96,14 +95,17 @@ class Split:
 
 
 def _reaching(model: Model, splits: list[Split]) -> Model:
-    """The smallest reach that is as good as the best, within HESITATION: zero unless tasks left out say more."""
+    """With the mean of the choices of reach and length, each weighted by how surely tasks left out say that it is worse
+    than the best: a mean varies less from one state of the experience to the next than the best does."""
     choices = [replace(model, reach=reach, length=length) for length in LENGTHS for reach in REACHES]
     losses = np.concatenate([_losses(choices, split) for split in splits], axis=1)
-    best = int(losses.mean(axis=1).argmin())
-    worse = losses - losses[best]
+    worse = losses - losses[losses.mean(axis=1).argmin()]
     error = _standard_errors(worse, [group[0].task.family for split in splits for group in split.asked])
-    good = [i for i in range(len(choices)) if worse[i].mean() <= HESITATION * error[i] + 1e-12]
-    return choices[min(good, key=lambda i: (choices[i].reach, losses[i].mean()))]
+    weights = np.exp(-0.5 * (worse.mean(axis=1) / np.maximum(error, 1e-12)) ** 2)
+    weights /= weights.sum()
+    reach = weights @ [choice.reach for choice in choices]
+    length = np.exp(weights @ np.log([choice.length for choice in choices]))
+    return replace(model, reach=float(reach), length=float(length))
 
 
 def _standard_errors(values: np.ndarray, families: list[str]) -> np.ndarray:

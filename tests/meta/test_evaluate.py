@@ -77,7 +77,7 @@ def test_what_was_measured_on_a_task_is_not_seen_before_it_is_judged(told: World
 def test_the_order_of_observations_changes_nothing(told: World) -> None:
     some = [o for o in told.observations() if o.task.name < "bb_m"]
     one, two = fit(some), fit(some[::-1])
-    assert (one.reach, one.length) == (two.reach, two.length)
+    assert (one.reach, one.length) == pytest.approx((two.reach, two.length), rel=1e-3)
     assert list(one.deviations.values()) == pytest.approx(list(two.deviations.values()), rel=1e-3)
     assert one.choice_scale == pytest.approx(two.choice_scale, rel=1e-3)
 
@@ -105,7 +105,7 @@ def test_scales_follow_how_wrong_the_model_was() -> None:
     assert fitting._scale([]) == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("too", [0.2, 4.0])
+@pytest.mark.parametrize("too", [0.1, 4.0])
 def test_chances_that_do_not_come_true_are_mended_and_keep_their_order(told: World, too: float) -> None:
     """Too sure or too shy by far: mended on known tasks, checked on other ones."""
     observations = told.observations()
