@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -91,9 +92,8 @@ def datasheet(trials: Sequence[Trial], profiles: dict[tuple[str, str], Profile])
         "rate and the structure varying. What is not listed there is the default. The order: what takes most "
         "variance from the table per second comes first, so cheap tasks are further than expensive ones. After 366 "
         "trials a script that calls the same code with the same cells took over: first four configurations of every "
-        "method on each of 36 tasks, the cheapest tasks first, then one of each method at the second size, until 12 "
-        "tasks had it. Training is "
-        f"{_range(t.budget for t in trials)} steps of batch 8; the data limits are those of `metapeft/search/grow.py`. "
+        "method on each of 36 tasks, the cheapest tasks first, then the same at the second size of 12 of them. "
+        f"Training is {_range(t.budget for t in trials)} steps of batch 8; the data limits are those of `metapeft/search/grow.py`. "
         "The score is the task's metric on the test split, with the weights that were best on the validation split.",
         "",
         *_table(
@@ -161,7 +161,8 @@ def made_with(trial: Trial) -> str:
 
 def failures(trials: Sequence[Trial]) -> list[str]:
     """The commonest reasons of everything that did not end well."""
-    reasons = Counter((t.status, t.method, t.error) for t in trials if t.status not in ("ok", "stopped"))
+    bad = [t for t in trials if t.status not in ("ok", "stopped")]
+    reasons = Counter((t.status, t.method, re.sub(r"\d+(\.\d+)?", "N", t.error)) for t in bad)
     if not reasons:
         return []
     rows = [(status, method, error, str(n)) for (status, method, error), n in reasons.most_common(10)]
