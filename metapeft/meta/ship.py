@@ -94,7 +94,8 @@ def datasheet(trials: Sequence[Trial], profiles: dict[tuple[str, str], Profile])
         "trials a script that calls the same code with the same cells took over: first four configurations of every "
         "method on each of 36 tasks, the cheapest tasks first, then the same at the second size of 12 of them. "
         f"Training is {_range(t.budget for t in trials)} steps of batch 8; the data limits are those of "
-        "`metapeft/search/grow.py`. The score is the task's metric on the test split, with the weights that were best on the validation split.",
+        "`metapeft/search/grow.py`. The score is the task's metric on the test split, with the weights that were best "
+        "on the validation split.",
         "",
         *_table(
             ("engine, device and versions", "trials"),
