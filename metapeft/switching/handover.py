@@ -6,8 +6,10 @@
                 values of any, a prompt the embeddings of a prompt or P-tuning: outputs stay as they are
     distilled   virtual tokens that are no identity are trained until they put out what the old adapter does, on inputs
                 whose old outputs are cached (Hinton et al. 2015, arXiv:1503.02531, at temperature 1)
+    fresh       instead of distilled where nothing was learned yet: the new one starts on the bare backbone
 
-By how much outputs did change is measured on a guard set that neither trained, and what lost too much is not done.
+By how much outputs did change is measured on a guard set that neither trained, and what lost too much is not done. At a
+fresh start it is the backbone that must be no worse there than the old adapter.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from metapeft.training.configuration import split
 from metapeft.training.evaluation import Predictions, predict, score
 from metapeft.training.session import Session, Shard, completion_logits
 
-How = Literal["frozen", "converted", "distilled"]
+How = Literal["frozen", "converted", "distilled", "fresh"]
 DISTILL_STEPS = 8
 DISTILL_BATCHES = 4  # cached, and gone through again and again
 GUARD = 64  # examples at most
@@ -70,18 +72,22 @@ def tokens(adapter: Adapter | None) -> Tokens:
     return "none" if virtual is None else "embeddings" if isinstance(virtual, VirtualTokens) else "keys"
 
 
-def how(old: Tokens, method: str) -> How:
-    """The way from an adapter with such virtual tokens to a method."""
+def how(old: Tokens, method: str, learned: bool = True) -> How:
+    """The way from an adapter with such virtual tokens to a method. learned: whether it is better than the backbone."""
     if method in ("lora", "adalora"):
         return "frozen"
     exact = (method == "prefix" and old != "none") or (method == "prompt" and old == "embeddings")
-    return "converted" if exact else "distilled"
+    return "converted" if exact else "distilled" if learned else "fresh"
 
 
-def handover(session: Session, old: Adapter, configuration: dict[str, Any], seed: int) -> Handover:
+def handover(
+    session: Session, old: Adapter, configuration: dict[str, Any], seed: int, learned: bool = True
+) -> Handover:
     """From `old` (not attached) to a configuration."""
-    way = how(tokens(old), configuration["method"])
+    way = how(tokens(old), configuration["method"], learned)
     matrices, virtual = parts(old)
+    if way == "fresh":
+        return Handover(way, configuration, None, None)
     if way == "frozen":
         return Handover(way, configuration, old, None)
     if way == "converted":
@@ -145,8 +151,10 @@ def change(session: Session, guarded: Sequence[int], before: Predictions, after:
     )
 
 
-def predicted(session: Session, adapter: Adapter, guarded: Sequence[int]) -> Predictions:
-    """Of an adapter that is not attached."""
+def predicted(session: Session, adapter: Adapter | None, guarded: Sequence[int]) -> Predictions:
+    """Of an adapter that is not attached, or of the bare backbone."""
+    if adapter is None:
+        return predict(session, None, "validation", guarded)
     adapter.attach(session.model)
     try:
         return predict(session, adapter, "validation", guarded)

@@ -167,6 +167,7 @@ class _Training:
         guarded = handover.guard(self.session)
         old = None if leg.source is None or leg.change else self.whole(leg.source)
         before = None if old is None else handover.predicted(self.session, old, guarded)
+        bare = handover.predicted(self.session, None, guarded) if old is not None and leg.how == "fresh" else None
         leg.seconds = time.perf_counter() - began
         with handover.over(self.session, below) as upper:
 
@@ -177,7 +178,7 @@ class _Training:
                 if given.prepare is not None:
                     given.prepare(upper, adapter)
                 if before is not None:
-                    after = predict(upper, adapter, "validation", guarded)
+                    after = predict(upper, adapter, "validation", guarded) if bare is None else bare
                     found = handover.change(self.session, guarded, before, after)
                     leg.change = found.to_json()
                     if found.score_after < found.score_before - self.policy.tolerance and not leg.returns:
@@ -204,14 +205,15 @@ class _Training:
     def _handover(self, leg: Leg) -> handover.Handover | None:
         if leg.source is None:
             return None
-        return handover.handover(self.session, self.whole(leg.source), leg.configuration, self.seed)
+        learned = leg.how != "fresh"
+        return handover.handover(self.session, self.whole(leg.source), leg.configuration, self.seed, learned)
 
     def whole(self, number: int) -> Adapter:
         """What a leg came to, with all that lies beneath it."""
         leg = self.record.legs[number]
         top = adapters.load(self._leg_folder(number), self.session.model)
         mx.eval(top.module.parameters())
-        if leg.source is None:
+        if leg.source is None or leg.how == "fresh":
             return top
         old = self.whole(leg.source)
         # What is beneath follows from the methods alone: the whole of it under matrices, else its matrices.
@@ -266,16 +268,16 @@ class _Training:
     def _evidence(self, number: int, rows: list[dict[str, Any]], spent: float) -> Evidence:
         leg, forecaster = self.record.legs[number], self.advice.forecaster
         left = self.record.budget_seconds - spent
-        options = [_in_hand(leg)]
-        options += self._options(number, leg.configuration["method"], left)
-        chosen = [(complete(plain(o["configuration"])), o["steps"]) for o in options]
-        ahead = forecaster.ahead(rows, leg.steps)
-        calibration = forecaster.calibration
-        told = forecaster.before(chosen).given(*ahead, calibration.caution).wider(calibration.width)
         best = max(rows, key=lambda row: (row["validation_score"], -row["validation_loss"]))["validation_score"]
         n = min(64, len(self.session.encoded["validation"]))
         error = math.sqrt(max(best * (1 - best), 0.02) / n)
         untuned = forecaster.untuned
+        options = [_in_hand(leg)]
+        options += self._options(number, leg.configuration["method"], left, learned=best > untuned + error)
+        chosen = [(complete(plain(o["configuration"])), o["steps"]) for o in options]
+        ahead = forecaster.ahead(rows, leg.steps)
+        calibration = forecaster.calibration
+        told = forecaster.before(chosen).given(*ahead, calibration.caution).wider(calibration.width)
         return Evidence(
             leg=number,
             step=rows[-1]["step"],
@@ -291,14 +293,15 @@ class _Training:
             switches=self.record.switches(),
         )
 
-    def _options(self, number: int, method: str | None, left: float) -> list[dict[str, Any]]:
-        """What the seconds left would buy of each alternative. method: in hand; None: nothing is."""
+    def _options(self, number: int, method: str | None, left: float, learned: bool = True) -> list[dict[str, Any]]:
+        """What the seconds left would buy of each alternative. method: in hand; None: nothing is. learned: whether it
+        is better than the backbone."""
         tokens = self._tokens(number, method)
         tried = [leg.configuration for leg in self.record.legs]
         found = []
         for place, alternative in enumerate(self.record.alternatives):
             configuration, price = alternative["configuration"], Price(**alternative["price"])
-            way = handover.how(tokens, configuration["method"]) if method else "frozen"
+            way = handover.how(tokens, configuration["method"], learned) if method else "frozen"
             cost = price.exchange(way) if method else 0.0
             steps = price.steps(left - cost, self.policy.looks)
             if steps >= LEAST_STEPS and self._looking(configuration) not in tried:

@@ -33,8 +33,8 @@ POLICY = Policy(looks=4)
 class Certain(Forecaster):
     """Sure from the first look on that going on is worth little, and what each alternative is worth."""
 
-    def __init__(self, worth: dict[str, float]):
-        super().__init__(Known("v", "tiny", "t", "t", 40), [], [], Model(), 0.3, 100)
+    def __init__(self, worth: dict[str, float], untuned: float):
+        super().__init__(Known("v", "tiny", "t", "t", 40), [], [], Model(), untuned, 100)
         self.worth = worth
 
     def before(self, options: Any) -> Joint:
@@ -45,8 +45,9 @@ class Certain(Forecaster):
         return 0.0, 0.005
 
 
-def advice(start: str, *others: str, **worth: float) -> Advice:
-    return Advice(Alternative(SMALL[start], PRICE), tuple(Alternative(SMALL[o], PRICE) for o in others), Certain(worth))
+def advice(start: str, *others: str, untuned: float = 0.3, **worth: float) -> Advice:
+    alternatives = tuple(Alternative(SMALL[o], PRICE) for o in others)
+    return Advice(Alternative(SMALL[start], PRICE), alternatives, Certain(worth, untuned))
 
 
 def session() -> Session:

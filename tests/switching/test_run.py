@@ -87,6 +87,25 @@ def test_distillation_brings_outputs_closer(session: Session, tmp_path: Path) ->
     assert distilled.mean < fresh.mean
 
 
+@pytest.mark.parametrize("tolerance", [1.0, -2.0])
+def test_where_nothing_was_learned_the_next_begins_afresh(session: Session, tmp_path: Path, tolerance: float) -> None:
+    policy = Policy(looks=4, tolerance=tolerance)
+    unmatched = 0.95  # what the backbone is told to score: no look is above it
+    trial, record = made.train(
+        session, tmp_path / "x", "lora", "prefix", policy=policy, steps=60, untuned=unmatched, prefix=0.9
+    )
+    assert record.legs[1].how == "fresh" and record.legs[1].change is not None
+    if tolerance < 0:  # nothing is good enough: the old adapter is there still
+        assert record.legs[1].undone and record.legs[2].returns and record.legs[2].how == "frozen"
+        return
+    bare = evaluate(session, None, "validation", handover.guard(session))
+    assert record.legs[1].change["score_after"] == bare.value
+    assert trial.score is not None
+    kept = adapters.load(tmp_path / "x", session.model)
+    assert handover.tokens(kept) == ("none" if record.back else "keys")
+    assert (handover.parts(kept)[0] is None) != record.back  # of the two, one alone
+
+
 def test_two_exchanges_lie_on_each_other(session: Session, tmp_path: Path) -> None:
     trial, record = made.train(session, tmp_path / "x", "prompt", "lora", "adalora", steps=90, lora=0.9, adalora=0.8)
     assert [leg.configuration["method"] for leg in record.legs] == ["prompt", "lora", "adalora"]
