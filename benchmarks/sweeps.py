@@ -284,7 +284,7 @@ def advice(others: Sequence[Any], task: Any, count: int) -> tuple[list[dict[str,
     from metapeft.meta.fitting import fit
     from metapeft.meta.forecast import forecast
     from metapeft.meta.model import Conditioned
-    from metapeft.meta.recommendation import LEAST_SEEN, LEAST_TASKS
+    from metapeft.meta.recommendation import LEAST_SEEN, LEAST_TASKS, TOGETHER
     from metapeft.profiling import every_profile
     from metapeft.search.warm import nearest_fronts, warm_start
 
@@ -310,6 +310,7 @@ def advice(others: Sequence[Any], task: Any, count: int) -> tuple[list[dict[str,
     tests = task.score.n if task.score else 300
     told = forecast(Conditioned(model, observed), here, listed, task.budget, untuned, tests)
     ranked = [listed[i] for i in np.argsort(-told.mean, kind="stable")]
+    together = [listed[i] for i in told.together(TOGETHER, np.zeros(len(listed)))]
     profiled = {o.task for o in observed if o.task.features is not None}
     nearest: list[str] = []
     if profiled and here.features is not None:
@@ -317,7 +318,7 @@ def advice(others: Sequence[Any], task: Any, count: int) -> tuple[list[dict[str,
         similarity = model.metric.similarity([here], near, model.length)[0]
         nearest = [near[i].name for i in np.argsort(-similarity, kind="stable")]
     predict = expected(others, listed, told.mean)
-    return warm_start(ranked, nearest_fronts(others, nearest), count, predict), ranked[0]
+    return warm_start(together, ranked, nearest_fronts(others, nearest), count, predict), ranked[0]
 
 
 def expected(others: Sequence[Any], listed: Sequence[dict[str, Any]], means: np.ndarray) -> Any:

@@ -134,6 +134,10 @@ def recommend(
     show(found, as_json, recommended(found), title=f"Recommended for {found['task']} (basis: {found['basis']})")
     if not as_json:
         print(found["advice"])
+        if len(found["together"]) > 1:
+            print(
+                f"to try several, take ranks {', '.join(map(str, found['together']))}: they do well on different tasks"
+            )
         for near in found["neighbours"]:
             best = near["best"]
             print(f"like {near['task']} ({near['similarity']:.2f}): there {best['method']} reached {best['score']:.3f}")

@@ -36,6 +36,19 @@ class Forecast:
         low, high = np.quantile(self.draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
         return low, high
 
+    def together(self, count: int, penalty: np.ndarray) -> list[int]:
+        """Configurations to try all of, greedily those that raise the expected best the most, each less its penalty
+        (n,): after the first, what does well where the others do not."""
+        worth = self.draws - penalty
+        chosen: list[int] = []
+        best = np.full(len(worth), -np.inf)
+        for _ in range(min(count, worth.shape[1])):
+            raised = np.maximum(worth, best[:, None]).mean(axis=0)
+            raised[chosen] = -np.inf
+            chosen.append(int(raised.argmax()))
+            best = np.maximum(best, worth[:, chosen[-1]])
+        return chosen
+
 
 def forecast(
     known: Conditioned,

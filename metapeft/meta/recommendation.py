@@ -28,7 +28,7 @@ from metapeft.meta import costs, versions
 from metapeft.meta.costs import Cost
 from metapeft.meta.evidence import Configuration, Known, Observation, complete, families, key
 from metapeft.meta.experience import Experience
-from metapeft.meta.forecast import CLOSE, Forecast, forecast
+from metapeft.meta.forecast import CLOSE, forecast
 from metapeft.meta.knowledge import Knowledge, knowledge
 from metapeft.meta.model import Conditioned, Model
 from metapeft.meta.portfolio import portfolio
@@ -48,6 +48,7 @@ MOST_TRIED = 20  # configurations tried on this task that are listed beside the 
 MOST_OFTEN = 40  # and configurations tried on other tasks, the most often tried first
 MOST_KNOWN = 2500  # observations of other tasks that a recommendation rests on
 NEIGHBOURS = 5
+TOGETHER = 3
 ENOUGH = 0.5  # chance that tuning gains nothing that matters, from which on it is not advised
 # What a tenfold saving of (seconds, memory) is worth, in score.
 WORTH: dict[Prefer, tuple[float, float]] = {
@@ -115,7 +116,7 @@ class Neighbour:
 @dataclass(frozen=True)
 class Recommendation:
     """`advice`: the answer in a sentence or two. `model`: version of the meta-model; `tasks`, `trials`: what it rests
-    on."""
+    on. `together`: ranks of the TOGETHER configurations whose best is expected to be highest, when all are tried."""
 
     id: str
     task: str
@@ -129,10 +130,11 @@ class Recommendation:
     untuned: Untuned
     recommendations: tuple[Recommended, ...]
     neighbours: tuple[Neighbour, ...]
+    together: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         record = asdict(self)
-        return {**record, "recommendations": list(record["recommendations"]), "neighbours": list(record["neighbours"])}
+        return record | {name: list(record[name]) for name in ("recommendations", "neighbours", "together")}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Recommendation:
@@ -147,6 +149,7 @@ class Recommendation:
                 "untuned": Untuned(**record["untuned"]),
                 "recommendations": tuple(entries),
                 "neighbours": tuple(Neighbour(**n) for n in record["neighbours"]),
+                "together": tuple(record.get("together", ())),  # those of before it was told have none
             }
         )
 
@@ -190,7 +193,8 @@ def recommend(
         untuned = _untuned(mine, profile)
         whole = [complete(c) for c in candidates]
         told = forecast(conditioned, here, whole, settings.train.steps, untuned, len(task.test))
-    order = _ordered(told, needs, settings.recommend.prefer)
+    penalty = _penalty(needs, settings.recommend.prefer)
+    order = sorted(range(len(needs)), key=lambda i: (penalty[i] - told.mean[i], needs[i].seconds))
     bounds = {level: told.interval(level) for level in (LEVEL, LIKELY)}
     entries = tuple(
         Recommended(
@@ -221,6 +225,7 @@ def recommend(
         untuned=Untuned(_r(untuned[0]), _r(untuned[1]), enough),
         recommendations=entries,
         neighbours=neighbours(version.model, here, evidence, known),
+        together=tuple(order.index(i) + 1 for i in told.together(TOGETHER, penalty)),
     )
     found = replace(found, advice=_advice(found, evidence))
     text = json.dumps(found.to_json(), sort_keys=True)
@@ -267,13 +272,11 @@ def _untuned(own: Sequence[Trial], profile: Profile) -> tuple[float, float]:
     return profile.features["zero_shot_score"], profile.features["zero_shot_standard_error"]
 
 
-def _ordered(told: Forecast, needs: list[Cost], prefer: Prefer) -> list[int]:
+def _penalty(needs: list[Cost], prefer: Prefer) -> np.ndarray:
+    """What the preference makes of each cost, in score."""
     time, memory = WORTH[prefer]
-    worth = [
-        told.mean[i] - time * math.log10(max(c.seconds, 1e-3)) - memory * math.log10(max(c.peak_memory_mb, 1.0))
-        for i, c in enumerate(needs)
-    ]
-    return sorted(range(len(needs)), key=lambda i: (-worth[i], needs[i].seconds))
+    logs = [(math.log10(max(c.seconds, 1e-3)), math.log10(max(c.peak_memory_mb, 1.0))) for c in needs]
+    return np.array(logs) @ (time, memory)
 
 
 def _advice(found: Recommendation, evidence: list[Observation]) -> str:

@@ -16,7 +16,6 @@ from metapeft.training.trial import Trial
 
 MOST_TASKS = 3
 MOST_EACH = 4  # points of one task's front
-FIRST = 3  # the best come first, whatever they cost
 WORTH = 0.005  # share of the expected hypervolume that one more configuration must add
 CHEAPER = 0.95  # share of its score that a cheaper variant is expected to keep
 
@@ -42,6 +41,7 @@ def nearest_fronts(trials: Sequence[Trial], tasks: Sequence[str]) -> list[dict[s
 
 
 def warm_start(
+    first: Sequence[dict[str, Any]],
     recommended: Sequence[dict[str, Any]],
     nearest: Sequence[dict[str, Any]],
     trials: int,
@@ -49,10 +49,10 @@ def warm_start(
 ) -> list[dict[str, Any]]:
     """At most half of the trials (or one per method): the rest is for what nobody expected.
 
-    A short sweep sees the first recommended configuration of every method. A longer one begins with the first FIRST, of
-    whatever method. What follows adds most to the hypervolume that `predict` expects, of the recommended
-    configurations, the similar tasks' fronts, and cheaper variants of both: a front has a cheap end too. Without
-    `predict` (or where it knows nothing) the similar tasks' fronts and the other recommended ones take turns.
+    A short sweep sees the first recommended configuration of every method. A longer one begins with `first`, the ones
+    to try together. What follows adds most to the hypervolume that `predict` expects, of the recommended ones, the
+    similar tasks' fronts, and cheaper variants of both: a front has a cheap end too. Without `predict` (or where it
+    knows nothing) the similar tasks' fronts and the other recommended ones take turns.
     """
     best = list({c["method"]: c for c in reversed(recommended)}.values())
     ordered = [c for c in recommended if c in best]
@@ -61,7 +61,7 @@ def warm_start(
     turns = _unique([*ordered, *(c for c in chain(*zip_longest(nearest, others)) if c is not None)])
     if predict is None or most <= len(best):
         return turns[:most]
-    chosen = _unique(recommended)[:FIRST]
+    chosen = _unique(first)
     pool = [(c, predict(c), 1.0) for c in turns] + [(v, predict(v), CHEAPER) for c in turns for v in _cheaper(c)]
     points = [(c, (share * p[0], p[1], p[2])) for c, p, share in pool if p is not None]
     if not points:

@@ -186,15 +186,17 @@ def prepare(settings: Settings, work: Path) -> Prepared:
     recommended = read_json(work / "recommend" / "configurations.json")
     nearest = read_json(work / "recommend" / "nearest.json")
     speed = speeds.read(profile.backbone_content) or nominal_speed(profile)
-    recommendations = read_json(work / "recommend" / "recommendation.json")["recommendations"]
-    expected = Expected(profile, speed, recommendations, settings.sweep.steps)
+    found = read_json(work / "recommend" / "recommendation.json")
+    expected = Expected(profile, speed, found["recommendations"], settings.sweep.steps)
+    first = [recommended[rank - 1] for rank in found["together"]]
+    start = warm_start(first, recommended, nearest, settings.sweep.trials, expected.point)
     return Prepared(
         settings,
         task,
         train,
         space,
         Limits(settings.recommend.max_seconds, settings.recommend.max_memory_mb),
-        warm_start(recommended, nearest, settings.sweep.trials, expected.point) if settings.sweep.warm else [],
+        start if settings.sweep.warm else [],
         expected,
         _rule(settings, task) if settings.sweep.stop else None,
     )

@@ -42,7 +42,9 @@ def test_without_experience_it_is_the_portfolio_and_says_so(store: Experience) -
     record = json.loads(json.dumps(found.to_json()))
     assert Recommendation.from_json(record) == found
     agreed = {"task", "basis", "recommendations", "neighbours"}
-    more = {"id", "task_version", "backbone", "advice", "model", "tasks", "trials", "untuned"}
+    more = {"id", "task_version", "backbone", "advice", "model", "tasks", "trials", "untuned", "together"}
+    assert found.together[0] == 1 and len(set(found.together)) == module.TOGETHER
+    assert Recommendation.from_json({k: v for k, v in record.items() if k != "together"}).together == ()
     assert set(record) == agreed | more and "too little evidence" in record["advice"]
     assert (record["task"], record["basis"], record["neighbours"]) == ("spam", "portfolio", [])
     keys = {"rank", "method", "configuration", "score", "p_best", "p_within_1pct", "seconds", "peak_memory_mb"}

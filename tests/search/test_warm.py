@@ -16,15 +16,15 @@ NEAREST = [{"method": "p_tuning", "learning_rate": 1e-3}, full({"method": "lora"
 
 
 def test_every_method_first_then_by_turns() -> None:
-    start = warm_start(RECOMMENDED, NEAREST, 20)
+    start = warm_start(RECOMMENDED[:3], RECOMMENDED, NEAREST, 20)
     assert start == [RECOMMENDED[0], RECOMMENDED[2], RECOMMENDED[3], NEAREST[0], RECOMMENDED[1], RECOMMENDED[4]]
 
 
 def test_at_most_half_of_the_trials_or_one_per_method() -> None:
-    assert len(warm_start(RECOMMENDED, NEAREST, 8)) == 4
-    assert warm_start(RECOMMENDED, NEAREST, 1) == [RECOMMENDED[0], RECOMMENDED[2], RECOMMENDED[3]]
-    assert warm_start([], NEAREST, 8) == NEAREST
-    assert warm_start([], [], 8) == []
+    assert len(warm_start(RECOMMENDED[:3], RECOMMENDED, NEAREST, 8)) == 4
+    assert warm_start(RECOMMENDED[:3], RECOMMENDED, NEAREST, 1) == [RECOMMENDED[0], RECOMMENDED[2], RECOMMENDED[3]]
+    assert warm_start([], [], NEAREST, 8) == NEAREST
+    assert warm_start([], [], [], 8) == []
 
 
 def test_fronts_of_the_most_similar_tasks_by_turns() -> None:
@@ -54,10 +54,15 @@ def test_a_longer_sweep_begins_with_the_best_and_goes_on_with_what_widens_the_fr
         _, score, seconds, memory = surrogate.truth(full(configuration))
         return score, seconds, memory
 
-    start = warm_start(RECOMMENDED, NEAREST, 20, predict)
-    assert start[:3] == RECOMMENDED[:3] and 3 < len(start) <= 10
+    first = [RECOMMENDED[3], RECOMMENDED[0], RECOMMENDED[2]]
+    start = warm_start(first, RECOMMENDED, NEAREST, 20, predict)
+    assert start[:3] == first and 3 < len(start) <= 10
     assert len({repr(full(c)) for c in start}) == len(start), "none twice"
     fourth = full(start[3])
     assert predict(fourth)[1] < min(predict(full(c))[1] for c in start[:3]), "the cheap end of the front"
-    assert warm_start(RECOMMENDED, NEAREST, 4, predict) == warm_start(RECOMMENDED, NEAREST, 4)
-    assert warm_start(RECOMMENDED, NEAREST, 12, lambda _: None) == warm_start(RECOMMENDED, NEAREST, 12)
+    assert warm_start(RECOMMENDED[:3], RECOMMENDED, NEAREST, 4, predict) == warm_start(
+        RECOMMENDED[:3], RECOMMENDED, NEAREST, 4
+    )
+    assert warm_start(RECOMMENDED[:3], RECOMMENDED, NEAREST, 12, lambda _: None) == warm_start(
+        RECOMMENDED[:3], RECOMMENDED, NEAREST, 12
+    )
