@@ -74,7 +74,7 @@ def test_every_strategy_is_replayed_on_tasks_left_out(tmp_path: Path) -> None:
         count = {"recommended": 1, "warm": 20}.get(row["strategy"], 10)
         assert len(row["seconds"]) == len(row["best"]) == len(row["chosen"]) == len(row["hypervolume"]) == count
         for name in ("seconds", "best", "hypervolume"):
-            assert row[name] == sorted(row[name]), f"{name} never falls"
+            assert min(np.diff(row[name]), default=0) >= -1e-12, f"{name} never falls"
         assert all(c <= b + 1e-9 for b, c in zip(row["best"], row["chosen"], strict=True))
         assert 0 <= row["false_stops"] <= row["stops"]
     early = {r["strategy"]: [] for r in found["rows"]}  # type: ignore[var-annotated]
