@@ -64,6 +64,9 @@ class Judged:
     top3: dict[str, float] = field(default_factory=dict)
     spearman: dict[str, float] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
+    three: dict[str, float] = field(
+        default_factory=dict
+    )  # best score of three over the best of all, by how they are chosen
     floor: float = 0.0
     sure: float = 0.0  # P(within 1 %) of our first choice
     reach: float = 0.0
@@ -126,6 +129,11 @@ def _judged(group: Group, known: Conditioned, ranks: dict[str, rivals.Rank]) -> 
         if np.isfinite(value).all():
             result.spearman[name] = scores.spearman(value, seen)
         result.chosen[name] = candidates[order[0]]["method"]
+    chosen = {
+        "first": np.argsort(-told.mean, kind="stable")[:3].tolist(),
+        "together": told.together(3, np.zeros(len(group))),
+    }
+    result.three = {which: float(seen[places].max() / max(1e-9, seen.max())) for which, places in chosen.items()}
     result.regret["random"] = float(seen.max() - seen.mean())
     result.regret_corrected["random"] = float(reference - seen.mean())
     result.top1["random"] = float((seen == seen.max()).mean())
@@ -316,6 +324,8 @@ def summary(judged: Sequence[Judged]) -> dict[str, Any]:
         "reliability_within": scores.reliability(within, was),
         "reliability_best": scores.reliability(best, is_best),
         "risk_coverage": risk_coverage(judged),
+        "three_first_within_5_percent": float(np.mean([j.three["first"] >= 0.95 for j in judged])),
+        "three_together_within_5_percent": float(np.mean([j.three["together"] >= 0.95 for j in judged])),
     }
 
 
