@@ -135,9 +135,8 @@ def recommend(
     if not as_json:
         print(found["advice"])
         if len(found["together"]) > 1:
-            print(
-                f"to try several, take ranks {', '.join(map(str, found['together']))}: they do well on different tasks"
-            )
+            ranks = ", ".join(map(str, found["together"]))
+            print(f"to try several, take ranks {ranks}: where one does badly, another does well")
         for near in found["neighbours"]:
             best = near["best"]
             print(f"like {near['task']} ({near['similarity']:.2f}): there {best['method']} reached {best['score']:.3f}")

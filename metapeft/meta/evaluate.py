@@ -64,9 +64,7 @@ class Judged:
     top3: dict[str, float] = field(default_factory=dict)
     spearman: dict[str, float] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
-    three: dict[str, float] = field(
-        default_factory=dict
-    )  # best score of three over the best of all, by how they are chosen
+    three: dict[str, float] = field(default_factory=dict)  # best of three tried, as a share of the best
     floor: float = 0.0
     sure: float = 0.0  # P(within 1 %) of our first choice
     reach: float = 0.0

@@ -8,7 +8,7 @@
 Each term is a zero-mean Gaussian with a variance that is fitted to the experience (penalised marginal likelihood,
 Rasmussen and Williams 2006, section 5.4), starting at the beliefs of `metapeft.meta.prior`. Conditioning on trials
 (eq. 2.23-2.24) takes each task's level out and shrinks every effect towards the portfolio. `reach` says how far
-similar tasks teach: it is chosen by leaving tasks out and may be 0, and then a new task gets what is best on average.
+similar tasks teach: it is chosen by leaving tasks out; at 0 a new task gets what is best on average.
 """
 
 from __future__ import annotations
