@@ -496,7 +496,7 @@ def judged(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
             ratios.append(warm["hypervolume"][min(count, len(warm["best"])) - 1] / max(goal, 1e-9))
             within = [v for s, v in zip(warm["seconds"], warm["hypervolume"], strict=True) if s <= cold["seconds"][-1]]
             later.append(max(within, default=0.0) / max(goal, 1e-9))
-            soon.append(warm["best"][min(FIRST, len(warm["best"])) - 1] >= 0.95 * max(warm["best"][-1], 1e-9))
+            soon.append(warm["best"][min(FIRST, len(warm["best"])) - 1] >= 0.95 * warm["best"][-1])
         share.append(statistics.median(times))
         volume.append(statistics.mean(ratios))
         longer.append(statistics.mean(later))
