@@ -49,9 +49,9 @@ def warm_start(
 ) -> list[dict[str, Any]]:
     """At most half of the trials (or one per method): the rest is for what nobody expected.
 
-    A short sweep sees the first recommended configuration of every method. A longer one begins with `first`, the ones
-    to try together. What follows adds most to the hypervolume that `predict` expects, of the recommended ones, the
-    similar tasks' fronts, and cheaper variants of both: a front has a cheap end too. Without `predict` (or where it
+    A sweep of one trial per method sees the first recommended configuration of each. A longer one begins with `first`,
+    the ones to try together. What follows adds most to the hypervolume that `predict` expects, of the recommended ones,
+    the similar tasks' fronts, and cheaper variants of both: a front has a cheap end too. Without `predict` (or where it
     knows nothing) the similar tasks' fronts and the other recommended ones take turns.
     """
     best = list({c["method"]: c for c in reversed(recommended)}.values())
@@ -59,7 +59,7 @@ def warm_start(
     others = [c for c in recommended if c not in best]
     most = max(len(best), trials // 2)
     turns = _unique([*ordered, *(c for c in chain(*zip_longest(nearest, others)) if c is not None)])
-    if predict is None or most <= len(best):
+    if predict is None or trials <= len(best):
         return turns[:most]
     chosen = _unique(first)
     pool = [(c, predict(c), 1.0) for c in turns] + [(v, predict(v), CHEAPER) for c in turns for v in _cheaper(c)]

@@ -60,9 +60,8 @@ def test_a_longer_sweep_begins_with_the_best_and_goes_on_with_what_widens_the_fr
     assert len({repr(full(c)) for c in start}) == len(start), "none twice"
     fourth = full(start[3])
     assert predict(fourth)[1] < min(predict(full(c))[1] for c in start[:3]), "the cheap end of the front"
-    assert warm_start(RECOMMENDED[:3], RECOMMENDED, NEAREST, 4, predict) == warm_start(
-        RECOMMENDED[:3], RECOMMENDED, NEAREST, 4
-    )
+    assert warm_start(first, RECOMMENDED, NEAREST, 3, predict) == warm_start(first, RECOMMENDED, NEAREST, 3)
+    assert warm_start(first, RECOMMENDED, NEAREST, 4, predict) == first
     assert warm_start(RECOMMENDED[:3], RECOMMENDED, NEAREST, 12, lambda _: None) == warm_start(
         RECOMMENDED[:3], RECOMMENDED, NEAREST, 12
     )
