@@ -33,7 +33,7 @@ class Policy:
     confidence: float = 0.6
     most: int = 2
     tolerance: float = 0.02
-    looks: int = 6
+    looks: int = 4  # as many as a static training has: without an exchange it is the very same
 
 
 @dataclass(frozen=True)
