@@ -60,7 +60,7 @@ class TrainSettings(Section):
     configuration: dict[str, Any] = Field(default_factory=dict, description="overrides of the chosen hyperparameters")
     switch: bool = Field(False, description="the method may be exchanged on the way, within the same seconds")
     switches: int = Field(2, ge=0, description="exchanges at most")
-    confidence: float = Field(0.6, ge=0.5, lt=1, description="that an exchange is better, before it is made")
+    confidence: float = Field(0.62, ge=0.5, lt=1, description="that an exchange is better, before it is made")
     tolerance: float = Field(0.02, ge=0, le=1, description="score that an exchange may cost before it is undone")
     looks: int = Field(4, ge=2, description="evaluations per method, at which decisions are made")
 

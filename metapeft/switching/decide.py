@@ -30,7 +30,7 @@ class Policy:
     """confidence: that an exchange is better, before it is made. most: exchanges in one training. tolerance: how much
     score an exchange may cost at its moment, or at the end, before it is undone. looks: evaluations per method."""
 
-    confidence: float = 0.6
+    confidence: float = 0.62
     most: int = 2
     tolerance: float = 0.02
     looks: int = 4  # as many as a static training has: without an exchange it is the very same
