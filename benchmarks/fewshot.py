@@ -9,7 +9,7 @@ meta-learned from the half of the tasks that is of other families. For every tas
 every strategy is cross-validated on the shots and, trained on all of them, scored on the test split; the automatic
 choice sees the former alone, and priors made of the cells of other families. Results are kept (--records; default: in
 METAPEFT_HOME/benchmarks/fewshot), one line per cell as it ends, the cheapest cells first: an interrupted run continues,
-and `--only report` reports what there is. benchmarks/records/fewshot.jsonl holds what docs/fewshot.md reports.
+and `--only report` reports what there is.
 """
 
 from __future__ import annotations
