@@ -64,7 +64,7 @@ class Judged:
     top3: dict[str, float] = field(default_factory=dict)
     spearman: dict[str, float] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
-    three: dict[str, float] = field(default_factory=dict)  # best of three tried, as a share of the best
+    three: dict[str, bool] = field(default_factory=dict)  # whether the best of three is within 5 % of the best
     floor: float = 0.0
     sure: float = 0.0  # P(within 1 %) of our first choice
     reach: float = 0.0
@@ -131,7 +131,7 @@ def _judged(group: Group, known: Conditioned, ranks: dict[str, rivals.Rank]) -> 
         "first": np.argsort(-told.mean, kind="stable")[:3].tolist(),
         "together": told.together(3, np.zeros(len(group))),
     }
-    result.three = {which: float(seen[places].max() / max(1e-9, seen.max())) for which, places in chosen.items()}
+    result.three = {which: bool(seen[places].max() >= 0.95 * seen.max()) for which, places in chosen.items()}
     result.regret["random"] = float(seen.max() - seen.mean())
     result.regret_corrected["random"] = float(reference - seen.mean())
     result.top1["random"] = float((seen == seen.max()).mean())
@@ -322,8 +322,8 @@ def summary(judged: Sequence[Judged]) -> dict[str, Any]:
         "reliability_within": scores.reliability(within, was),
         "reliability_best": scores.reliability(best, is_best),
         "risk_coverage": risk_coverage(judged),
-        "three_first_within_5_percent": float(np.mean([j.three["first"] >= 0.95 for j in judged])),
-        "three_together_within_5_percent": float(np.mean([j.three["together"] >= 0.95 for j in judged])),
+        "three_first_within_5_percent": float(np.mean([j.three["first"] for j in judged])),
+        "three_together_within_5_percent": float(np.mean([j.three["together"] for j in judged])),
     }
 
 

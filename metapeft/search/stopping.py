@@ -30,7 +30,6 @@ HARDER = 2.5  # as many false stops has a sweep, which searches near the front, 
 ALPHAS = (0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
 SLOWER, LARGER = 1.1, 1.02  # seconds and memory that differ by less count as the same: seconds vary between runs
 LEAST_ALIKE = 8.0  # (effective) recorded curves that stood alike
-LEAST_STOPS = 20  # stops in the replay, or its rate says nothing
 LEAST_DEVIATION = 0.02  # of a predicted score
 OTHER_TASK = 0.3  # weight of a curve of another task
 # Standard deviations of the kernel: share of the budget, best score so far, its last rise, log loss.
@@ -140,8 +139,6 @@ def calibrated(trials: Iterable[Trial], target: float = TARGET) -> StopRule:
     for alpha in ALPHAS:
         rule = StopRule(curves, alpha)
         outcome = replay(rule, recorded)
-        if outcome.stops < LEAST_STOPS:
-            return never  # a smaller alpha stops less
         if HARDER * outcome.bound <= target:
             return StopRule(curves, alpha, outcome)
     return never

