@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -176,9 +177,10 @@ def teach(name: str, method: str, configuration: dict[str, Any]) -> None:
         return
     begin = time.monotonic()
     session = opened(task(name))
-    trial = run_trial(session, configuration, steps=STEPS, folder=folder() / "teaching", test=False)
-    library.offer(folder() / "teaching", trial, task(name), profile(task(name), backbone()))
-    shutil.rmtree(folder() / "teaching", ignore_errors=True)
+    place = folder() / f"teaching-{os.getpid()}"  # others may prepare at the same time
+    trial = run_trial(session, configuration, steps=STEPS, folder=place, test=False)
+    library.offer(place, trial, task(name), profile(task(name), backbone()))
+    shutil.rmtree(place, ignore_errors=True)
     reached = trial.validation.value if trial.validation else math.nan
     say(f"library: {name} {method} {trial.status} {reached:.3f} in {time.monotonic() - begin:.0f} s")
 
