@@ -123,7 +123,7 @@ def offer(adapter: Path, trial: Trial, task: Task, profile: Profile) -> bool:
 
     Only finished trials count, with a validation score and at most LARGEST bytes. May be called by several processes at
     once, and killed: the best of what was offered stays, whole. Raises UserError when the adapter's folder is damaged
-    or METAPEFT_HOME cannot be written.
+    or holds another method's adapter, or when METAPEFT_HOME cannot be written.
     """
     from filelock import FileLock
 
@@ -132,6 +132,9 @@ def offer(adapter: Path, trial: Trial, task: Task, profile: Profile) -> bool:
     if trial.status != "ok" or trial.validation is None or not math.isfinite(trial.validation.value):
         return False
     saved = checkpoints.read(adapter)
+    if saved.config.method != trial.method:
+        held = saved.config.method
+        raise UserError(f"{adapter} holds {held}, but the trial is of {trial.method}; offer the folder it wrote")
     tensors = {name: _half(value) for name, value in saved.tensors.items()}
     size = sum(value.nbytes for value in tensors.values())
     if size > LARGEST:

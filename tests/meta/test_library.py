@@ -23,6 +23,7 @@ from metapeft.meta.evidence import FEATURES
 from metapeft.meta.model import Model
 from metapeft.peft import adapters, checkpoints
 from metapeft.peft.lora import LoRAConfig
+from metapeft.peft.prompt import PromptConfig
 from metapeft.peft.saved import Saved
 from metapeft.runtime import mx
 from metapeft.training.evaluation import predict
@@ -33,8 +34,11 @@ from tests.training import made as trained
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def adapter(value: float, rank: int = 2) -> Saved:
-    """A LoRA whose every number is `value`."""
+def adapter(value: float, rank: int = 2, method: object = "lora") -> Saved:
+    """A LoRA, or a prompt, whose every number is `value`."""
+    if method == "prompt":
+        table = {"prompt_embeddings": mx.full((2, 8), value)}
+        return Saved(PromptConfig(tokens=2), table, {"backbone": made.BACKBONE})
     start = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     tensors = {f"{start}A.weight": mx.full((rank, 8), value), f"{start}B.weight": mx.full((8, rank), value)}
     return Saved(LoRAConfig(rank=rank, targets=("q_proj",)), tensors, {"backbone": made.BACKBONE})
@@ -51,7 +55,7 @@ def trial(validation: float, name: str = "spam", **values: object) -> Trial:
 
 def offered(room: Path, validation: float, name: str = "spam", rank: int = 2, **values: object) -> bool:
     """Offers an adapter whose every number is its validation score."""
-    checkpoints.write(room / "trained", adapter(validation, rank))
+    checkpoints.write(room / "trained", adapter(validation, rank, values.get("method", "lora")))
     features = values.pop("features", {})
     assert isinstance(features, dict)
     return library.offer(
@@ -82,6 +86,13 @@ def test_unfinished_and_unmeasured_trials_are_not_taken(tmp_path: Path, status: 
     assert not offered(tmp_path, 0.9, status=status)
     assert not offered(tmp_path, math.nan)
     assert library.entries() == []
+
+
+def test_another_methods_adapter_is_refused(tmp_path: Path) -> None:
+    checkpoints.write(tmp_path / "trained", adapter(0.5))
+    with pytest.raises(UserError, match="holds lora, but the trial is of prefix"):
+        library.offer(tmp_path / "trained", trial(0.5, method="prefix"), task("spam"), made.profile("spam"))
+    assert not library.entries()
 
 
 def test_size_must_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
