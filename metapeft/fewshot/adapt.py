@@ -20,6 +20,7 @@ from metapeft.fewshot.choose import (
     cross_validate,
     fitted,
     fold_count,
+    measured,
     sessions,
 )
 from metapeft.fewshot.measure import answers
@@ -84,7 +85,7 @@ def adapt(
 
     max_seconds: for trying; the strategy that is being tried is finished, and the chosen one is trained after it.
     without: names and families of tasks that nothing is taken over from, beside the task itself. only: strategies to
-    try (default: all). priors: None is what was measured on other tasks. The adapter goes to
+    try (default: all). priors: None is what was measured on other tasks of its kind. The adapter goes to
     METAPEFT_HOME/adapters/TRIAL_ID. Raises UserError for shots that the backbone cannot read.
     """
     from metapeft.meta import library
@@ -104,7 +105,7 @@ def adapt(
             report(each.name, number, len(found))
         held[each.name] = cross_validate(each, folds)
     tried = [s for s in found if s.name in held] or found[:1]
-    choice = choose(tried, held, answers(session, None, "train"), priors)
+    choice = choose(tried, held, answers(session, None, "train"), measured(task.kind) if priors is None else priors)
     before = untuned(session, "test") if task.test else None
     if report is not None:
         report(f"training: {choice.chosen.strategy}" if choice.chosen else "measuring", len(found), len(found))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metapeft.data.task import Task
+from metapeft.data.task import Kind, Task
 from metapeft.fewshot import context, shots
 from metapeft.fewshot.measure import Answers, answers
 from metapeft.fewshot.train import train
@@ -51,10 +51,10 @@ MEASURED = Path(__file__).parent / "priors.json"  # written by benchmarks/fewsho
 
 
 @cache
-def measured() -> dict[str, Prior]:
-    """By strategy, what benchmarks/fewshot.py measured (see docs/fewshot.md)."""
-    record = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {"priors": {}}
-    return {name: Prior(found["mean"], found["deviation"]) for name, found in record["priors"].items()}
+def measured(kind: Kind) -> dict[str, Prior]:
+    """By strategy, what benchmarks/fewshot.py measured on tasks of this kind (see docs/fewshot.md)."""
+    record = json.loads(MEASURED.read_text(encoding="utf-8"))
+    return {name: Prior(found["mean"], found["deviation"]) for name, found in record["priors"].get(kind, {}).items()}
 
 
 Start = Callable[[Session, Sequence[int]], Saved]  # from a session and which of all shots it trains on
@@ -229,14 +229,13 @@ def choose(
     strategies: Sequence[Strategy],
     held: Mapping[str, Held],
     untuned: Answers,
-    priors: Mapping[str, Prior] | None = None,
+    priors: Mapping[str, Prior],
 ) -> Choice:
     """The strategy with the highest expected gain, where it is above zero and the transfer does no harm.
 
     held: of the strategies that were cross-validated; the others are judged by their priors. untuned: the backbone's
-    own answers to the same shots. priors: None is what was measured.
+    own answers to the same shots. priors: by strategy; of one that is missing nothing is known.
     """
-    priors = measured() if priors is None else priors
     base = merit(untuned)
     judged = []
     for strategy in strategies:

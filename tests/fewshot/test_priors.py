@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
+from metapeft.data.task import Kind
 from metapeft.fewshot import choose, shots
 from metapeft.fewshot.strategies import METHODS, strategies
 from metapeft.training.session import Session
@@ -16,6 +18,7 @@ def test_priors_are_of_strategies_that_exist() -> None:
     session = Session(tiny("llama"), replace(few, validation=few.train))
     names = {s.name for s in strategies(session, [], {})}
     names |= {f"{kind} {method}" for kind in ("nearest", "reptile") for method in METHODS} | {"mix lora"}
-    found = choose.measured()
-    assert found.keys() <= names
-    assert all(-1 <= prior.mean <= 1 and 0 < prior.deviation <= 1 for prior in found.values())
+    for kind in get_args(Kind):
+        found = choose.measured(kind)
+        assert found and found.keys() <= names
+        assert all(-1 <= prior.mean <= 1 and 0 < prior.deviation <= 1 for prior in found.values())
