@@ -162,6 +162,8 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_sweep_goes_on_later(shell: S
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in its background has them ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stderr is not None
     watchdog = threading.Timer(120, process.kill)
