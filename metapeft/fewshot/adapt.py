@@ -142,7 +142,9 @@ def explained(choice: Choice) -> str:
     """The choice in a sentence or two."""
     said = []
     chosen = choice.chosen
-    if chosen is None:
+    if not choice.judged:
+        said.append("Leave the backbone untuned: none of the strategies asked for is open on these shots.")
+    elif chosen is None:
         said.append("Leave the backbone untuned: nothing that was tried is expected to gain anything.")
     else:
         done = {0: "without training"}.get(chosen.steps, f"{chosen.steps} steps")

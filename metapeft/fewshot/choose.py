@@ -192,8 +192,9 @@ def fitted(
 
     start = None if strategy.start is None else strategy.start(session, indices)
     if strategy.configuration is None:
-        if strategy.context:
-            adapter: Adapter = context.prefix(session, context.demonstrations(session))
+        tokens = context.demonstrations(session) if strategy.context else []
+        if tokens:
+            adapter: Adapter = context.prefix(session, tokens)
         elif start is not None:
             adapter = adapters.build(start, session.model)
         else:

@@ -17,7 +17,8 @@ from metapeft.training.session import VIRTUAL, Session
 
 def demonstrations(session: Session, budget: int = VIRTUAL) -> list[int]:
     """The tokens of as many training examples as fit into `budget` and the backbone's context: prompt, completion, end
-    of sequence and a new line, one example after another; the first one comes last, next to the question.
+    of sequence and a new line, one example after another; the first one comes last, next to the question. One that does
+    not fit even alone is passed over; there may be none.
 
     The end of sequence shows where an answer ends; the new line after it is worth some 20 points of exact match.
     """
@@ -26,9 +27,12 @@ def demonstrations(session: Session, budget: int = VIRTUAL) -> list[int]:
     room = min(budget, VIRTUAL, session.backbone.context_length - longest)
     taken: list[list[int]] = []
     for example in session.encoded["train"]:
-        taken.append([*session.shared, *example.ids, *line])
-        if sum(map(len, taken)) > room:
-            return [token for tokens in reversed(taken[:-1]) for token in tokens]
+        tokens = [*session.shared, *example.ids, *line]
+        if len(tokens) > room:
+            continue
+        if sum(map(len, taken)) + len(tokens) > room:
+            break
+        taken.append(tokens)
     return [token for tokens in reversed(taken) for token in tokens]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from metapeft.errors import UserError
-from metapeft.fewshot import starts
+from metapeft.fewshot import context, starts
 from metapeft.fewshot.choose import Start, Strategy
 from metapeft.fewshot.measure import answers
 from metapeft.fewshot.mix import mix
@@ -38,7 +38,7 @@ def strategies(session: Session, near: Sequence[Found], learned: Mapping[str, Sa
     meta-learned starts by method."""
     fresh = cold(session.depth)
     goes_on = {method: c | {"learning_rate": c["learning_rate"] * WARM} for method, c in fresh.items()}
-    found = [Strategy("context", context=True)]
+    found = [Strategy("context", context=True)] if context.demonstrations(session) else []
     found += [Strategy(f"cold {method}", configuration) for method, configuration in fresh.items()]
     for method, saved in learned.items():
         name = f"reptile {method}"

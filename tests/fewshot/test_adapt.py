@@ -6,13 +6,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import metapeft
 from metapeft.errors import UserError
 from metapeft.fewshot import reptile, shots
-from metapeft.fewshot.adapt import adapt, starts_of
-from metapeft.fewshot.choose import Prior
+from metapeft.fewshot.adapt import adapt, explained, starts_of
+from metapeft.fewshot.choose import Prior, choose
+from metapeft.fewshot.measure import Answers
 from metapeft.fewshot.strategies import Nearest, cold, strategies
 from metapeft.meta import library
 from metapeft.peft import adapters, checkpoints
@@ -124,3 +126,8 @@ def test_from_a_file_of_shots(tmp_path: Path) -> None:
         metapeft.adapt("trec6", backbone=model)
     with pytest.raises(UserError, match="no start can be learned for prompt"):
         metapeft.api.learn_starts(methods=["prompt"], backbone=model)  # type: ignore[attr-defined]
+
+
+def test_where_nothing_could_be_tried_it_says_so() -> None:
+    said = explained(choose([], {}, Answers(np.zeros(2), np.zeros(2), np.ones(2)), {}))
+    assert said == "Leave the backbone untuned: none of the strategies asked for is open on these shots."

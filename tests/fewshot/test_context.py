@@ -7,6 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from metapeft.fewshot import context, shots
+from metapeft.fewshot.choose import AT, Strategy, fitted
+from metapeft.fewshot.measure import answers
+from metapeft.fewshot.strategies import strategies
 from metapeft.training.evaluation import predict
 from metapeft.training.session import Session
 from tests.backbones.tiny import tiny
@@ -48,3 +51,23 @@ def test_as_many_examples_as_fit() -> None:
     longest = max(len(e.ids) for examples in at.encoded.values() for e in examples) + len(at.shared)
     at.backbone = replace(at.backbone, context_length=longest + lengths[0] + 1)
     assert len(context.demonstrations(at)) == lengths[0], "the question needs its place too"
+
+
+def test_examples_that_are_too_long_are_passed_over() -> None:
+    at = session(4)
+    long = max(range(4), key=lambda i: at.encoded["train"][i].length)
+    lengths = [len(at.shared) + len(e.ids) + 1 for e in at.encoded["train"]]
+    at.encoded["train"] = [at.encoded["train"][long], *at.encoded["train"]]
+    shown = context.demonstrations(at, max(lengths) - 1)
+    assert shown == context.demonstrations(Session(at.backbone, at.task, at), max(lengths) - 1)
+
+
+def test_where_no_example_fits_the_context_is_not_offered_and_answers_as_the_untuned() -> None:
+    at = session(4)
+    assert "context" in [way.name for way in strategies(at, [], {})]
+    longest = max(len(e.ids) for examples in at.encoded.values() for e in examples) + len(at.shared)
+    at.backbone = replace(at.backbone, context_length=longest + 1)
+    assert context.demonstrations(at) == []
+    assert "context" not in [way.name for way in strategies(at, [], {})]
+    found = fitted(Strategy("context", context=True), at, range(4), AT, lambda s, a: answers(s, a, "train"))
+    np.testing.assert_array_equal(found[0].loss, answers(at, None, "train").loss)
