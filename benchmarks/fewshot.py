@@ -356,6 +356,7 @@ def report(cells: list[dict[str, Any]]) -> dict[str, Any]:
                 )
     return {
         "rows": rows,
+        "gains": by_kind(cells, names),
         "tasks": by_task(cells),
         "chosen": chosen_counts(cells),
         "speed": speed(cells),
@@ -439,6 +440,22 @@ def clustered(values: list[tuple[str, float]]) -> tuple[float, float]:
     return float(np.mean(means)), float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
 
 
+def by_kind(cells: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """What each strategy gains over the untuned backbone, per kind of task and number of shots (0: all)."""
+    rows = []
+    for kind in sorted({c["kind"] for c in cells}):
+        for count in [*sorted({c["shots"] for c in cells}), 0]:
+            mine = [c for c in cells if c["kind"] == kind and count in (0, c["shots"])]
+            for name in names:
+                values = [
+                    (c["task"], c["scores"][name] - c["scores"]["zero-shot"]) for c in mine if name in c["scores"]
+                ]
+                if values and name != "zero-shot":
+                    gain = clustered(values)[0]
+                    rows.append({"kind": kind, "shots": count or "all", "strategy": name, "gain": gain})
+    return rows
+
+
 def by_task(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The automatic choice beside the untuned backbone, on each task."""
     rows = []
@@ -520,6 +537,13 @@ def markdown(found: dict[str, Any], done: int, wanted: int) -> str:
             + " | ".join(f"{r['score']:.3f} ± {r['standard_error']:.3f}" if r else "" for r in cells)
             + " |"
         )
+    places = list(dict.fromkeys((r["kind"], r["shots"]) for r in found["gains"]))
+    gains = {(r["strategy"], r["kind"], r["shots"]): f"{r['gain']:+.3f}" for r in found["gains"]}
+    lines += ["", "Gain over the untuned backbone by kind of task.", ""]
+    lines += ["| strategy | " + " | ".join(f"{kind}, {count}" for kind, count in places) + " |"]
+    lines += ["|---" * (len(places) + 1) + "|"]
+    for name in names[1:]:
+        lines.append(f"| {name} | " + " | ".join(gains.get((name, *place), "") for place in places) + " |")
     lines += [
         "",
         f"| task | cells | untuned | context | {RIVAL} | cold prefix | adapt | adapt less untuned |",
