@@ -28,6 +28,17 @@ COMPLETE = [complete(c) for c in CONFIGURATIONS]
 Corrupt = Callable[[dict[str, float], np.random.Generator], dict[str, float]]
 
 
+@dataclass(frozen=True)
+class Device:
+    """What trials run on, and how many times the usual seconds they take there."""
+
+    kind: str = "cpu"
+    slower: float = 1.0
+
+
+CPU = Device()
+
+
 @dataclass
 class Step:
     """One decision: what was written, what followed, and what is true of it."""
@@ -65,16 +76,16 @@ class Selector:
         follow: Callable[[np.random.Generator, int], list[int]],
         corrupt: Corrupt | None = None,
         start: int = 0,
-        slower: float = 1.0,
+        device: Device = CPU,
     ) -> list[Step]:
         """follow: ranks (0 the first) of the configurations that are then tried. start: number of the first decision,
-        which its time and the names of tasks come from. slower: how many times the usual seconds trials take."""
+        which its time and the names of tasks come from."""
         found = []
         for number in range(start, start + length):
             family = families[int(random.integers(len(families)))]
             task = nature.task(random, f"{family}_{number}", nature.kinds[family])
             seen = task.features if corrupt is None else corrupt(dict(task.features), random)
-            found.append(self._step(random, number, family, task, seen, follow, slower))
+            found.append(self._step(random, number, family, task, seen, follow, device))
         return found
 
     def _step(
@@ -85,12 +96,12 @@ class Selector:
         task: Kind,
         features: dict[str, float],
         follow: Callable[[np.random.Generator, int], list[int]],
-        slower: float,
+        device: Device,
     ) -> Step:
         here = Known(task.version, BACKBONE, task.name, family, 1000, features)
         untuned = (features["zero_shot_score"], features["zero_shot_standard_error"])
         with one_thread():
-            told = forecast(self.conditioned(), here, COMPLETE, STEPS, untuned, TESTS, seed=number)
+            told = forecast(self.conditioned(), here, COMPLETE, STEPS, untuned, TESTS, number, device.kind)
         order = np.argsort(-told.mean, kind="stable")
         low, high = told.interval(0.9)
         recommended = [
@@ -112,7 +123,8 @@ class Selector:
         tried = [int(order[rank]) for rank in follow(random, len(order))]
         trials = [trial(random, task, index, tests=TESTS, started=moment(number)) for index in tried]
         for one in trials:  # seconds vary by a quarter or so
-            one.seconds = SECONDS * slower * float(np.exp(0.25 * random.normal()))
+            one.device = device.kind
+            one.seconds = SECONDS * device.slower * float(np.exp(0.25 * random.normal()))
         regret = float(task.truth.max() - task.truth[order[0]])
         return Step(entry, trials, features, scaled(features), regret, family)
 

@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.histories import Selector, Step, scaled, shadowed, swept, true_regret
+from benchmarks.histories import CPU, Device, Selector, Step, scaled, shadowed, swept, true_regret
 from benchmarks.synthetic import Nature, world
 
 BEFORE, AFTER, RETRAINED = 60, 120, 100
@@ -191,7 +191,7 @@ class Change:
     selector: Selector
     nature: Nature
     corrupt: Callable[..., Any] | None = None
-    slower: float = 1.0
+    device: Device = CPU
 
 
 def new_families(house: House, random: np.random.Generator) -> Change:
@@ -239,7 +239,7 @@ def shrunk(house: House, random: np.random.Generator) -> Change:
 
 
 def other_device(house: House, random: np.random.Generator) -> Change:
-    return Change(house.selector, replace(house.nature, rates=-1.2), slower=SLOWER)
+    return Change(house.selector, replace(house.nature, rates=-1.2), device=Device("metal", SLOWER))
 
 
 SCENARIOS: dict[str, Callable[[House, np.random.Generator], Change]] = {
@@ -260,7 +260,7 @@ def degraded(house: House, scenario: str, run: int, followed: str = "sweeps") ->
     healthy = house.selector.history(random, house.nature, BEFORE, list(house.nature.kinds), follow)
     change = SCENARIOS[scenario](house, random)
     worse = change.selector.history(
-        random, change.nature, AFTER, list(change.nature.kinds), follow, change.corrupt, BEFORE, change.slower
+        random, change.nature, AFTER, list(change.nature.kinds), follow, change.corrupt, BEFORE, change.device
     )
     alarms = house.watched([*healthy, *worse])
     found = [(place - BEFORE + 1, name) for place, name in alarms if place >= BEFORE]
@@ -291,7 +291,7 @@ def retrained(house: House, scenario: str, row: dict[str, Any]) -> dict[str, Any
     follow, fresh = FOLLOWED["sweeps"], list(change.nature.kinds)
 
     def later(selector: Selector, length: int, start: int, by: Callable[..., Any] = follow) -> list[Step]:
-        return selector.history(random, change.nature, length, fresh, by, change.corrupt, start, change.slower)
+        return selector.history(random, change.nature, length, fresh, by, change.corrupt, start, change.device)
 
     former = house.selector.history(random, house.nature, RETRAINED, list(house.nature.kinds), follow, start=5000)
     steps = later(change.selector, row["delay"] or AFTER, 6000)

@@ -108,7 +108,7 @@ def _judged(group: Group, known: Conditioned, ranks: dict[str, rivals.Rank]) -> 
     seen, held = (np.array([getattr(o, name) for o in group]) for name in ("score", "validation"))
     untuned = untuned_of(group)
     tests = tests_of(group)
-    told = forecast(known, first.task, candidates, first.steps, untuned, tests)
+    told = forecast(known, first.task, candidates, first.steps, untuned, tests, device=first.device)
     result = Judged(
         first.task.name, first.task.version, first.task.family, first.steps, first.task.train_examples,
         len(group), float(seen.max()), float(seen.std()),

@@ -79,6 +79,7 @@ class Observation:
     tests: int = 0  # examples of the test split
     between: float = math.nan  # variance of the test score between the repeats
     status: str = "ok"
+    device: str = ""  # that it was measured on: "cpu", "metal" or "cuda"
 
     @cached_property
     def key(self) -> str:
@@ -113,7 +114,8 @@ def gather(
     untuned: Mapping[str, float] | None = None,
     remaining: Remaining | None = None,
 ) -> list[Observation]:
-    """One observation per (task, backbone, configuration, steps), in an order that the trials' order does not change.
+    """One observation per (task, backbone, configuration, steps, device), in an order that the trials' order does not
+    change.
 
     features: by (task version, backbone). untuned: scores of the untuned backbone by task version, for trials that do
     not carry their own. remaining: what trials that were stopped would have gained still.
@@ -125,11 +127,11 @@ def gather(
         measured = trial.score or trial.validation
         useful = trial.status == "diverged" or (trial.status in ("ok", "stopped") and _finite(measured))
         if trial.method in METHODS and useful and base is not None and math.isfinite(base):
-            place = (trial.task_version, trial.backbone, key(trial.configuration), trial.budget)
+            place = (trial.task_version, trial.backbone, key(trial.configuration), trial.budget, trial.device)
             groups.setdefault(place, []).append((trial, base))
     tasks: dict[tuple[str, str], Known] = {}
     found = []
-    for (version, backbone, _, steps), group in sorted(groups.items(), key=lambda item: item[0]):
+    for (version, backbone, _, steps, _), group in sorted(groups.items(), key=lambda item: item[0]):
         group.sort(key=lambda member: (member[0].seed, member[0].id))
         first = group[0][0]
         task = tasks.setdefault(
@@ -176,6 +178,7 @@ def _averaged(task: Known, steps: int, group: Sequence[tuple[Trial, float]], rem
         tests=max((t.score.n for t, _ in group if t.score), default=0),
         between=float(np.var(scores, ddof=1)) if len(scores) > 1 else math.nan,
         status=group[0][0].status,
+        device=group[0][0].device,
     )
 
 

@@ -43,11 +43,12 @@ def fit(observations: Sequence[Observation]) -> Model:
 
 
 def groups(observations: Sequence[Observation], least: int = LEAST_TRIED) -> list[Group]:
-    """What can be compared: the scored observations of one task at one budget, where there are at least `least`."""
-    found: dict[tuple[Known, int], Group] = {}
+    """What can be compared: the scored observations of one task at one budget on one device, where there are at least
+    `least`."""
+    found: dict[tuple[Known, int, str], Group] = {}
     for o in observations:
         if math.isfinite(o.score):
-            found.setdefault((o.task, o.steps), []).append(o)
+            found.setdefault((o.task, o.steps, o.device), []).append(o)
     return [group for group in found.values() if len(group) >= least]
 
 

@@ -58,9 +58,11 @@ def forecast(
     untuned: tuple[float, float],
     tests: int,
     seed: int = 0,
+    device: str = "",
 ) -> Forecast:
-    """untuned: the untuned backbone's score and its standard error. tests: examples of the test split."""
-    mean, covariance = known.predict(task, candidates, steps)
+    """untuned: the untuned backbone's score and its standard error. tests: examples of the test split. device: where
+    the candidates will be trained."""
+    mean, covariance = known.predict(task, candidates, steps, device)
     return drawn(known.model, mean, covariance, untuned, tests, seed)
 
 

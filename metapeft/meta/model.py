@@ -1,6 +1,7 @@
 """The meta-model: one linear Gaussian model of gains over (task, configuration, budget).
 
     gain = belief + overall + method + configuration + budget                        what holds on every task
+         + device                                                                    what one kind of device has alone
          + task, from its profile, from similar tasks                                the task's own level
          + task's spread x (method + configuration, from similar tasks and its own)  what suits this task
          + seed + test sampling                                                      noise
@@ -47,7 +48,7 @@ _LEVEL = [FEATURES.index(name) for name in LEVEL_FEATURES]
 class Model:
     """Everything that is fitted. A pure value: the evidence it is applied to is given to `condition`."""
 
-    deviations: dict[str, float] = field(default_factory=lambda: dict(prior.DEVIATIONS))
+    deviations: dict[str, float] = field(default_factory=lambda: prior.DEVIATIONS | {"device": 0.0})
     metric: Metric = field(default_factory=plain)
     reach: float = 0.0
     length: float = 1.0  # of the similarity kernel, in the metric's distances
@@ -79,7 +80,8 @@ class Model:
     def from_json(cls, record: dict[str, Any]) -> Model:
         """Raises KeyError, TypeError or ValueError for a record that is none."""
         numbers = {name: float(record[name]) for name in ("reach", "length", "level_scale", "choice_scale")}
-        deviations = {name: float(record["deviations"][name]) for name in prior.DEVIATIONS}
+        known = {"device": 0.0} | record["deviations"]  # versions of before devices were told apart have none
+        deviations = {name: float(known[name]) for name in prior.DEVIATIONS}
         intercept, slope = record.get("within", (0.0, 1.0))  # versions of before it was fitted have none
         return cls(
             deviations=deviations,
@@ -92,21 +94,23 @@ class Model:
 
 @dataclass(frozen=True)
 class Places:
-    """Points of the model's input space: every one a (task, configuration, steps), kept as indices of unique ones."""
+    """Points of the model's input space: every one a (task, configuration, steps, device), kept as indices of unique
+    ones."""
 
     tasks: tuple[Known, ...]
     configurations: tuple[Configuration, ...]
     task: np.ndarray  # (n,) of int
     configuration: np.ndarray
     doublings: np.ndarray  # (n,) log2 of the steps
+    device: np.ndarray  # (n,) of str
 
     @classmethod
-    def of(cls, points: Sequence[tuple[Known, str, Configuration, int]]) -> Places:
-        """From (task, key of the configuration, configuration, steps)."""
+    def of(cls, points: Sequence[tuple[Known, str, Configuration, int, str]]) -> Places:
+        """From (task, key of the configuration, configuration, steps, device)."""
         tasks: dict[Known, int] = {}
         configurations: dict[str, tuple[int, Configuration]] = {}
         where, what = [], []
-        for known, name, configuration, _ in points:
+        for known, name, configuration, _, _ in points:
             where.append(tasks.setdefault(known, len(tasks)))
             what.append(configurations.setdefault(name, (len(configurations), configuration))[0])
         return cls(
@@ -114,12 +118,13 @@ class Places:
             tuple(c for _, c in configurations.values()),
             np.array(where, dtype=int),
             np.array(what, dtype=int),
-            np.log2([max(1, steps) for _, _, _, steps in points]),
+            np.log2([max(1, steps) for _, _, _, steps, _ in points]),
+            np.array([device for *_, device in points], dtype=object),
         )
 
     @classmethod
     def seen(cls, observations: Sequence[Observation]) -> Places:
-        return cls.of([(o.task, o.key, o.configuration, o.steps) for o in observations])
+        return cls.of([(o.task, o.key, o.configuration, o.steps, o.device) for o in observations])
 
 
 def terms(model: Model, left: Places, right: Places) -> dict[str, np.ndarray]:
@@ -136,12 +141,14 @@ def terms(model: Model, left: Places, right: Places) -> dict[str, np.ndarray]:
     near = by_task(model.metric.similarity(left.tasks, right.tasks, model.length)) * backbone
     linear = by_task(_linear(left.tasks, right.tasks)) * backbone
     method, alike = (by_configuration(values) for values in prior.alike(left.configurations, right.configurations))
+    device = np.equal.outer(left.device, right.device)
     # A path that wanders by one step per doubling, from the smallest budget there may be.
     walk = np.minimum.outer(left.doublings, right.doublings)
     return {
         "overall": backbone,
         "method": backbone * method,
         "configuration": backbone * alike,
+        "device": device * backbone * (1 + method + alike) / 3,
         "task": same,
         "task_linear": linear,
         "task_similar": near,
@@ -189,9 +196,11 @@ class Conditioned:
             surprise = np.array([o.gain for o in observations]) - mean(self.places)
             self._surprise = _solve(self._root, surprise)
 
-    def predict(self, task: Known, candidates: Sequence[Configuration], steps: int) -> tuple[np.ndarray, np.ndarray]:
+    def predict(
+        self, task: Known, candidates: Sequence[Configuration], steps: int, device: str = ""
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Mean (n,) and covariance (n, n) of the candidates' gains. Candidates hold all hyperparameters."""
-        return self.at(Places.of([(task, key(c), c, steps) for c in candidates]))
+        return self.at(Places.of([(task, key(c), c, steps, device) for c in candidates]))
 
     def at(
         self, own: Places, inside: dict[str, np.ndarray] | None = None, across: dict[str, np.ndarray] | None = None
@@ -206,7 +215,10 @@ class Conditioned:
 
 
 def fit_deviations(observations: Sequence[Observation], start: Model) -> Model:
-    """The model with the deviations that the observations make most probable, given the beliefs about them."""
+    """The model with the deviations that the observations make most probable, given the beliefs about them.
+
+    Where all were made on one device nothing can be said of others: then that term is left out.
+    """
     from scipy.linalg import cholesky
     from scipy.optimize import minimize
 
@@ -215,6 +227,8 @@ def fit_deviations(observations: Sequence[Observation], start: Model) -> Model:
         return start
     places = Places.seen(chosen)
     components = terms(start, places, places)
+    if len(set(places.device)) < 2:
+        del components["device"]
     components["seed"] = np.diag([1 / o.repeats for o in chosen])
     components["sampling"] = np.diag([o.error**2 for o in chosen])
     names = list(components)
@@ -236,9 +250,10 @@ def fit_deviations(observations: Sequence[Observation], start: Model) -> Model:
         away = (logs - centre) / FREEDOM
         return float(value + 0.5 * away @ away), slope + away / FREEDOM
 
-    first = np.log([start.deviations[n] for n in names])
+    first = np.log([start.deviations[n] or prior.DEVIATIONS[n] for n in names])
     found = minimize(objective, first, jac=True, method="L-BFGS-B", options={"maxiter": STEPS})
-    return replace(start, deviations={n: float(v) for n, v in zip(names, np.exp(found.x), strict=True)})
+    fitted = {n: float(v) for n, v in zip(names, np.exp(found.x), strict=True)}
+    return replace(start, deviations={"device": 0.0} | fitted)
 
 
 def sample(observations: Sequence[Observation]) -> list[Observation]:

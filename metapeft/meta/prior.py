@@ -17,6 +17,7 @@ DEVIATIONS = {
     "overall": 0.2,  # everywhere: the portfolio may be too hopeful, or not hopeful enough
     "method": 0.1,
     "configuration": 0.15,
+    "device": 0.05,  # what a device has of its own; only where trials of several are known
     "task": 0.3,  # the level of one task
     "task_linear": 0.2,  # of that level, what the profile says
     "task_similar": 0.1,  # and what similar tasks say

@@ -192,7 +192,8 @@ def recommend(
         candidates, needs = [candidates[i] for i in feasible], [needs[i] for i in feasible]
         untuned = _untuned(mine, profile)
         whole = [complete(c) for c in candidates]
-        told = forecast(conditioned, here, whole, settings.train.steps, untuned, len(task.test))
+        device = speed.measured.get("device", "")
+        told = forecast(conditioned, here, whole, settings.train.steps, untuned, len(task.test), device=device)
     penalty = _penalty(needs, settings.recommend.prefer)
     order = sorted(range(len(needs)), key=lambda i: (penalty[i] - told.mean[i], needs[i].seconds))
     bounds = {level: told.interval(level) for level in (LEVEL, LIKELY)}

@@ -22,10 +22,10 @@ DOUBT = 0.5  # the line is never trusted beyond this share of the score's own er
 
 def taught(observations: Sequence[Observation]) -> list[Observation]:
     """Observations with gain and error after the loss has been heard; scores stay as measured. The same order."""
-    groups: dict[tuple[Known, int], list[int]] = {}
+    groups: dict[tuple[Known, int, str], list[int]] = {}
     for i, o in enumerate(observations):
         if math.isfinite(o.loss) and o.loss > 0 and o.status == "ok":
-            groups.setdefault((o.task, o.steps), []).append(i)
+            groups.setdefault((o.task, o.steps, o.device), []).append(i)
     found = list(observations)
     for members in groups.values():
         if len(members) >= LEAST:

@@ -56,12 +56,12 @@ def benefit(
 ) -> Benefit:
     """decisions: those since the advice got worse. chosen: decision -> key of its first choice. Minutes: it fits."""
     wanted = {(d.task_version, d.backbone): d for d in decisions if d.regret is not None}
-    tables: dict[tuple[str, str, int], list[Observation]] = {}
+    tables: dict[tuple[str, str, int, str], list[Observation]] = {}
     for o in observations:
         if (o.task.version, o.task.backbone) in wanted and math.isfinite(o.score):
-            tables.setdefault((o.task.version, o.task.backbone, o.steps), []).append(o)
+            tables.setdefault((o.task.version, o.task.backbone, o.steps, o.device), []).append(o)
     asked = []
-    for (version, backbone, _), table in tables.items():
+    for (version, backbone, _, _), table in tables.items():
         first = chosen.get(wanted[version, backbone].id)
         if len(table) > 1 and any(o.key == first for o in table):
             asked.append((table, first))
@@ -79,7 +79,10 @@ def benefit(
                 scores = np.array([o.score for o in table])
                 tests = max(o.tests for o in table) or 300
                 configurations = [o.configuration for o in table]
-                told = forecast(conditioned, table[0].task, configurations, table[0].steps, untuned_of(table), tests)
+                here = table[0]
+                told = forecast(
+                    conditioned, here.task, configurations, here.steps, untuned_of(table), tests, device=here.device
+                )
                 now = float(scores.max() - next(o.score for o in table if o.key == first))
                 pairs.append((now, float(scores.max() - scores[int(told.mean.argmax())])))
     now, new = np.array(pairs).T

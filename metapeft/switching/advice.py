@@ -68,7 +68,8 @@ def advice(
         _kept.clear()
         seen = known.observations(model.remaining)
         _kept[state] = calibrated(left_out(same, [o for o in seen if own or o.task.version != task.version], model))
-    forecaster = Forecaster(here, evidence, same, model, untuned, len(task.test), _kept[state])
+    device = speed.measured.get("device", "")
+    forecaster = Forecaster(here, evidence, same, model, untuned, len(task.test), _kept[state], device)
     first = plain(start)
     chosen = [first, *_best(forecaster, profile.shapes.depth, first, trials, task.version, steps)]
     costs = prices(chosen, profile, speed, trials, known.profiles)

@@ -81,7 +81,7 @@ class Checked:
 
 
 class Forecaster:
-    """Forecasts for one task. `tests`: examples that the final score is measured on."""
+    """Forecasts for one task. `tests`: examples that the final score is measured on. `device`: where it is trained."""
 
     def __init__(
         self,
@@ -92,8 +92,9 @@ class Forecaster:
         untuned: float,
         tests: int,
         calibration: Calibration | None = None,
+        device: str = "",
     ):
-        self.here, self.untuned, self.tests = here, untuned, tests
+        self.here, self.untuned, self.tests, self.device = here, untuned, tests, device
         self.calibration = calibration or Calibration()
         self._curves = Extrapolation(moments(trials))
         with one_thread():
@@ -101,7 +102,7 @@ class Forecaster:
 
     def before(self, options: Sequence[tuple[Configuration, int]]) -> Joint:
         """What the meta-model expects of (configuration, steps), before any of them is trained."""
-        places = Places.of([(self.here, key(c), c, steps) for c, steps in options])
+        places = Places.of([(self.here, key(c), c, steps, self.device) for c, steps in options])
         with one_thread():
             return measured(self._known.model, *self._known.at(places), self.untuned, self.tests)
 
@@ -145,7 +146,7 @@ def _checked(trial: Trial, task: Known, curves: Extrapolation, known: Conditione
     seen = moments([trial])
     if not seen:
         return []
-    places = Places.of([(task, key(trial.configuration), trial.configuration, trial.budget)])
+    places = Places.of([(task, key(trial.configuration), trial.configuration, trial.budget, trial.device)])
     tests = trial.score.n if trial.score else 0
     before = measured(known.model, *known.at(places), trial.untuned_score.value, tests)
     model = float(before.mean[0]), float(before.covariance[0, 0]) ** 0.5

@@ -37,6 +37,7 @@ def test_seeds_are_averaged_and_budgets_are_not() -> None:
     assert one.error == pytest.approx(0.04)  # the test split is the same: another seed does not halve its error
     assert len(gather([trial(0.9), trial(0.9, budget=15)], {})) == 2
     assert len(gather([trial(0.9), trial(0.9, learning_rate=2e-3)], {})) == 2
+    assert len(gather([trial(0.9, device="cpu"), trial(0.9, seed=1, device="metal")], {})) == 2
 
 
 def test_failures_teach_what_they_can() -> None:

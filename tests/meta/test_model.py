@@ -159,3 +159,31 @@ def test_fitting_finds_the_noise_and_the_spread_that_are_there() -> None:
     assert found.deviations["task"] + found.deviations["task_linear"] == pytest.approx(0.4, abs=0.2)
     assert found.deviations["seed"] < 0.04 < 0.1 < noisy.deviations["seed"]
     assert Model.from_json(found.to_json()) == found
+
+
+def test_what_another_device_needs_is_learned_from_few_trials_there() -> None:
+    small, large = full({"method": "lora", "learning_rate": 1e-4}), full({"method": "lora", "learning_rate": 1e-3})
+    cpu = [seen(f"t{i}", c, g) for i in range(30) for c, g in ((small, 0.4), (large, 0.7))]
+    metal = [seen(f"m{i}", c, g) for i in range(3) for c, g in ((small, 0.7), (large, 0.4))]
+    cpu, metal = ([replace(o, device=name) for o in evidence] for name, evidence in (("cpu", cpu), ("metal", metal)))
+    with one_thread():
+        model = fit_deviations([*cpu, *metal], Model())
+    conditioned = Conditioned(model, [*cpu, *metal])
+    order = {d: conditioned.predict(known("new"), [small, large], 40, d)[0].argmax() for d in ("cpu", "metal")}
+    assert order == {"cpu": 1, "metal": 0}
+
+
+def test_with_one_device_nothing_is_said_of_others() -> None:
+    evidence = [replace(o, device="cpu") for o in world(12, filled=0.3).observations()]
+    with one_thread():
+        model = fit_deviations(evidence, Model())
+        same = fit_deviations([replace(o, device="") for o in evidence], Model())
+    assert model == same and model.deviations["device"] == 0
+    here, elsewhere = (Conditioned(model, evidence).predict(known("new"), DEFAULTS, 40, d) for d in ("cpu", "metal"))
+    assert np.array_equal(here[0], elsewhere[0]) and np.array_equal(here[1], elsewhere[1])
+
+
+def test_a_version_of_before_devices_were_told_apart_is_read() -> None:
+    record = Model().to_json()
+    del record["deviations"]["device"]
+    assert Model.from_json(record) == Model()
