@@ -86,6 +86,10 @@ def main() -> int:
         for task in options.live_tasks.split(","):
             live += swept(task, options.live_trials, options.live_steps)
     print(table(rows, options.trials))
+    for task, early, final, errors in behind(rows):
+        print(
+            f"{task}: best score {early:.3f} after {FIRST} trials, {final:.3f} at the end: {errors:.1f} standard errors"
+        )
     for row in live:
         best, volume, seconds = (row[name][-1] for name in ("best", "hypervolume", "seconds"))
         print(f"live {row['task']} {row['strategy']}: best {best:.3f}, hypervolume {volume:.3f} after {seconds:.0f} s")
@@ -107,6 +111,7 @@ def main() -> int:
             "rows": rows,
             "live": live,
             "targets": targets,
+            "behind": behind(rows),
         }
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0 if enough and all(t["met"] for t in targets) else 1
@@ -441,6 +446,7 @@ def measured(strategy: str, world: World, seed: int, found: list[Any]) -> dict[s
         "task": world.place[0].task,
         "strategy": strategy,
         "seed": seed,
+        "tests": world.place[0].score.n if world.place[0].score else world.examples,
         "seconds": seconds,
         "best": best,
         "chosen": chosen,
@@ -496,7 +502,7 @@ def judged(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
             ratios.append(warm["hypervolume"][min(count, len(warm["best"])) - 1] / max(goal, 1e-9))
             within = [v for s, v in zip(warm["seconds"], warm["hypervolume"], strict=True) if s <= cold["seconds"][-1]]
             later.append(max(within, default=0.0) / max(goal, 1e-9))
-            soon.append(warm["best"][min(FIRST, len(warm["best"])) - 1] >= 0.95 * warm["best"][-1])
+            soon.append(close(warm))
         share.append(statistics.median(times))
         volume.append(statistics.mean(ratios))
         longer.append(statistics.mean(later))
@@ -523,6 +529,25 @@ def judged(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         }
         for name, value, target, below in measured_
     ]
+
+
+def close(row: dict[str, Any]) -> bool:
+    """Whether the first trials come within 5 % of the final best score."""
+    return bool(row["best"][min(FIRST, len(row["best"])) - 1] >= 0.95 * row["best"][-1])
+
+
+def behind(rows: Sequence[dict[str, Any]]) -> list[tuple[str, float, float, float]]:
+    """Tasks on which most warm sweeps are not `close`: best score after FIRST trials, at the end, and what lies between
+    in standard errors of a score on the task's test split, which every recorded score, and so the surrogate, has."""
+    found = []
+    for task in sorted({r["task"] for r in rows}):
+        mine = [r for r in rows if r["task"] == task and r["strategy"] == "warm"]
+        if statistics.mean(close(r) for r in mine) < 0.5:
+            early = statistics.mean(r["best"][min(FIRST, len(r["best"])) - 1] for r in mine)
+            final = statistics.mean(r["best"][-1] for r in mine)
+            error = math.sqrt(max(final * (1 - final), 0.25 / mine[0]["tests"]) / mine[0]["tests"])
+            found.append((task, early, final, (final - early) / error))
+    return found
 
 
 def table(rows: Sequence[dict[str, Any]], count: int) -> str:
