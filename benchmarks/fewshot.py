@@ -2,7 +2,7 @@
 
     python benchmarks/fewshot.py [--quick] [--json FILE] [--markdown FILE] [--tasks a,b] [--shots 4,16] [--draws N]
                                  [--library a,b] [--rounds N] [--max-seconds S] [--priors FILE]
-                                 [--only prepare|run|report]
+                                 [--only prepare|run|report] [--fill]
 
 Before a task is met, the library holds adapters of the other tasks, trained on up to 600 examples each, and starts are
 meta-learned from the half of the tasks that is of other families. For every task, number of shots and draw of shots,
@@ -69,6 +69,9 @@ def main() -> int:
     parser.add_argument("--priors", type=Path, help="write what the strategies gained here, for `metapeft adapt`")
     parser.add_argument("--only", choices=("prepare", "run", "report"))
     parser.add_argument("--records", type=Path, help="finished cells are read from here and added here")
+    parser.add_argument(
+        "--fill", action="store_true", help="run what finished cells lack (a new strategy), and no others"
+    )
     options = parser.parse_args()
     until = time.monotonic() + options.max_seconds
     names, shots = options.tasks.split(","), [int(k) for k in options.shots.split(",")]
@@ -85,7 +88,7 @@ def main() -> int:
             for count in shots:
                 for name in names:
                     if time.monotonic() < until:
-                        cell(name, count, draw, library)
+                        cell(name, count, draw, library, options.fill)
     if options.only == "prepare":
         return 0
     wanted = {(name, count, draw) for name in names for count in shots for draw in range(draws)}
@@ -224,8 +227,8 @@ def read() -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def cell(name: str, count: int, draw: int, learned_from: Sequence[str]) -> None:
-    """All strategies on one draw of shots; appends what was found."""
+def cell(name: str, count: int, draw: int, learned_from: Sequence[str], fill: bool = False) -> None:
+    """All strategies on one draw of shots; appends what was found. fill: only those that a finished cell lacks."""
     from metapeft.fewshot import reptile, shots
     from metapeft.fewshot.adapt import NEIGHBOURS
     from metapeft.fewshot.measure import answers
@@ -233,15 +236,16 @@ def cell(name: str, count: int, draw: int, learned_from: Sequence[str]) -> None:
     from metapeft.meta import library
     from metapeft.profiling import profile
 
-    if (name, count, draw) in {(c["task"], c["shots"], c["draw"]) for c in read()} or count > len(task(name).train):
+    known = next((c for c in read() if (c["task"], c["shots"], c["draw"]) == (name, count, draw)), None)
+    if (known is not None) != fill or count > len(task(name).train):
         return
     begin = time.monotonic()
     few = shots.draw(task(name), count, draw)
     session = opened(replace(few, validation=few.train[:1]))
     family = task(name).family
-    known = {task(n).version for n in learned_from}
+    versions = {task(n).version for n in learned_from}
     near = library.find(profile(few, backbone()), 10**6, without={name, family})
-    near = [found for found in near if found.entry.trial.task_version in known]
+    near = [found for found in near if found.entry.trial.task_version in versions]
     nearest = list(dict.fromkeys(found.entry.trial.task for found in near))[:NEIGHBOURS]
     near = [found for found in near if found.entry.trial.task in nearest]
     places = {method: reptile.read(start_folder(method, family not in HALF)) for method in METHODS}
@@ -249,11 +253,17 @@ def cell(name: str, count: int, draw: int, learned_from: Sequence[str]) -> None:
     ways = strategies(session, near, learned)
     folds = choose.sessions(backbone(), few, choose.fold_count(count), session)
     record: dict[str, Any] = {"task": name, "family": family, "kind": few.kind, "shots": count, "draw": draw}
-    record["near"] = [[f.entry.trial.task, f.entry.trial.method, round(f.similarity, 3)] for f in near]
-    record["untuned"] = {"shots": packed(answers(session, None, "train")), "test": zero(name)}
-    record["strategies"] = {way.name: one(way, session, folds, count) for way in ways}
-    record["rivals"] = {RIVAL: tested(Strategy(RIVAL, RIVAL_CONFIGURATION), session, count)}
-    record["seconds"] = round(time.monotonic() - begin, 1)
+    before = {}
+    if known is not None:
+        record, before = known, known["strategies"]
+        if all(way.name in before for way in ways):
+            return
+    else:
+        record["near"] = [[f.entry.trial.task, f.entry.trial.method, round(f.similarity, 3)] for f in near]
+        record["untuned"] = {"shots": packed(answers(session, None, "train")), "test": zero(name)}
+        record["rivals"] = {RIVAL: tested(Strategy(RIVAL, RIVAL_CONFIGURATION), session, count)}
+    record["strategies"] = {way.name: before.get(way.name) or one(way, session, folds, count) for way in ways}
+    record["seconds"] = round(record.get("seconds", 0.0) + time.monotonic() - begin, 1)
     _records[-1].parent.mkdir(parents=True, exist_ok=True)
     with _records[-1].open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

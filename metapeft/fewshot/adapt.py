@@ -124,7 +124,7 @@ def adapt(
         untuned_score=before,
         seconds=time.monotonic() - begin,
         skipped=tuple(s.name for s in found if s not in tried),
-        prompt=_prompt(session) if strategy is not None and strategy.context else "",
+        prompt=_prompt(session) if strategy is not None and strategy.name == "context" else "",
     )
 
 
@@ -217,7 +217,7 @@ def _leave(
     template = task.template if isinstance(task.train[0].prompt, str) else ""
     form = {"name": task.name, "kind": task.kind, "labels": list(task.labels), "template": template}
     few = {"strategy": strategy.name, "why": explained(choice), "origin": strategy.origin, "shots": len(task.train)}
-    if strategy.context:
+    if strategy.name == "context":
         few["prompt"] = _prompt(session)
     metadata = {"trial": trial.to_json(), "backbone": backbone.id, "steps": steps, "task": form, "few_shots": few}
     checkpoints.write(folder, replace(saved, metadata=saved.metadata | metadata))

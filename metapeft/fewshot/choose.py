@@ -62,7 +62,8 @@ Start = Callable[[Session, Sequence[int]], Saved]  # from a session and which of
 
 @dataclass(frozen=True)
 class Strategy:
-    """configuration: None where nothing is trained. start: None is the method's own, for `context` the shots.
+    """configuration: None where nothing is trained. start: None is the method's own. context: the start is the shots in
+    the context.
 
     rival: the strategy without transfer that a transferred start has to beat. origin: of the start, for people.
     """
@@ -191,22 +192,21 @@ def fitted(
             keep(step, adapter)
 
     start = None if strategy.start is None else strategy.start(session, indices)
+    owners = None
+    if strategy.context and (tokens := context.demonstrations(session)):
+        start, owners = adapters.take(context.prefix(session, tokens), {}), context.owners(session)
     if strategy.configuration is None:
-        tokens = context.demonstrations(session) if strategy.context else []
-        if tokens:
-            adapter: Adapter = context.prefix(session, tokens)
-        elif start is not None:
-            adapter = adapters.build(start, session.model)
-        else:
+        if start is None:
             return {0: measure(session, None)}
+        adapter = adapters.build(start, session.model)
         adapter.attach(session.model)
         try:
             watch(0, adapter)
         finally:
             adapter.detach(session.model)
         return found
-    where = [*([0] if start is not None else []), *at]
-    train(session, strategy.configuration, watch, steps=max(at), at=where, start=start)
+    where = [*([0] if start is not None and owners is None else []), *at]  # the context itself is a strategy of its own
+    train(session, strategy.configuration, watch, steps=max(at), at=where, start=start, owners=owners)
     for step in where:
         if step not in found:  # it diverged before
             count = len(session.encoded["validation"])

@@ -1,7 +1,9 @@
 """The untuned backbone with examples in its context (Brown et al. 2020, arXiv:2005.14165), kept as a prefix.
 
 The keys and values of the examples' tokens are all that later tokens see of them, so they make an ordinary adapter:
-prefix tuning that was never trained computes exactly what the examples in front of the prompt would.
+prefix tuning that was never trained computes exactly what the examples in front of the prompt would. Such a prefix can
+be trained further; each step then leaves out the tokens of the examples that it learns from (Lu et al. 2025,
+arXiv:2507.04221).
 """
 
 from __future__ import annotations
@@ -16,24 +18,34 @@ from metapeft.training.session import VIRTUAL, Session
 
 
 def demonstrations(session: Session, budget: int = VIRTUAL) -> list[int]:
-    """The tokens of as many training examples as fit into `budget` and the backbone's context: prompt, completion, end
-    of sequence and a new line, one example after another; the first one comes last, next to the question. One that does
-    not fit even alone is passed over; there may be none.
+    """The tokens of `shown` examples, one after another."""
+    return [token for _, tokens in shown(session, budget) for token in tokens]
+
+
+def shown(session: Session, budget: int = VIRTUAL) -> list[tuple[int, list[int]]]:
+    """As many training examples as fit into `budget` and the backbone's context, as (number, tokens): prompt,
+    completion, end of sequence and a new line; the first one comes last, next to the question. One that does not fit
+    even alone is passed over; there may be none.
 
     The end of sequence shows where an answer ends; the new line after it is worth some 20 points of exact match.
     """
     line = list(session.backbone.tokenizer.encode("\n", add_special_tokens=False))
     longest = max(len(e.ids) for examples in session.encoded.values() for e in examples) + len(session.shared)
     room = min(budget, VIRTUAL, session.backbone.context_length - longest)
-    taken: list[list[int]] = []
-    for example in session.encoded["train"]:
+    taken: list[tuple[int, list[int]]] = []
+    for number, example in enumerate(session.encoded["train"]):
         tokens = [*session.shared, *example.ids, *line]
         if len(tokens) > room:
             continue
-        if sum(map(len, taken)) + len(tokens) > room:
+        if sum(len(each) for _, each in taken) + len(tokens) > room:
             break
-        taken.append(tokens)
-    return [token for tokens in reversed(taken) for token in tokens]
+        taken.append((number, tokens))
+    return taken[::-1]
+
+
+def owners(session: Session) -> list[int]:
+    """For every token of the `demonstrations`, which training example it is of."""
+    return [number for number, tokens in shown(session) for _ in tokens]
 
 
 def prefix(session: Session, tokens: Sequence[int]) -> Prefix:

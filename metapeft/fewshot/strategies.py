@@ -20,6 +20,7 @@ from metapeft.training.session import Session
 METHODS = ("lora", "prefix")  # what is trained from a cold start, and what starts are learned for
 WARM = 0.5  # a start that knows something is trained at this part of the cold rate
 MIXED = 4  # adapters in a mixture at most
+LEAST_SHOWN = 3  # shots in the context that is trained further: one is learned from, in a fold one more is held out
 NEAR = 0.5  # nats of loss that the likeness of a task, from 0 to 1, counts as when the nearest adapter is chosen
 
 
@@ -33,12 +34,20 @@ def cold(depth: int) -> dict[str, dict[str, Any]]:
     }
 
 
+def tuned_context(shots: int) -> dict[str, Any]:
+    """Small steps: the context is good already. Of few shots one at a time is learned from, so that the others stay."""
+    return {"method": "prefix", "learning_rate": 3e-3, "batch_size": max(1, min(8, shots // 4))}
+
+
 def strategies(session: Session, near: Sequence[Found], learned: Mapping[str, Saved]) -> list[Strategy]:
     """All of them, the cheapest first. session: trains on all shots. near: adapters of the nearest tasks. learned:
     meta-learned starts by method."""
     fresh = cold(session.depth)
     goes_on = {method: c | {"learning_rate": c["learning_rate"] * WARM} for method, c in fresh.items()}
-    found = [Strategy("context", context=True)] if context.demonstrations(session) else []
+    shown = len(context.shown(session))
+    found = [Strategy("context", context=True)] if shown else []
+    if shown >= LEAST_SHOWN:
+        found.append(Strategy("tuned context", tuned_context(len(session.encoded["train"])), context=True))
     found += [Strategy(f"cold {method}", configuration) for method, configuration in fresh.items()]
     for method, saved in learned.items():
         name = f"reptile {method}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from metapeft.peft import adapters
 from metapeft.peft.base import Adapter
+from metapeft.peft.prefix import Shots
 from metapeft.peft.saved import Saved
 from metapeft.runtime import mx
 from metapeft.training.session import Session
@@ -25,13 +26,15 @@ def train(
     steps: int,
     at: Collection[int],
     start: Saved | None = None,
+    owners: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Trial:
     """Trains on the session's training split with the schedule of `steps`, and ends after the last step in `at`.
 
     watch: called with each step in `at` (0: before the first) and the attached adapter. start: the weights to start
-    from, which also say the method's configuration; None is the method's own. Nothing is saved and nothing chosen by
-    the validation split. A trial that diverged says so in its status. Raises UserError when `start` does not fit.
+    from, which also say the method's configuration; None is the method's own. owners: where the start is a prefix made
+    of the training split, which example each of its tokens is of. Nothing is saved and nothing chosen by the validation
+    split. A trial that diverged says so in its status. Raises UserError when `start` does not fit.
     """
     held: list[Adapter] = []
     given = None if start is None else adapters.build(start, session.model)
@@ -43,6 +46,8 @@ def train(
         if given is not None:
             adapter.module.update(given.module.parameters())
             mx.eval(adapter.module.parameters())
+        if owners is not None:
+            adapter.module = Shots(adapter.module(), owners)
         if 0 in at:
             watch(0, adapter)
 

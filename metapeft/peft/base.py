@@ -7,7 +7,8 @@ tuning and P-tuning as the keys and values of virtual tokens, computed once per 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,7 +37,8 @@ class Adapter:
     """A method attached to a frozen model. `module` holds exactly the trained parameters (an `nn.Module`).
 
     Life cycle: `attach(model)` changes the model in place and freezes it; `prefix(model)` gives the per-layer keys and
-    values to attend to (None for matrix methods); `extra_loss()` is added to the task loss;
+    values to attend to (None for matrix methods); `extra_loss()` is added to the task loss; within
+    `learning_from(examples)` the gradients of a step are taken;
     `after_step(step, gradients)` runs after each optimizer step; `detach(model)` restores the model exactly.
     """
 
@@ -57,6 +59,10 @@ class Adapter:
     def extra_loss(self) -> mx.array | None:
         """The method's own loss of its parameters, beside the task's."""
         return None
+
+    def learning_from(self, examples: Sequence[int]) -> AbstractContextManager[None]:
+        """While gradients are taken of these training examples (an adapter made of examples leaves them out)."""
+        return nullcontext()
 
     def after_step(self, step: int, gradients: dict[str, Any]) -> None:
         """Called with the zero-based step and the flat gradients of `module` (AdaLoRA prunes here)."""

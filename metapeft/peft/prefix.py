@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
+
+import numpy as np
 
 from metapeft.backbones.forward import keys_values
 from metapeft.peft.base import Adapter, MethodConfig
@@ -36,6 +39,21 @@ class Projection(nn.Module):
         return self.second(mx.tanh(self.first(self.embedding)))
 
 
+class Shots(Table):
+    """Keys and values of training examples. `owners`: which example each token is of; tokens of those that are being
+    learned from are left out (as long as others remain), or training would teach to copy them.
+    """
+
+    def __init__(self, value: mx.array, owners: Sequence[int]):
+        super().__init__(value)
+        self._owners = np.array(owners)
+        self.left_out: frozenset[int] = frozenset()
+
+    def __call__(self) -> mx.array:
+        kept = np.flatnonzero(~np.isin(self._owners, list(self.left_out)))
+        return self.value if len(kept) in (0, len(self._owners)) else self.value[mx.array(kept)]
+
+
 class Prefix(Adapter):
     """`module()` gives (tokens, 2 * layers * kv_heads * head width): per layer the keys, then the values."""
 
@@ -46,6 +64,16 @@ class Prefix(Adapter):
 
     def attach(self, model: nn.Module) -> None:
         model.freeze()
+
+    @contextmanager
+    def learning_from(self, examples: Sequence[int]) -> Iterator[None]:
+        if isinstance(self.module, Shots):
+            self.module.left_out = frozenset(examples)
+        try:
+            yield
+        finally:
+            if isinstance(self.module, Shots):
+                self.module.left_out = frozenset()
 
     def detach(self, model: nn.Module) -> None:
         pass

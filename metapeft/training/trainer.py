@@ -235,15 +235,16 @@ class _Run:
         wanted = [[indices[i] for i in part] for part in parts]
         seeds = [((self.seed * 1_000_003 + self.step) * 1_009 + n) % 2**63 for n in range(len(parts))]
         jobs: list[Callable[[], Any]]
-        if self.native is not None:
-            jobs = self.native.jobs(wanted, total, seeds)
-        else:
-            jobs = [partial(self._gradient, *each, total) for each in zip(seeds, wanted, strict=True)]
-        extra = [self._extra_gradient] if isinstance(self.adapter, AdaLoRA) or self.adapter.penalty else []
-        losses, gradients = zip(*self.session.workers.map([*jobs, *extra]), strict=True)
-        self.noise.update(gradients[: len(jobs)], [len(part) for part in parts])
-        if self.native is not None:
-            gradients = (self.native.gradient(self.parameters, gradients[: len(jobs)]), *gradients[len(jobs) :])
+        with self.adapter.learning_from(indices):
+            if self.native is not None:
+                jobs = self.native.jobs(wanted, total, seeds)
+            else:
+                jobs = [partial(self._gradient, *each, total) for each in zip(seeds, wanted, strict=True)]
+            extra = [self._extra_gradient] if isinstance(self.adapter, AdaLoRA) or self.adapter.penalty else []
+            losses, gradients = zip(*self.session.workers.map([*jobs, *extra]), strict=True)
+            self.noise.update(gradients[: len(jobs)], [len(part) for part in parts])
+            if self.native is not None:
+                gradients = (self.native.gradient(self.parameters, gradients[: len(jobs)]), *gradients[len(jobs) :])
         gradient: mx.array = sum(gradients[1:], gradients[0])
         if self.config.clip > 0:
             gradient, _ = optim.clip_grad_norm(gradient, self.config.clip)

@@ -83,7 +83,7 @@ def test_one_shot_is_decided_by_the_prior(backbone: object) -> None:
 
 def test_time_is_kept_and_what_was_left_out_is_said(backbone: object) -> None:
     found = adapt(shots.draw(TASK, 4, 0), backbone, max_seconds=0.0)  # type: ignore[arg-type]
-    assert found.skipped == ("cold lora", "cold prefix") and [j.strategy for j in found.judged] == ["context"]
+    assert found.skipped == ("tuned context", "cold lora", "cold prefix") and [j.strategy for j in found.judged] == ["context"]
 
 
 def test_what_other_tasks_have_taught_is_used(backbone: object, tmp_path: Path) -> None:
@@ -93,7 +93,8 @@ def test_what_other_tasks_have_taught_is_used(backbone: object, tmp_path: Path) 
     session = Session(backbone, replace(few, validation=few.train))  # type: ignore[arg-type]
     near = library.find(profile(few, backbone), 4)  # type: ignore[arg-type]
     ways = {s.name: s for s in strategies(session, near, {})}
-    assert list(ways) == ["context", "cold lora", "cold prefix", "nearest lora", "mix lora", "nearest prefix"]
+    open_ = ["context", "tuned context", "cold lora", "cold prefix", "nearest lora", "mix lora", "nearest prefix"]
+    assert list(ways) == open_
     assert ways["nearest lora"].rival == "cold lora" and "one" in ways["mix lora"].origin
     pick = ways["nearest lora"].start
     assert isinstance(pick, Nearest) and pick.chosen().entry.trial.task in ("one", "two")

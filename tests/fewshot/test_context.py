@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 
 from metapeft.fewshot import context, shots
 from metapeft.fewshot.choose import AT, Strategy, fitted
 from metapeft.fewshot.measure import answers
-from metapeft.fewshot.strategies import strategies
+from metapeft.fewshot.strategies import strategies, tuned_context
+from metapeft.fewshot.train import train
+from metapeft.peft import adapters
+from metapeft.peft.prefix import Shots
 from metapeft.training.evaluation import predict
 from metapeft.training.session import Session
 from tests.backbones.tiny import tiny
@@ -71,3 +76,46 @@ def test_where_no_example_fits_the_context_is_not_offered_and_answers_as_the_unt
     assert "context" not in [way.name for way in strategies(at, [], {})]
     found = fitted(Strategy("context", context=True), at, range(4), AT, lambda s, a: answers(s, a, "train"))
     np.testing.assert_array_equal(found[0].loss, answers(at, None, "train").loss)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_step_does_not_touch_the_tokens_of_the_example_that_it_learns_from(native: bool, monkeypatch: Any) -> None:
+    at = session(4)
+    if not native:
+        monkeypatch.setattr("metapeft.training.native.usable", lambda *_: None)
+    start = adapters.take(context.prefix(at, context.demonstrations(at)), {})
+    owners = np.array(context.owners(at))
+    seen: dict[int, np.ndarray] = {}
+    train(
+        at, tuned_context(4), lambda step, a: seen.__setitem__(step, np.array(a.module())),
+        steps=4, at=[0, 1, 2, 3, 4], start=start, owners=owners.tolist(),
+    )  # fmt: skip
+    assert len(owners) == len(seen[0]) and sorted(set(owners)) == [0, 1, 2, 3]
+    same = [set(owners[(seen[0] == seen[1]).all(axis=1)].tolist())]  # Adam's later steps move what it ever had moved
+    assert len(same[0]) == 1 and (owners[(seen[0] == seen[1]).all(axis=1)] == same[0].pop()).sum() > 0
+    assert (seen[4] != seen[0]).any(axis=1).all(), "in the end every example was taught by the others"
+
+
+def test_what_is_learned_from_is_left_out_unless_nothing_else_is_there() -> None:
+    at = session(4)
+    adapter = context.prefix(at, context.demonstrations(at))
+    adapter.module = Shots(adapter.module(), context.owners(at))
+    owners = np.array(context.owners(at))
+    every = np.array(adapter.module())
+    with adapter.learning_from([0, 2]):
+        np.testing.assert_array_equal(np.array(adapter.module()), every[np.isin(owners, [1, 3])])
+    with adapter.learning_from(range(4)):
+        assert adapter.module().shape[0] == len(owners)
+    np.testing.assert_array_equal(np.array(adapter.module()), every)
+
+
+def test_a_tuned_context_is_offered_from_three_shots_and_starts_from_the_context() -> None:
+    assert "tuned context" not in [way.name for way in strategies(session(2), [], {})]
+    at = session(6)
+    way = next(way for way in strategies(at, [], {}) if way.name == "tuned context")
+    still = replace(way, configuration=way.configuration | {"learning_rate": 1e-12})  # type: ignore[operator]
+    (untrained,) = fitted(
+        Strategy("context", context=True), at, range(6), AT, lambda s, a: answers(s, a, "test")
+    ).values()
+    found = fitted(still, at, range(6), (2,), lambda s, a: answers(s, a, "test"))
+    np.testing.assert_allclose(found[2].loss, untrained.loss, rtol=1e-4, atol=1e-4)
