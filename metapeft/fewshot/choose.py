@@ -36,6 +36,7 @@ FOLDS = 3
 LOST = 30.0  # loss, in nats, of an answer by weights that diverged
 # Variance of one shot's difference that is believed before any is seen, and how many shots that belief is worth.
 SPREAD, WORTH = 0.4, 4.0
+DOUBT = 1.5  # times its standard error is the evidence unsure: it is of adapters that saw other shots, and fewer
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def belief(differences: np.ndarray, prior: Prior) -> tuple[float, float]:
     if n == 0:
         return prior.mean, prior.deviation
     scatter = float(((differences - differences.mean()) ** 2).sum())
-    variance = (scatter + WORTH * SPREAD**2) / (n + WORTH) / n
+    variance = DOUBT**2 * (scatter + WORTH * SPREAD**2) / (n + WORTH) / n
     weight = prior.deviation**2 / (prior.deviation**2 + variance)
     mean = prior.mean + weight * (float(differences.mean()) - prior.mean)
     return mean, prior.deviation * math.sqrt(1 - weight)
