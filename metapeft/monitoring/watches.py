@@ -36,6 +36,7 @@ from metapeft.monitoring.limits import (
 )  # fmt: skip
 from metapeft.monitoring.outcomes import BINS, Decision, Kind, ece
 from metapeft.monitoring.promise import Followed, Promise
+from metapeft.settings import MonitorSettings
 
 # False alarms per 1,000 decisions that each test may give, as shares of what is allowed in all. "profiles": `drift`.
 SHARES = {
@@ -50,7 +51,7 @@ SHARES = {
     ("profiles", "ks"): 0.05,
     ("profiles", "means"): 0.15,
 }
-FALSE_ALARMS = 1.0  # per 1,000 decisions, of all tests together
+FALSE_ALARMS = MonitorSettings().false_alarms  # per 1,000 decisions, of all tests together
 SMALLEST = {"regret": 0.03, "order": 0.10, "intervals": 0.20}  # what has to be found; half of it is tolerated
 WEIGHT = 200  # decisions that the promise counts for, as the mean that Page-Hinkley starts with
 
