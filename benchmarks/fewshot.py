@@ -265,8 +265,10 @@ def cell(name: str, count: int, draw: int, learned_from: Sequence[str], fill: bo
     record["strategies"] = {way.name: before.get(way.name) or one(way, session, folds, count) for way in ways}
     record["seconds"] = round(record.get("seconds", 0.0) + time.monotonic() - begin, 1)
     _records[-1].parent.mkdir(parents=True, exist_ok=True)
-    with _records[-1].open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    with _records[-1].open("a+b") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")  # a kill cut the last line
+        file.write(json.dumps(record).encode() + b"\n")
     scores = {n: f"{hits(s['test'][max(s['test'], key=int)]).mean():.2f}" for n, s in record["strategies"].items()}
     say(f"{name} {count} shots, draw {draw}: untuned {hits(record['untuned']['test']).mean():.2f} {scores}")
     say(f"  {record['seconds']:.0f} s")

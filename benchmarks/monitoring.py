@@ -16,7 +16,8 @@ choice with a shadow trial of the runner-up in three of ten ("shadow").
     profiles mixed  every incoming task gets another task's profile: nothing to see in their distribution
     metric          a meta-model that goes by the wrong features
     shrunk          a meta-model that believes in no difference between methods or configurations
-    device          another device: best learning rates are a third of what they were, trainings take 1.7 times as long
+    device          another kind of device, which trials name: best learning rates are a third of what they were,
+                    trainings take 1.7 times as long
 
 Retraining (`metapeft meta train`): fitted anew to the experience with the trials of all decisions so far and of 20
 grown tasks, once at the alarm and once more 40 decisions later; the true regret of 100 decisions after each. Beside it

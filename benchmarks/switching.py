@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -267,14 +268,16 @@ def kept(place: dict[str, Any], work: Callable[[], dict[str, Any]], until: float
     path = _records[-1]
     path.parent.mkdir(parents=True, exist_ok=True)
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        row = json.loads(line)
+        row = json.loads(line) if line.endswith("}") else {}  # a kill may have cut the last one
         if all(row.get(k) == v for k, v in place.items()):
             return dict(row)
     if time.monotonic() > until:
         return None
     row = place | work()
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    with path.open("a+b") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
     print({k: v for k, v in row.items() if k not in ("decisions", "choices")}, file=sys.stderr, flush=True)
     return row
 
