@@ -194,7 +194,8 @@ class _Run:
                 stopped = 0 < self.config.patience <= self.since_best
             if self.progress is not None and self.progress(event):
                 self.trial.status, stopped = "stopped", True
-            if self.folder is not None and time.perf_counter() - self.saved > STATE_SECONDS:
+            # Of a stop no state is kept: the run that continued from it would pass the step at which it stopped.
+            if self.folder is not None and not stopped and time.perf_counter() - self.saved > STATE_SECONDS:
                 self._save_state()
         if self.best is None:
             self._evaluate()

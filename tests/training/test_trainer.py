@@ -285,6 +285,33 @@ def test_progress_may_stop_a_trial(session: Session, tmp_path: Path) -> None:
     assert trial.validation is not None and (tmp_path / "a" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("why", ["asked for", "patience"])
+def test_killed_after_a_stop_the_next_run_stops_there_too(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr(trainer, "STATE_SECONDS", 0.0)
+    values = {"learning_rate": 0.05, "evaluations": 20, "patience": 2, "schedule": "constant"}
+    given = configuration("lora", **values) if why == "patience" else configuration("lora")
+
+    def asked(event: dict[str, Any]) -> bool:
+        return why == "asked for" and event["step"] == 3
+
+    whole = run_trial(session, given, steps=60, folder=tmp_path / "whole", progress=asked)
+
+    def killed(run: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Run, "validated", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_trial(session, given, steps=60, folder=tmp_path / "killed", progress=asked)
+    assert (tmp_path / "killed" / "state.safetensors").exists()
+    again = run_trial(session, given, steps=60, folder=tmp_path / "killed", progress=asked)
+    assert [row["step"] for row in again.curve] == [row["step"] for row in whole.curve]
+    assert again.status == whole.status and again.score == whole.score
+    assert_same(weights(session, tmp_path / "whole"), weights(session, tmp_path / "killed"))
+
+
 def test_out_of_memory_is_a_status(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metapeft.runtime.free_memory_mb", lambda: 1.0)
     trial = run_trial(session, configuration("lora"), steps=5)
