@@ -217,12 +217,14 @@ def learn_start(
 
 
 def read() -> list[dict[str, Any]]:
-    """Every finished cell once."""
+    """Every finished cell once, of those that met this library and these starts."""
     path = _records[-1]
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         if line.endswith("}"):  # the last one may have been cut
             record = json.loads(line)
+            if record["learned"] != folder().name:
+                continue
             found[record["task"], record["shots"], record["draw"]] = record
     return list(found.values())
 
@@ -253,6 +255,7 @@ def cell(name: str, count: int, draw: int, learned_from: Sequence[str], fill: bo
     ways = strategies(session, near, learned)
     folds = choose.sessions(backbone(), few, choose.fold_count(count), session)
     record: dict[str, Any] = {"task": name, "family": family, "kind": few.kind, "shots": count, "draw": draw}
+    record["learned"] = folder().name
     before = {}
     if known is not None:
         record, before = known, known["strategies"]

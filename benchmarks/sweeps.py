@@ -1,6 +1,6 @@
 """Do sweeps that start warm find better trade-offs, sooner? Six strategies on tasks left out of the experience.
 
-    python benchmarks/sweeps.py [--quick] [--json FILE] [--live] [--experience FOLDER_OR_FILE]
+    python benchmarks/sweeps.py [--quick] [--json FILE] [--live] [--experience FOLDER_OR_FILE] [--workers N]
 
 Replay. For every task that the experience has tried densely, a surrogate of that task answers what a configuration
 scores, takes and needs: the recorded test score, seconds and memory of the nearest recorded configurations of its
@@ -39,7 +39,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -67,6 +70,7 @@ def main() -> int:
     parser.add_argument("--live-tasks", default=",".join(LIVE_TASKS))
     parser.add_argument("--experience", type=Path, help="default: the one in METAPEFT_HOME, and what is shipped")
     parser.add_argument("--trials", type=int, default=TRIALS)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="tasks replayed at the same time")
     options = parser.parse_args()
 
     from metapeft.runtime import describe
@@ -77,8 +81,11 @@ def main() -> int:
     chosen = places[:3] if options.quick else places
     say(f"{len(trials)} trials; {len(places)} tasks tried with {LEAST_CONFIGURATIONS} configurations or more")
     rows: list[dict[str, Any]] = []
-    for place in chosen if len(places) >= 2 else []:
-        rows += replayed(trials, place, seeds, options.trials)
+    if len(places) >= 2:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of each worker
+        with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+            for found in pool.map(replayed, repeat(trials), chosen, repeat(seeds), repeat(options.trials)):
+                rows += found
     enough = len(places) >= LEAST_TASKS
     targets = judged(rows, options.trials)
     live: list[dict[str, Any]] = []

@@ -77,6 +77,12 @@ LATER: tuple[dict[str, Any], ...] = (  # when the others are done everywhere
     _virtual("prompt", 3e-2, 32),
     _virtual("prefix", 5e-3, 32),
     _virtual("p_tuning", 1e-3, 16, encoder="lstm"),
+    # Beyond the highest learning rates above, which do best on many tasks.
+    _lora(2e-3, 8, 16.0, False),
+    _adalora(1e-2, 12, 8, False),
+    _virtual("prompt", 1e-1, 16),
+    _virtual("prefix", 3e-2, 16),
+    _virtual("p_tuning", 1e-2, 16, encoder="mlp"),
 )
 CONFIGURATIONS = (*FIRST, *LATER)
 
