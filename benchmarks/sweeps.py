@@ -234,7 +234,8 @@ class World:
             moved = None if score is None else min(1.0, max(0.0, score + shift * part))
             step = round(part * steps)
             trial.curve.append(row | {"step": step, "seconds": row["seconds"] * scale, "validation_score": moved})
-            event = trial.curve[-1] | {"steps": steps, "peak_memory_mb": true["memory"]}
+            measured_ = {"steps": steps, "curve": tuple(trial.curve), "peak_memory_mb": true["memory"]}
+            event = trial.curve[-1] | measured_
             if watch is not None and step < steps and watch(event):
                 trial.status, trial.seconds = "stopped", row["seconds"] * scale
                 trial.train_seconds = trial.seconds

@@ -180,11 +180,11 @@ def planned(name: str, steps: int) -> dict[str, Any]:
     return {"budget": budget, "choices": choices, "recommended": next(iter(choices))}
 
 
-def advised(name: str, start: dict[str, Any], steps: int) -> Any:
+def advised(name: str, start: dict[str, Any], steps: int, basis: Any = None) -> Any:
     from metapeft.switching.advice import advice
 
     session, profile = prepared(name)
-    return advice(session.task, profile, start, steps, session.untuned["test"].value, own=False)
+    return advice(session.task, profile, start, steps, session.untuned["test"].value, own=False, basis=basis)
 
 
 def static(name: str, choice: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def switched(name: str, choice: dict[str, Any], seed: int, budget: float) -> dic
     trial, record = run.train(
         session,
         start,
-        lambda: advised(name, start, steps),
+        lambda basis: advised(name, start, steps, basis),
         steps=steps,
         seconds=budget,
         folder=folder,

@@ -57,14 +57,14 @@ with Workflow(
 
     @task(outlets=[DEGRADED], on_success_callback=tell)
     def degraded(report: dict[str, Any]) -> dict[str, Any]:
-        """Succeeds, and so updates the asset, only where there is a new alert that retraining may mend."""
+        """Succeeds, and so updates the asset, only where retraining may mend what no earlier run has asked for."""
         if not report["retrain"]:
             old = len(report["alerts"])
             raise AirflowSkipException(f"nothing new to retrain for; {old} alerts in all" if old else "no alert")
-        new = [alert for alert in report["alerts"] if alert["key"] in report["new"]]
+        due = [alert for alert in report["alerts"] if alert["key"] in report["due"]]
         events = get_current_context().get("outlet_events")
         if events is not None:
-            events[DEGRADED].extra = {"alerts": [alert["key"] for alert in new], "since": new[0]["since"]}
-        return {"alerts": new}
+            events[DEGRADED].extra = {"alerts": [alert["key"] for alert in due], "since": due[0]["since"]}
+        return {"alerts": due}
 
     degraded(monitor.output)

@@ -78,6 +78,7 @@ def reptile(
         raise UserError("there are no tasks to learn a start from; fetch some with `metapeft tasks fetch`")
     found = read(folder)
     state = found.saved if found is not None else None
+    about = found.saved.metadata["reptile"] if found is not None else {}
     done = found.rounds if found is not None else 0
     sessions: dict[int, Session] = {}
     for number in range(done, rounds):
@@ -94,7 +95,7 @@ def reptile(
             raise UserError("the first round diverged; give a lower learning_rate")
         stop = report is not None and bool(report(number + 1, loss))
         if stop or (number + 1) % SAVED == 0 or number + 1 == rounds:
-            _write(folder, state, backbone, number + 1, tasks)
+            _write(folder, state, backbone, number + 1, tasks, about)
         if stop:
             break
     learned = read(folder)
@@ -124,10 +125,13 @@ def toward(state: Saved, ended: Saved, part: float) -> Saved:
     return replace(ended, tensors=tensors)
 
 
-def _write(folder: Path, state: Saved, backbone: Backbone, rounds: int, tasks: Sequence[Task]) -> None:
-    names = [task.name for task in tasks]
-    families = sorted({task.family or task.name for task in tasks})
-    licences = {task.name: task.licence for task in tasks}
+def _write(
+    folder: Path, state: Saved, backbone: Backbone, rounds: int, tasks: Sequence[Task], before: dict[str, Any]
+) -> None:
+    """before: what is there; a start that goes on with other tasks has still learned from the earlier ones."""
+    names = list(dict.fromkeys([*before.get("tasks", ()), *(task.name for task in tasks)]))
+    families = sorted({*before.get("families", ()), *(task.family or task.name for task in tasks)})
+    licences = before.get("licences", {}) | {task.name: task.licence for task in tasks}
     about = {"rounds": rounds, "tasks": names, "families": families, "licences": licences}
     metadata = {key: value for key, value in state.metadata.items() if key in ("layers", "kv_heads")}
     checkpoints.write(folder, replace(state, metadata=metadata | {"backbone": backbone.id, "reptile": about}))

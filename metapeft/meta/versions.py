@@ -78,6 +78,12 @@ def champion() -> Version:
     return shipped()
 
 
+def numbered(number: int) -> Version:
+    """A version by its number; the champion, where there is none that can be read."""
+    found = shipped() if number == 0 else _read(_path(number))
+    return found or champion()
+
+
 def shipped() -> Version:
     """Version 0."""
     found = _read(SHIPPED / "model.json")

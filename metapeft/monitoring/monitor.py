@@ -44,6 +44,7 @@ class Report:
     alerts: list[Alert]
     new: tuple[str, ...] = ()
     over: tuple[str, ...] = ()
+    due: tuple[str, ...] = ()  # alerts to retrain for, which no run that came to its end has said so of
     undelivered: dict[str, str] = field(default_factory=dict)
     servers: dict[str, Any] = field(default_factory=dict)
 
@@ -53,8 +54,8 @@ class Report:
 
     @property
     def retrain(self) -> bool:
-        """Whether one of the alerts of this run may be mended by a new meta-model."""
-        return any(alert.retrain for alert in self.alerts if alert.key in self.new)
+        """Whether a new meta-model may mend what no earlier run has asked one for."""
+        return bool(self.due)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "healthy": self.healthy, "retrain": self.retrain}
@@ -75,10 +76,13 @@ def monitor(settings: Settings, *, tell: bool = True, estimate: bool = True) -> 
         if tell:
             changes = state.compare(remembered, report.alerts, now)
             report.new, report.over = changes.new, changes.over
+            report.due = tuple(a.key for a in report.alerts if a.retrain and not remembered.alerts[a.key].asked)
             remembered.servers, remembered.report = seen, report.to_json()
             state.write(remembered)  # what is known is kept even if telling is interrupted
             report.undelivered = state.tell(remembered, carried)
             remembered.report = report.to_json()
+            for key in report.due:
+                remembered.alerts[key].asked = True
             state.write(remembered)
     return report
 

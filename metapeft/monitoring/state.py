@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ SCHEMA = 1
 @dataclass
 class Open:
     """An alert that was raised, or is over since `at`. told: names of channels. heard: of one that is over, the
-    channels that had said it."""
+    channels that had said it. asked: whether retraining for it was asked for."""
 
     alert: dict[str, Any]
     at: str
     told: list[str] = field(default_factory=list)
     heard: list[str] = field(default_factory=list)
+    asked: bool = False
 
 
 @dataclass
@@ -109,7 +110,7 @@ def compare(state: State, alerts: Sequence[Alert], now: str) -> Changes:
     for key, alert in found.items():
         earlier = state.alerts.get(key)
         state.over.pop(key, None)
-        state.alerts[key] = Open(alert.to_json(), earlier.at if earlier else now, earlier.told if earlier else [])
+        state.alerts[key] = replace(earlier, alert=alert.to_json()) if earlier else Open(alert.to_json(), now)
     return Changes(new, tuple(key for key in found if key not in new), over)
 
 

@@ -534,12 +534,13 @@ class _Book:
         assert aids.rule is not None
         rule = aids.rule
         expected = aids.forecast(claim.configuration, claim.steps) if aids.forecast else None
-        curve: list[dict[str, Any]] = []
 
         def watched(event: dict[str, Any]) -> bool:
             if event.get("validation_score") is None or event["step"] >= event["steps"]:
                 return False
-            curve.append(event)
+            # The trainer's own curve: what was measured before a kill is in it.
+            *before, last = event["curve"]
+            curve = [*before, last | {"peak_memory_mb": event["peak_memory_mb"]}]
             return rule.hopeless(curve, claim.steps, self.feasible(), expected)
 
         return watched

@@ -149,7 +149,7 @@ class Registry:
 
     def _deploy(self, key: tuple[str, str], model: Model) -> None:
         begin = time.perf_counter()
-        before = self.served.get(key)
+        before = self.served.get(key) or self._served_before(key, model.version)
         reason = ""
         try:
             version = self._fetch(model)
@@ -180,6 +180,11 @@ class Registry:
         self.on_deployment(done)
 
     on_deployment: Callable[[Deployment], None] = staticmethod(lambda deployment: None)
+
+    def _served_before(self, key: tuple[str, str], version: int) -> int | None:
+        """What an alias meant before this process began, where that is another version."""
+        earlier = [d.version for d in self.deployments if (d.model, d.alias, d.outcome) == (*key, "deployed")]
+        return earlier[-1] if earlier and earlier[-1] != version else None
 
     def _same_as_before(self, done: Deployment) -> bool:
         """A restart that takes up what was served."""
@@ -228,14 +233,14 @@ def history() -> Path:
 def _remember(deployment: Deployment) -> None:
     path = history()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:  # one line is one write: a kill leaves at most the last one torn
-        file.write(json.dumps(asdict(deployment)) + "\n")
+    with path.open("a", encoding="utf-8") as file:  # one write; its first character ends a line that a kill cut short
+        file.write("\n" + json.dumps(asdict(deployment)) + "\n")
 
 
 def _remembered() -> list[Deployment]:
     found = []
     try:
-        lines = history().read_text(encoding="utf-8").splitlines()[-HISTORY:]
+        lines = [line for line in history().read_text(encoding="utf-8").splitlines() if line][-HISTORY:]
     except (OSError, ValueError):  # not there, or no text
         return []
     for line in lines:

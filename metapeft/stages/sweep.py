@@ -47,6 +47,8 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     with pipeline_run(settings, work, task) as tracker:
         tracker.set_tags({"strategy": strategy(settings), "sweep": prepared.study})
         result = prepared.run(lambda trial: tracker.log_trial(trial, task))
+        if result.reused:
+            tracker.log_missing(result.trials, task)  # a kill came between their end and their record there
         chosen = {trial.id for trial in result.points.values()}
         for trial in result.trials:
             if trial.id in chosen:

@@ -78,7 +78,6 @@ class Trainer:
     ) -> Trial:
         """watch: gets every event of the training, and stops it by returning True."""
         from metapeft.meta.experience import Experience
-        from metapeft.runtime import MB, mx
         from metapeft.training.trainer import run_trial
 
         before = self.untuned()
@@ -86,7 +85,7 @@ class Trainer:
         def progress(event: dict[str, Any]) -> bool:
             if self.on_event is not None:
                 self.on_event(event)
-            return watch is not None and watch(event | {"peak_memory_mb": mx.get_peak_memory() / MB})
+            return watch is not None and watch(event)
 
         with trial_lock(trial_id):
             trial = run_trial(
@@ -121,13 +120,13 @@ class Trainer:
         """
         from metapeft.profiling import Profile
         from metapeft.switching import run
-        from metapeft.switching.advice import Advice, advice
+        from metapeft.switching.advice import Advice, Basis, advice
 
         before = self.untuned()
         session = self.session()
 
-        def ask() -> Advice:
-            return advice(self.task, Profile.from_json(profile), configuration, steps, before.value)
+        def ask(basis: Basis | None) -> Advice:
+            return advice(self.task, Profile.from_json(profile), configuration, steps, before.value, basis=basis)
 
         identity = run.identity(session, configuration, steps, seed, policy)
         with trial_lock(identity):

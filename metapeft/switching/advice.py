@@ -10,7 +10,7 @@ from metapeft.data.task import Task
 from metapeft.meta import versions
 from metapeft.meta.evidence import Known, complete, families, key
 from metapeft.meta.experience import Experience
-from metapeft.meta.knowledge import knowledge
+from metapeft.meta.knowledge import Knowledge, knowledge
 from metapeft.meta.portfolio import portfolio
 from metapeft.meta.recommendation import counting, nominal_speed, short
 from metapeft.peft import METHODS
@@ -35,12 +35,21 @@ class Alternative:
 
 
 @dataclass(frozen=True)
+class Basis:
+    """What advice was made of: a version of the meta-model, and trials by their ids."""
+
+    version: int = 0
+    trials: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Advice:
     """start: the configuration that training begins with; others: what it may be exchanged for."""
 
     start: Alternative
     others: tuple[Alternative, ...]
     forecaster: Forecaster
+    basis: Basis = Basis()
 
 
 def advice(
@@ -52,12 +61,17 @@ def advice(
     experience: Experience | None = None,
     speed: Speed | None = None,
     own: bool = True,
+    basis: Basis | None = None,
 ) -> Advice:
     """For a training of `start` that would take `steps`. untuned: the backbone's test score. own: whether trials of
-    this very task count. The same experience gives the same advice."""
+    this very task count. The same experience gives the same advice; so does a later one, told the basis of before."""
     known = knowledge(experience)
     speed = speed or speeds.read(profile.backbone_content) or nominal_speed(profile)
-    model = versions.champion().model
+    champion = versions.champion() if basis is None else versions.numbered(basis.version)
+    if basis is not None:
+        then = set(basis.trials)
+        known = Knowledge(tuple(t for t in known.trials if t.id in then), known.profiles)
+    model = champion.model
     family = families().get(task.name, task.name)
     here = Known(task.version, profile.backbone, task.name, family, len(task.train), profile.features)
     evidence = counting(known, model, here, own)
@@ -77,6 +91,7 @@ def advice(
         Alternative(chosen[0], costs[0]),
         tuple(Alternative(c, p) for c, p in zip(chosen[1:], costs[1:], strict=True)),
         forecaster,
+        Basis(champion.number, tuple(t.id for t in known.trials)),
     )
 
 

@@ -49,6 +49,7 @@ class Record:
     decisions: list[dict[str, Any]] = field(default_factory=list)
     kept: int | None = None
     back: bool = False  # whether the last leg was given up for an earlier one at the end
+    stopped: bool = False  # whether it was asked to stop
 
     def switches(self) -> int:
         """Exchanges begun, undone ones too."""

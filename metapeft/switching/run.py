@@ -7,6 +7,7 @@ its record, takes the decisions that were made as made, and goes on inside the l
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -25,19 +26,22 @@ from metapeft.peft.base import Adapter
 from metapeft.peft.stack import joined, parts
 from metapeft.runtime import device, mx, versions
 from metapeft.switching import decide, handover
-from metapeft.switching.advice import Advice, plain
+from metapeft.switching.advice import Advice, Basis, plain
 from metapeft.switching.decide import Decision, Evidence, Policy
+from metapeft.switching.forecast import Calibration
 from metapeft.switching.prices import Price
 from metapeft.switching.record import Leg, Record
 from metapeft.training.configuration import LEARNING_RATES, full
 from metapeft.training.evaluation import evaluate, predict
 from metapeft.training.session import Session
-from metapeft.training.trainer import describe, run_trial
+from metapeft.training.trainer import describe, run_trial, saved_state
 from metapeft.training.trial import Trial, trial_id
 
+BASIS = "basis.json"  # beside the record, while training
 METHOD = "switching"  # of the trial: it belongs to none of the five
 LEAST_STEPS = 10  # a leg shorter than that is not begun
 FORCED = 0.5  # confidence that is asked for when the method in hand has failed
+ROW = ("step", "seconds", "train_loss", "validation_loss", "validation_score", "gradient_noise")  # of a curve, kept
 
 Progress = Callable[[dict[str, Any]], bool | None]
 
@@ -69,7 +73,7 @@ def switching_id(
 def train(
     session: Session,
     start: dict[str, Any],
-    advice: Callable[[], Advice],
+    advice: Callable[[Basis | None], Advice],
     *,
     steps: int,
     folder: Path,
@@ -82,8 +86,9 @@ def train(
     """Trains from `start` with the budget that `steps` of it cost (or `seconds`, predicted), and measures the outcome.
 
     folder: of the adapter in the end; legs and the record lie beside it until then, the record in the adapter's
-    metadata afterwards. advice: asked for once, when there is no record yet or decisions are to be made. progress: as
-    `run_trial`'s, with "leg" and "method". Raises MetapeftError when nothing came of it.
+    metadata afterwards. advice: asked for once, when there is no record yet or decisions are to be made; a training
+    that goes on passes the basis of the advice that it began with. progress: as `run_trial`'s, with "leg" and "method".
+    Raises MetapeftError when nothing came of it.
     """
     policy = policy or Policy()
     name = identity(session, start, steps, seed, policy)
@@ -99,7 +104,7 @@ class _Training:
         self,
         session: Session,
         start: dict[str, Any],
-        advice: Callable[[], Advice],
+        advice: Callable[[Basis | None], Advice],
         steps: int,
         folder: Path,
         policy: Policy,
@@ -110,11 +115,10 @@ class _Training:
     ):
         self.session, self.policy, self.seed, self.folder = session, policy, seed, folder
         self.progress, self.name, self.budget = progress, name, steps
-        self.place = folder.with_name(f"{folder.name}.legs")
+        self.place = _legs(folder)
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self._ask = advice
         self._advice: Advice | None = None
-        self.stopped = False
         found = Record.load(self.place, name)
         if found is None:
             found = self._opened(start, steps, seconds)
@@ -124,12 +128,22 @@ class _Training:
     @property
     def advice(self) -> Advice:
         if self._advice is None:
-            self._advice = self._ask()
+            self._advice = self._ask(self._basis())
         return self._advice
+
+    def _basis(self) -> Basis | None:
+        """Of the advice that the training began with; None: it begins now."""
+        path = self.place / BASIS
+        if not path.exists():
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return Basis(found["version"], tuple(found["trials"]))
 
     def _opened(self, start: dict[str, Any], steps: int, seconds: float | None) -> Record:
         shutil.rmtree(self.place, ignore_errors=True)
         price = self.advice.start.price
+        self.place.mkdir(parents=True)
+        (self.place / BASIS).write_text(json.dumps(asdict(self.advice.basis)), encoding="utf-8")  # before the record
         budget = price.seconds(steps, self.policy.looks) if seconds is None else seconds
         first = max(1, price.steps(budget, self.policy.looks))
         return Record(
@@ -149,7 +163,7 @@ class _Training:
             if leg.trial is None and not leg.undone:
                 self._leg(number)
                 record.save(self.place)
-            if number == len(record.legs) - 1 and not self.stopped:
+            if number == len(record.legs) - 1 and not record.stopped:
                 self._next(number)
                 record.save(self.place)
             number += 1
@@ -169,11 +183,15 @@ class _Training:
         before = None if old is None else handover.predicted(self.session, old, guarded)
         bare = handover.predicted(self.session, None, guarded) if old is not None and leg.how == "fresh" else None
         leg.seconds = time.perf_counter() - began
+        task, seed = self.session.task, self.seed + number
+        identity = trial_id(
+            task.name, task.version, self.session.backbone.id, full(configuration), seed, leg.steps, len(task.train)
+        )
         with handover.over(self.session, below) as upper:
 
             def prepare(adapter: Adapter) -> None:
-                if given is None or (self._leg_folder(number) / "state.safetensors").exists():
-                    return
+                if given is None or saved_state(self._leg_folder(number), identity) is not None:
+                    return  # goes on, from weights that replace these
                 begun = time.perf_counter()
                 if given.prepare is not None:
                     given.prepare(upper, adapter)
@@ -191,7 +209,7 @@ class _Training:
                     upper,
                     configuration,
                     steps=leg.steps,
-                    seed=self.seed + number,
+                    seed=seed,
                     folder=self._leg_folder(number),
                     progress=lambda event: self._watch(number, event),
                     test=False,
@@ -227,24 +245,19 @@ class _Training:
         leg = self.record.legs[number]
         said = event | {"leg": number, "method": leg.configuration["method"]}
         if self.progress is not None and self.progress(said):
-            self.stopped = True
+            self.record.stopped = True
             return True
         if event.get("validation_score") is None or event["step"] >= leg.steps:
             return False
         record = self.record.decided(number, event["step"])
         if record is None:
-            evidence = self._evidence(number, self._rows(number, event), self._spent(number, event["step"]))
+            evidence = self._evidence(
+                number, [{n: row[n] for n in ROW} for row in event["curve"]], self._spent(number, event["step"])
+            )
             record = decide.to_json(evidence, self.policy, decide.decide(evidence, self.policy))
             self.record.decisions.append(record)
             self.record.save(self.place)
         return decide.recorded(record).switch
-
-    def _rows(self, number: int, event: dict[str, Any]) -> list[dict[str, Any]]:
-        """The leg's curve up to here. What came before a kill is in the decisions."""
-        names = ("step", "seconds", "train_loss", "validation_loss", "validation_score", "gradient_noise")
-        known = [d["evidence"] for d in self.record.decisions if d["evidence"]["leg"] == number]
-        before = max(known, key=lambda e: e["step"], default={"curve": ()})["curve"]
-        return [row for row in before if row["step"] < event["step"]] + [{n: event.get(n) for n in names}]
 
     def _spent(self, number: int, step: int) -> float:
         """Of the budget, in predicted seconds, when leg `number` is at `step`."""
@@ -276,7 +289,7 @@ class _Training:
         options += self._options(number, leg.configuration["method"], left, learned=best > untuned + error)
         chosen = [(complete(plain(o["configuration"])), o["steps"]) for o in options]
         ahead = forecaster.ahead(rows, leg.steps)
-        calibration = forecaster.calibration
+        calibration = Calibration(**self.record.calibration)
         told = forecaster.before(chosen).given(*ahead, calibration.caution).wider(calibration.width)
         return Evidence(
             leg=number,
@@ -358,6 +371,8 @@ class _Training:
     def _forced(self, number: int) -> None:
         """After a leg that failed: the best alternative, if the seconds left buy any."""
         leg = self.record.legs[number]
+        if self.record.decided(number, leg.steps) is not None:
+            return  # decided before a kill, against all of them: an exchange would have added its leg
         spent = self._spent(number, _reached(leg))
         left = self.record.budget_seconds - spent
         source = leg.source
@@ -367,7 +382,7 @@ class _Training:
             return
         forecaster = self.advice.forecaster
         told = forecaster.before([(complete(o["configuration"]), o["steps"]) for o in options])
-        told = told.wider(forecaster.calibration.width)
+        told = told.wider(self.record.calibration["width"])
         before = 0.0 if source is None else self._validated(source)
         n = len(options)
         covariance = [[0.0] * (n + 1), *([0.0, *row] for row in told.covariance.tolist())]
@@ -422,7 +437,7 @@ class _Training:
             adapter.detach(self.session.model)
         trial.adapter = str(self.folder)
         adapters.save(adapter, self.folder, describe(trial, self.session.task) | {"switching": record.to_json()})
-        trial.adapter_bytes = sum(os.path.getsize(p) for p in self.folder.glob("*adapter_model.safetensors"))
+        trial.adapter_bytes = _bytes(self.folder)
         shutil.rmtree(self.place, ignore_errors=True)
         return trial
 
@@ -453,7 +468,7 @@ class _Training:
             configuration={"method": METHOD, "start": start, "policy": record.policy},
             seed=self.seed,
             budget=self.budget,
-            status="stopped" if self.stopped else "ok",
+            status="stopped" if record.stopped else "ok",
             validation=Trial.from_json(trial).validation,
             untuned_score=self.session.untuned.get("test"),
             curve=curve,
@@ -480,6 +495,14 @@ def _reached(leg: Leg) -> int:
     return int(leg.trial["curve"][-1]["step"]) if leg.trial and leg.trial["curve"] else 0
 
 
+def _legs(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.legs")
+
+
+def _bytes(folder: Path) -> int:
+    return sum(os.path.getsize(p) for p in folder.glob("*adapter_model.safetensors"))
+
+
 def finished(folder: Path, name: str) -> tuple[Trial, Record] | None:
     """What `train` left in `folder`, if it ended."""
     from metapeft.errors import UserError
@@ -487,7 +510,11 @@ def finished(folder: Path, name: str) -> tuple[Trial, Record] | None:
 
     try:
         metadata = checkpoints.read(folder).metadata
-        found = Trial.from_json(metadata["trial"]), Record.from_json(metadata["switching"])
+        trial, record = Trial.from_json(metadata["trial"]), Record.from_json(metadata["switching"])
     except (UserError, KeyError, TypeError, ValueError):
         return None
-    return found if found[0].id == name else None
+    if trial.id != name:
+        return None
+    trial.adapter_bytes = _bytes(folder)
+    shutil.rmtree(_legs(folder), ignore_errors=True)  # a kill may have left them
+    return trial, record

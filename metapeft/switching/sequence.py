@@ -155,7 +155,7 @@ def train_sequence(
         found.untuned = [untuned(session, "test").value for session in sessions]
         found.perplexity = [perplexity(sessions[0], None)]
     for number in range(len(found.trials), len(tasks)):
-        one = _Task(sessions, number, configuration, keep, folder)
+        one = _Task(name, sessions, number, configuration, keep, folder)
         trial = one.train(steps, seed, None if progress is None else (lambda e, n=number: progress(n, e)))  # type: ignore[misc]
         found.trials.append(trial.to_json())
         found.adapters.append(str(folder / f"task-{number}"))
@@ -168,15 +168,16 @@ class _Task:
     """One task of a sequence."""
 
     def __init__(
-        self, sessions: Sequence[Session], number: int, configuration: dict[str, Any], keep: Keep, folder: Path
+        self,
+        sequence: str,
+        sessions: Sequence[Session],
+        number: int,
+        configuration: dict[str, Any],
+        keep: Keep,
+        folder: Path,
     ):
-        self.sessions, self.number, self.configuration, self.keep, self.folder = (
-            sessions,
-            number,
-            configuration,
-            keep,
-            folder,
-        )
+        self.sequence, self.sessions, self.number = sequence, sessions, number
+        self.configuration, self.keep, self.folder = configuration, keep, folder
         self.carried = number > 0 and keep.kind != "adapters"
 
     def train(self, steps: int, seed: int, progress: Callable[[dict[str, Any]], None] | None) -> Trial:
@@ -199,6 +200,7 @@ class _Task:
             folder=self.folder / f"task-{self.number}",
             test=False,
             prepare=prepare if self.carried else None,
+            start=f"{self.sequence}/{self.number}" if self.carried else "",
             progress=progress,
         )
         if trial.status != "ok":

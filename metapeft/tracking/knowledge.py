@@ -87,10 +87,13 @@ def restore(folder: Path, identity: str | None = None) -> dict[str, Any]:
     trials = Experience(shipped=None).merge(folder / "experience.parquet")
     models = 0
     if (folder / "meta").is_dir() and not (home() / "meta" / "champion.json").exists():
-        for source in sorted(p for p in (folder / "meta").rglob("*.json")):
+        # The champion last, and each file whole: a restore that is killed is taken up again.
+        for source in sorted((folder / "meta").rglob("*.json"), key=lambda p: p.name == "champion.json"):
             target = home() / "meta" / source.relative_to(folder / "meta")
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+            partial = target.with_name(f".{target.name}.partial")
+            shutil.copyfile(source, partial)
+            os.replace(partial, target)
             models += source.name != "champion.json"
     return {"trials": trials, "meta_models": models, "dvc_id": wanted}
 

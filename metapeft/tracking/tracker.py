@@ -146,6 +146,16 @@ class Tracker:
             self.client.set_terminated(run_id, STATUS[trial.status], ended)
             return run_id
 
+    def log_missing(self, trials: Iterable[Trial], task: Task | None = None) -> None:
+        """`log_trial` for those that no run of the experiment holds."""
+        for trial in trials:
+            with failures(self.settings.tracking):
+                parent = self.client.get_run(self.run_id).info
+                query = f"tags.trial_id = '{trial.id}' and attributes.status != 'RUNNING'"
+                held = self.client.search_runs([parent.experiment_id], query, max_results=1)
+            if not held:
+                self.log_trial(trial, task)
+
     def log_outcome(self, trial: Trial) -> None:
         """What this run came to: the trial's configuration, curve and scores, on the run itself."""
         with failures(self.settings.tracking):

@@ -62,8 +62,9 @@ def run_trial(
     """Trains one configuration and measures it. Never raises for what a configuration does: the status says it.
 
     folder: where the adapter goes (and, while training, the state that a restarted run continues from); None keeps
-    nothing. progress: called with {"step", "steps", "train_loss", …} after every step and evaluation; returning True
-    stops the trial early (status "stopped", best weights so far). test: whether the test split is scored.
+    nothing. progress: called with {"step", "steps", "train_loss"} after every step, where there was an evaluation also
+    with its row, the whole "curve" and "peak_memory_mb"; returning True stops the trial early (status "stopped", best
+    weights so far). test: whether the test split is scored.
     prepare: called with the fresh adapter, attached, before it trains: to start from other weights.
     start: names those weights; another start is another trial.
     """
@@ -120,7 +121,7 @@ def run_trial(
         if adapter is not None:
             adapter.detach(session.model)
         trial.seconds, trial.cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu
-        trial.peak_memory_mb = mx.get_peak_memory() / 2**20
+        trial.peak_memory_mb = mx.get_peak_memory() / MB if run is None else run.peak_memory_mb()
         if run is not None:
             trial.seconds += run.earlier_seconds
             trial.cpu_seconds += run.earlier_cpu_seconds
@@ -161,7 +162,7 @@ class _Run:
         self.best_found: Predictions | None = None  # on the sample, unless an earlier process found them
         self.since_best = 0
         self.noise = GradientNoise()
-        self.earlier_seconds = self.earlier_cpu_seconds = 0.0
+        self.earlier_seconds = self.earlier_cpu_seconds = self.earlier_peak_mb = 0.0
         self.begin, self.begin_cpu = time.perf_counter(), time.process_time()
         self.saved = self.begin
         if isinstance(adapter, AdaLoRA):
@@ -191,6 +192,7 @@ class _Run:
             event: dict[str, Any] = {"step": self.step, "steps": self.steps, "train_loss": loss}
             if self.step in self.evaluate_at:
                 event |= self._evaluate()
+                event |= {"curve": tuple(self.trial.curve), "peak_memory_mb": self.peak_memory_mb()}
                 stopped = 0 < self.config.patience <= self.since_best
             if self.progress is not None and self.progress(event):
                 self.trial.status, stopped = "stopped", True
@@ -213,6 +215,10 @@ class _Run:
         sampled = self.best_found or predict(self.session, self.adapter, "validation", self.sample)
         others = predict(self.session, self.adapter, "validation", rest)
         return score(self.session, joined([sampled, others]), "validation", [*self.sample, *rest])
+
+    def peak_memory_mb(self) -> float:
+        """MLX's, MiB, with what came before a kill."""
+        return max(self.earlier_peak_mb, mx.get_peak_memory() / MB)
 
     def _elapsed(self) -> float:
         return self.earlier_seconds + time.perf_counter() - self.begin
@@ -348,6 +354,7 @@ class _Run:
             "noise": self.noise.state,
             "seconds": self._elapsed(),
             "cpu_seconds": self.earlier_cpu_seconds + time.process_time() - self.begin_cpu,
+            "peak_memory_mb": self.peak_memory_mb(),
             "sha256": digest(arrays),
         }
         temporary = self.folder / ".state.partial.safetensors"
@@ -359,19 +366,10 @@ class _Run:
         self.saved = time.perf_counter()
 
     def _resume(self) -> None:
-        path = self.folder / "state.safetensors" if self.folder is not None else None
-        if path is None or not path.exists():
+        found = None if self.folder is None else saved_state(self.folder, self.trial.id)
+        if found is None:
             return
-        try:
-            loaded: Any = mx.load(str(path), return_metadata=True)
-            arrays, facts = loaded[0], json.loads(loaded[1]["state"])
-            if (facts.get("trial"), facts.get("format")) != (self.trial.id, STATE_FORMAT):
-                return
-            mx.eval(arrays)  # they are read lazily, and the file is about to be replaced
-            if facts.get("sha256") != digest(arrays):
-                return
-        except (RuntimeError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
-            return  # not a whole state of ours: start afresh
+        arrays, facts = found
         groups: dict[str, list[tuple[str, Any]]] = {"weights": [], "optimizer": [], "best": [], "extra": []}
         for name, value in arrays.items():
             group, key = name.split("|", 1)
@@ -387,6 +385,23 @@ class _Run:
         self.trial.curve, self.trial.tokens = facts["curve"], facts["tokens"]
         self.noise.state = facts.get("noise", self.noise.state)
         self.earlier_seconds, self.earlier_cpu_seconds = facts["seconds"], facts.get("cpu_seconds", 0.0)
+        self.earlier_peak_mb = facts.get("peak_memory_mb", 0.0)
+
+
+def saved_state(folder: Path, trial: str) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
+    """Arrays and facts of the state that a trial, by its id, will continue from; None: it starts afresh."""
+    path = folder / "state.safetensors"
+    if not path.exists():
+        return None
+    try:
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        arrays, facts = loaded[0], json.loads(loaded[1]["state"])
+        if (facts.get("trial"), facts.get("format")) != (trial, STATE_FORMAT):
+            return None
+        mx.eval(arrays)  # they are read lazily, and the file is about to be replaced
+        return None if facts.get("sha256") != digest(arrays) else (arrays, facts)
+    except (RuntimeError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return None  # not a whole state of ours
 
 
 def digest(arrays: dict[str, mx.array]) -> str:

@@ -36,6 +36,14 @@ def test_stopped_and_started_again_it_ends_the_same(tmp_path: Path) -> None:
     assert digest(learned(tmp_path / "cut", 5).saved) == digest(whole.saved), "nothing is left to do"
 
 
+def test_one_that_goes_on_with_other_tasks_has_learned_from_the_earlier_ones_too(tmp_path: Path) -> None:
+    learned(tmp_path / "a", 2)
+    others = [replace(made.classification(seed=5), name="t5", family="other", licence="CC0")]
+    found = reptile.reptile(tiny("llama"), others, LORA, rounds=3, folder=tmp_path / "a", inner=2)
+    assert (found.tasks, found.families) == (("t0", "t1", "t5"), ("made", "other"))
+    assert found.saved.metadata["reptile"]["licences"] == {"t0": "MIT", "t1": "MIT", "t5": "CC0"}
+
+
 @pytest.mark.parametrize("method", ["lora", "prefix", "prompt"])
 def test_the_start_is_better_than_none_on_another_task_of_the_kind(method: str, tmp_path: Path) -> None:
     configuration = LORA if method == "lora" else {"method": method, "tokens": 4, "learning_rate": 2e-2}

@@ -16,7 +16,7 @@ import pytest
 
 import metapeft
 from metapeft.meta import versions
-from metapeft.monitoring import benefit, channels, drift, exported, shadow, watches
+from metapeft.monitoring import benefit, channels, drift, exported, shadow, state, watches
 from metapeft.monitoring.monitor import monitor
 from metapeft.monitoring.outcomes import Decision, Kind, joined
 from metapeft.monitoring.promise import Promise
@@ -85,6 +85,25 @@ def test_a_degradation_is_told_once_and_is_over_after_retraining(
     assert over.healthy and set(over.over) == keys and over.decisions == 0, "another model, other decisions"
     assert [m["status"] for m in messages].count("resolved") == len(keys)
     assert monitor(settings, estimate=False).over == () and len(messages) == 2 * len(keys)
+
+
+def test_killed_while_telling_the_next_run_still_asks_for_retraining(
+    history: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings()
+    made.settle()
+    made.live(history)
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "tell", killed)
+        with pytest.raises(KeyboardInterrupt):
+            monitor(settings, estimate=False)
+    found = monitor(settings, estimate=False)
+    assert found.alerts and found.new == () and found.retrain, "it is known, and was never asked for"
+    assert not monitor(settings, estimate=False).retrain
 
 
 def test_the_command_prints_json_and_ends_with_3_where_asked(history: list[Any]) -> None:

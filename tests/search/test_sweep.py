@@ -443,7 +443,8 @@ class Watched:
         for index, row in enumerate(trial.curve if trial.status == "ok" and watch else ()):
             if watch({"step": row["step"] - 1, "steps": steps, "train_loss": row["train_loss"]}):
                 raise AssertionError("only evaluations are judged")
-            if watch(row | {"steps": steps, "peak_memory_mb": trial.peak_memory_mb}):
+            measured = {"curve": trial.curve[: index + 1], "peak_memory_mb": trial.peak_memory_mb}
+            if watch(row | {"steps": steps} | measured):
                 trial.status, trial.curve = "stopped", trial.curve[: index + 1]
                 trial.train_seconds = row["seconds"]
                 break

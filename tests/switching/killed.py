@@ -25,7 +25,7 @@ def main() -> None:
     run.train(
         session,
         made.SMALL["p_tuning"],
-        lambda: advice,
+        lambda _: advice,
         steps=24,
         folder=Path(sys.argv[2]),
         policy=made.POLICY,

@@ -61,4 +61,4 @@ def train(
 ) -> tuple[Trial, Record]:
     """From `start`, with the budget of `steps`."""
     given = advice(start, *others, **worth)
-    return run.train(at, SMALL[start], lambda: given, steps=steps, folder=folder, policy=policy)
+    return run.train(at, SMALL[start], lambda _: given, steps=steps, folder=folder, policy=policy)

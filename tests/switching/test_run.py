@@ -8,13 +8,16 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from metapeft.errors import MetapeftError
 from metapeft.peft import adapters, checkpoints
 from metapeft.switching import handover, run
+from metapeft.switching.advice import Basis
 from metapeft.switching.decide import Policy, differing
 from metapeft.training.evaluation import evaluate
 from metapeft.training.session import Session
@@ -154,21 +157,51 @@ def test_a_change_that_loses_too_much_is_undone(
 def test_a_method_that_fails_is_exchanged(session: Session, tmp_path: Path) -> None:
     given = made.advice("adalora", "prefix", prefix=0.8)
     start = {"method": "adalora", "learning_rate": 2e9, "alpha": 2e9, "clip": 0.0}
-    trial, record = run.train(session, start, lambda: given, steps=60, folder=tmp_path / "x", policy=Policy(looks=2))
+    trial, record = run.train(session, start, lambda _: given, steps=60, folder=tmp_path / "x", policy=Policy(looks=2))
     assert record.legs[0].trial is not None and record.legs[0].trial["status"] == "diverged"
     assert record.legs[1].forced and record.legs[1].configuration["method"] == "prefix"
     assert trial.status == "ok" and differing(record.decisions) == []
 
 
+def test_what_failed_is_decided_once_however_often_it_is_started(session: Session, tmp_path: Path) -> None:
+    start = {"method": "adalora", "learning_rate": 2e9, "alpha": 2e9, "clip": 0.0}
+    unlikely = made.advice("adalora", "prefix", prefix=-0.8)
+    for _ in range(2):
+        with pytest.raises(MetapeftError, match="diverged"):
+            run.train(session, start, lambda _: unlikely, steps=60, folder=tmp_path / "y", policy=Policy(looks=2))
+    record = json.loads((tmp_path / "y.legs" / "switching.json").read_text(encoding="utf-8"))
+    assert len(record["decisions"]) == 1 and record["decisions"][0]["decision"]["to"] == 0
+
+
+def test_one_that_goes_on_asks_for_the_advice_of_before(session: Session, tmp_path: Path) -> None:
+    basis = Basis(3, ("some", "trials"))
+    given = replace(made.advice("p_tuning", "lora", lora=0.9), basis=basis)
+    asked: list[Basis | None] = []
+
+    def advice(found: Basis | None) -> Any:
+        asked.append(found)
+        return given
+
+    def killed(event: dict[str, Any]) -> bool:
+        raise KeyboardInterrupt
+
+    arguments = {"steps": 30, "folder": tmp_path / "x", "policy": made.POLICY}
+    with pytest.raises(KeyboardInterrupt):
+        run.train(session, made.SMALL["p_tuning"], advice, **arguments, progress=killed)
+    run.train(session, made.SMALL["p_tuning"], advice, **arguments)
+    assert asked == [None, basis]
+
+
 def test_asked_again_it_is_read_not_trained(session: Session, tmp_path: Path) -> None:
     first = made.train(session, tmp_path / "x", "p_tuning", "lora", lora=0.9)
+    (tmp_path / "x.legs").mkdir()  # as a kill at the very end leaves it
 
-    def never() -> Any:
+    def never(basis: Any) -> Any:
         raise AssertionError("asked for advice")
 
     again = run.train(session, made.SMALL["p_tuning"], never, steps=30, folder=tmp_path / "x", policy=made.POLICY)
-    assert again[0].to_json() == first[0].to_json() | {"adapter_bytes": again[0].adapter_bytes}
-    assert again[1] == first[1]
+    assert again == first and first[0].adapter_bytes > 0
+    assert not (tmp_path / "x.legs").exists()
 
 
 def start(folder: Path) -> subprocess.Popen[str]:

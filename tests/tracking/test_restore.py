@@ -139,7 +139,19 @@ def test_experience_and_meta_models_are_versioned_registered_and_come_back(
     shutil.rmtree("knowledge")
     shutil.rmtree(".dvc/cache")
     monkeypatch.setenv("METAPEFT_HOME", str(home().parent / "elsewhere"))
-    assert knowledge.restore(Path("knowledge")) == {"trials": 2, "meta_models": 2, "dvc_id": full.dvc_id}
+    copy = shutil.copyfile
+
+    def killed(source: Path, target: Path) -> None:
+        if source.name == "0002.json":
+            raise KeyboardInterrupt
+        copy(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(knowledge.shutil, "copyfile", killed)
+        with pytest.raises(KeyboardInterrupt):
+            knowledge.restore(Path("knowledge"))
+    assert meta_versions.champion().number == 0
+    assert knowledge.restore(Path("knowledge")) == {"trials": 0, "meta_models": 2, "dvc_id": full.dvc_id}
     assert meta_versions.champion().number == 1
     assert {t.id for t in Experience(shipped=None).trials()} == {make_trial(1).id, make_trial(2).id}
     assert knowledge.restore(Path("knowledge"), empty.dvc_id)["trials"] == 0

@@ -114,6 +114,21 @@ def test_a_run_holds_task_profile_recommendation_and_trials(settings: Settings, 
     assert len(client.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{tracker.run_id}'")) == 2
 
 
+def test_what_a_kill_kept_from_the_run_is_recorded_later_and_what_another_run_holds_is_not(
+    settings: Settings, task: Task
+) -> None:
+    with tracking.run(settings, "one") as first:
+        first.log_trial(make_trial(1), task)
+    with tracking.run(settings, "two") as second:
+        second.log_trial(make_trial(2), task)
+        for _ in range(2):
+            second.log_missing([make_trial(1), make_trial(2), make_trial(3)], task)
+    client = connect(settings.tracking)
+    found = client.search_runs([client.get_run(second.run_id).info.experiment_id], "tags.trial_id != ''")
+    held = sorted((r.data.tags["mlflow.parentRunId"] == second.run_id, r.data.tags["trial_id"]) for r in found)
+    assert held == sorted([(False, make_trial(1).id), (True, make_trial(2).id), (True, make_trial(3).id)])
+
+
 def test_long_curves_are_kept_whole(settings: Settings) -> None:
     curve = [{"step": n, "seconds": n / 10, "train_loss": 1 / (n + 1)} for n in range(1500)]
     with tracking.run(settings, "long") as tracker:

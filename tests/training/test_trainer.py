@@ -312,6 +312,33 @@ def test_killed_after_a_stop_the_next_run_stops_there_too(
     assert_same(weights(session, tmp_path / "whole"), weights(session, tmp_path / "killed"))
 
 
+def test_after_a_kill_progress_sees_the_whole_curve_and_the_peak_of_before(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "STATE_SECONDS", 0.0)
+    seen: list[dict[str, Any]] = []
+
+    def killed(event: dict[str, Any]) -> bool:
+        if event["step"] == 6:
+            raise KeyboardInterrupt
+        return False
+
+    def watch(event: dict[str, Any]) -> bool:
+        if "curve" in event:
+            seen.append(event)
+        return False
+
+    given = configuration("lora", evaluations=4)
+    peak = trainer._Run.peak_memory_mb
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Run, "peak_memory_mb", lambda run: peak(run) + 1e4)
+        with pytest.raises(KeyboardInterrupt):
+            run_trial(session, given, steps=12, folder=tmp_path / "a", progress=killed)
+    trial = run_trial(session, given, steps=12, folder=tmp_path / "a", progress=watch)
+    assert [[row["step"] for row in event["curve"]] for event in seen] == [[3, 6], [3, 6, 9], [3, 6, 9, 12]]
+    assert trial.peak_memory_mb > 1e4 and all(event["peak_memory_mb"] > 1e4 for event in seen)
+
+
 def test_out_of_memory_is_a_status(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metapeft.runtime.free_memory_mb", lambda: 1.0)
     trial = run_trial(session, configuration("lora"), steps=5)
