@@ -329,7 +329,7 @@ def advice(others: Sequence[Any], task: Any, count: int) -> tuple[list[dict[str,
     if profiled and here.features is not None:
         near = list(profiled)
         similarity = model.metric.similarity([here], near, model.length)[0]
-        nearest = [near[i].name for i in np.argsort(-similarity, kind="stable")]
+        nearest = list(dict.fromkeys(near[i].name for i in np.argsort(-similarity, kind="stable")))
     predict = expected(others, listed, told.mean)
     return warm_start(together, ranked, nearest_fronts(others, nearest), count, predict), ranked[0]
 

@@ -18,6 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -106,17 +107,19 @@ class Untuned:
 @dataclass(frozen=True)
 class Neighbour:
     """A known task; similarity 1 fares like this one with every configuration, 0 says nothing. `best`: what worked
-    there."""
+    there, with its score on the test split. examples: that it was trained on there."""
 
     task: str
     similarity: float
     best: dict[str, Any]  # method, configuration, score, untuned
+    examples: int = 0
 
 
 @dataclass(frozen=True)
 class Recommendation:
     """`advice`: the answer in a sentence or two. `model`: version of the meta-model; `tasks`, `trials`: what it rests
-    on. `together`: ranks of the TOGETHER configurations whose best is expected to be highest, when all are tried."""
+    on. `together`: ranks of the TOGETHER configurations whose best is expected to be highest, when all are tried.
+    `steps`: of the training that is predicted; `prefer`: what the ranks weigh."""
 
     id: str
     task: str
@@ -131,6 +134,8 @@ class Recommendation:
     recommendations: tuple[Recommended, ...]
     neighbours: tuple[Neighbour, ...]
     together: tuple[int, ...] = ()
+    steps: int = 0
+    prefer: str = ""
 
     def to_json(self) -> dict[str, Any]:
         record = asdict(self)
@@ -221,12 +226,14 @@ def recommend(
         basis="experience" if evidence else "portfolio",
         advice="",
         model=version.number,
-        tasks=len({o.task for o in evidence if o.task != here}),
+        tasks=len({o.task.name for o in evidence if o.task != here}),
         trials=sum(o.repeats for o in evidence),
         untuned=Untuned(_r(untuned[0]), _r(untuned[1]), enough),
         recommendations=entries,
         neighbours=neighbours(version.model, here, evidence, known),
         together=tuple(order.index(i) + 1 for i in told.together(TOGETHER, penalty)),
+        steps=settings.train.steps,
+        prefer=settings.recommend.prefer,
     )
     found = replace(found, advice=_advice(found, evidence))
     text = json.dumps(found.to_json(), sort_keys=True)
@@ -298,7 +305,7 @@ def _advice(found: Recommendation, evidence: list[Observation]) -> str:
 
 
 def neighbours(model: Model, here: Known, evidence: list[Observation], known: Knowledge) -> tuple[Neighbour, ...]:
-    """The tasks that are nearest by the learned metric, with the best that was measured there."""
+    """The tasks that are nearest by the learned metric, each at the size that is, with the best that was measured."""
     best: dict[Known, Observation] = {}
     for o in evidence:
         profiled = o.task != here and o.task.features is not None and o.task.backbone == here.backbone
@@ -306,6 +313,10 @@ def neighbours(model: Model, here: Known, evidence: list[Observation], known: Kn
             best[o.task] = o
     if not best:
         return ()
+    tested: dict[tuple[str, str], list[float]] = {}
+    for t in known.trials:
+        if t.backbone == here.backbone and t.score is not None:
+            tested.setdefault((t.task_version, key(t.configuration)), []).append(t.score.value)
     tasks = list(best)
     similarity = model.metric.similarity([here], tasks, model.length)[0]
     found = [
@@ -315,13 +326,16 @@ def neighbours(model: Model, here: Known, evidence: list[Observation], known: Kn
             {
                 "method": best[task].configuration["method"],
                 "configuration": short(best[task].configuration),
-                "score": _r(best[task].score),
+                "score": _r(fmean(tested.get((task.version, key(best[task].configuration)), [best[task].score]))),
                 "untuned": _r(known.untuned.get(task.version, math.nan)) if task.version in known.untuned else None,
             },
+            task.train_examples,
         )
         for i, task in enumerate(tasks)
     ]
-    return tuple(sorted(found, key=lambda n: (-n.similarity, n.task))[:NEIGHBOURS])
+    found.sort(key=lambda n: (-n.similarity, n.task))
+    nearest = {n.task: n for n in reversed(found)}  # of each task the nearest size
+    return tuple(n for n in found if nearest[n.task] is n)[:NEIGHBOURS]
 
 
 def nominal_speed(profile: Profile) -> Speed:

@@ -42,7 +42,19 @@ def test_without_experience_it_is_the_portfolio_and_says_so(store: Experience) -
     record = json.loads(json.dumps(found.to_json()))
     assert Recommendation.from_json(record) == found
     agreed = {"task", "basis", "recommendations", "neighbours"}
-    more = {"id", "task_version", "backbone", "advice", "model", "tasks", "trials", "untuned", "together"}
+    more = {
+        "id",
+        "task_version",
+        "backbone",
+        "advice",
+        "model",
+        "tasks",
+        "trials",
+        "untuned",
+        "together",
+        "steps",
+        "prefer",
+    }
     assert found.together[0] == 1 and len(set(found.together)) == module.TOGETHER
     assert Recommendation.from_json({k: v for k, v in record.items() if k != "together"}).together == ()
     assert set(record) == agreed | more and "too little evidence" in record["advice"]
@@ -191,6 +203,7 @@ def test_neighbours_are_known_tasks_with_like_profiles(store: Experience) -> Non
         cache.write(home() / "profiles" / f"{other.task_version}-accuracy-{CONTENT}-1.json", other.to_json())
     found = asked(store, profile(words_english=0.1)).neighbours
     assert [n.task for n in found][:2] == ["task0", "task2"] and found[0].similarity == 1.0
+    assert found[0].best["score"] == 0.9, "on the test split"
     similarities = [n.similarity for n in found]
     assert similarities == sorted(similarities, reverse=True) and all(0 <= s <= 1 for s in similarities)
 
