@@ -2,7 +2,7 @@
 
     model, tokenizer = metapeft.load("smollm2-135m-instruct", adapter=None)
     metapeft.recommend(task)    metapeft.sweep(task)    metapeft.train(task)
-    metapeft.adapt(task, shots=16)    metapeft.monitor()
+    metapeft.adapt(task, shots=16)    metapeft.train_sequence(tasks)    metapeft.profile(task)    metapeft.monitor()
 
 The names are looked up when they are used: importing metapeft imports nothing else.
 """
@@ -10,13 +10,30 @@ The names are looked up when they are used: importing metapeft imports nothing e
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metapeft.api import adapt, load, monitor, recommend, sweep, train
+    from metapeft.api import adapt, load, monitor, profile, recommend, sweep, train, train_sequence
     from metapeft.errors import MetapeftError, UserError
 
-__all__ = ["MetapeftError", "UserError", "adapt", "load", "monitor", "recommend", "sweep", "train"]
+    __version__: str
+
+__all__ = [
+    "MetapeftError",
+    "UserError",
+    "adapt",
+    "load",
+    "monitor",
+    "profile",
+    "recommend",
+    "sweep",
+    "train",
+    "train_sequence",
+]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("metapeft")
     if name not in __all__:
         raise AttributeError(f"module 'metapeft' has no attribute {name!r}")
     from importlib import import_module
@@ -25,4 +42,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "__version__"])

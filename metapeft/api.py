@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from metapeft import stages
 from metapeft.errors import UserError
-from metapeft.settings import DEFAULT_BACKBONE, Settings, home, load_settings, user_path
+from metapeft.settings import DEFAULT_BACKBONE, Settings, brief, home, load_settings, user_path
 from metapeft.stages.files import read_task, read_trials
 from metapeft.stages.stage import read_json
 from metapeft.training.trial import Trial
@@ -103,22 +104,25 @@ def sweep(
 ) -> Sweep:
     """Trials on a task and their Pareto front; `report` is a page about them. options: backbone, seed, params.
 
-    max_seconds: for all trials together; max_trial_seconds, max_memory_mb: constraints on every trial (and on what is
-    recommended). warm: False starts without what other tasks have taught. stop: False gives every trial the whole
+    max_seconds: for all trials together; max_trial_seconds, max_memory_mb: constraints on every trial, and on what it
+    starts with. warm: False starts without what other tasks have taught. stop: False gives every trial the whole
     budget. repeats: of the trials, how many repeat the best with other seeds. adapters: their size is an objective too.
     """
     from metapeft.report import Content, write_report
+    from metapeft.stages.sweep import check
 
     wanted: dict[str, Any] = {
         "trials": trials,
         "steps": steps,
         "max_seconds": max_seconds,
+        "max_trial_seconds": max_trial_seconds,
+        "max_memory_mb": max_memory_mb,
         "workers": workers,
         "methods": methods,
     }
     wanted |= {"space": space, "warm": warm, "stop": stop, "repeats": repeats, "sampler": sampler, "adapters": adapters}
-    limits = {"max_seconds": max_trial_seconds, "max_memory_mb": max_memory_mb}
-    settings = settings_for(task, sweep=wanted, recommend=limits, **options)
+    settings = settings_for(task, sweep=wanted, **options)
+    check(settings)
     work = work or work_folder(settings)
     result = stages.run((*BEFORE_SWEEP, "sweep"), settings, work)["sweep"]
     found = read_sweep(work)
@@ -152,6 +156,7 @@ def train(
     """
     wanted = {"method": method, "configuration": configuration, "steps": steps, "switch": switch}
     settings = settings_for(task, train=wanted, **options)
+    one_method(settings.train.method, settings.train.configuration)
     work = work or work_folder(settings)
     stages.run((*BEFORE_SWEEP, "train", "evaluate", "register"), settings, work)
     return read_trial(work)
@@ -172,20 +177,28 @@ def adapt(
     params.
     """
     from metapeft import backbones
-    from metapeft.data import load_task
+    from metapeft.data.load import cuts, load_task
+    from metapeft.fewshot import STRATEGIES
     from metapeft.fewshot import shots as few
     from metapeft.fewshot.adapt import adapt as adapted
-    from metapeft.progress import progress
+    from metapeft.progress import progress, say
 
+    some_time(max_seconds)
+    for name in strategies:
+        if name not in STRATEGIES:
+            raise UserError(f"unknown strategy {brief(repr(name), 60)}; choose from {', '.join(STRATEGIES)}")
     settings = settings_for(task, **options)
-    path = Path(settings.task).expanduser()
+    path, left_out = Path(settings.task).expanduser(), list[str]()
     if path.is_file() and (shots is None or few.rows(path) <= shots):
         chosen = few.read(path, settings.data)
     elif shots is None:
         raise UserError(f"say how many examples of {settings.task} to learn from: --shots K")
     else:
-        chosen = few.draw(load_task(settings.task, settings.data), shots, settings.seed)
+        whole = load_task(settings.task, settings.data)
+        chosen, left_out = few.draw(whole, shots, settings.seed), cuts(whole)
     base = backbones.load(settings.backbone)
+    for note in left_out:
+        say(f"adapt: {note}")
     with progress("adapt", 1.0) as advance:
 
         def report(what: str, done: int, total: int) -> None:
@@ -214,6 +227,7 @@ def learn_starts(
     from metapeft.meta import library
     from metapeft.progress import progress
 
+    some_time(max_seconds)
     settings = settings_for("meta", **options)
     known = sorted({entry.trial.task for entry in library.entries() if catalog.find(entry.trial.task)})
     names = list(tasks or known)
@@ -244,7 +258,7 @@ def train_sequence(
     keep: Kind = "adapters",
     buffer: int = 32,
     strength: float | None = None,
-    method: str = "lora",
+    method: str | None = None,
     configuration: dict[str, Any] | None = None,
     steps: int | None = None,
     **options: Any,
@@ -252,7 +266,8 @@ def train_sequence(
     """Train tasks one after another, and measure what is left of the earlier ones (docs/switching.md).
 
     keep: how earlier tasks are kept; buffer: examples of each that "replay" mixes in; strength: of the penalty of "ewc"
-    and "l2". options: backbone, seed, params. The same call again continues, or reads what is there.
+    and "l2". method: of all tasks (default: lora). options: backbone, seed, params. The same call again continues, or
+    reads what is there.
     """
     from metapeft import backbones
     from metapeft.data import load_task
@@ -261,6 +276,11 @@ def train_sequence(
 
     if not tasks:
         raise UserError("a sequence needs at least one task")
+    places = [os.path.realpath(user_path(task)) for task in tasks]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise UserError(f"the sequence names {brief(tasks[number], 60)} twice; name each of its tasks once")
+    one_method(method, configuration or {})
     kept = sequence.Keep(keep, buffer, strength)
     settings = settings_for(tasks[0], train={"steps": steps}, **options)
     loaded = [load_task(str(task), settings.data) for task in tasks]
@@ -276,7 +296,7 @@ def train_sequence(
         return sequence.train_sequence(
             base,
             loaded,
-            {"method": method} | (configuration or {}),
+            {"method": method or "lora"} | (configuration or {}),
             kept,
             steps=budget,
             seed=settings.seed,
@@ -297,6 +317,7 @@ def grow(
     from metapeft.progress import progress, say
     from metapeft.search import grow as growth
 
+    some_time(max_seconds)
     names = list(tasks or (entry.name for entry in catalog.entries()))
     base = backbones.load(backbone or DEFAULT_BACKBONE)
 
@@ -349,6 +370,22 @@ def decided(entry: dict[str, Any]) -> Task | None:
         except (UserError, KeyError):
             continue  # half removed by somebody
     return None
+
+
+def some_time(max_seconds: float | None) -> None:
+    """Raises UserError for a limit that leaves no time at all."""
+    if max_seconds is not None and not max_seconds > 0:
+        raise UserError(f"max_seconds={max_seconds:g} leaves no time; give --max-seconds above 0, or leave it out")
+
+
+def one_method(method: str | None, configuration: dict[str, Any]) -> None:
+    """Raises UserError where the configuration names another method."""
+    other = configuration.get("method", method)
+    if method is not None and other != method:
+        raise UserError(
+            f"two methods are named, {brief(method, 60)} (--method, or train.method) and {brief(other, 60)} (--set"
+            " method=…, or train.configuration); keep one"
+        )
 
 
 def settings_for(task: str | Path, *, params: Path | None = None, **given: Any) -> Settings:

@@ -17,12 +17,14 @@ import typer
 from typer import Argument, Option
 
 from metapeft.errors import UserError
+from metapeft.fewshot import STRATEGIES
 
 if TYPE_CHECKING:
     from metapeft.training.trial import Score, Trial
 
 MLFLOW = "mlflow"  # in the place of a file: the tracking store of the settings
 DEGRADED = 3  # of `metapeft monitor --exit-code`: there is an alert
+LISTED = 10  # rows of a recommendation; --json has all
 INTERRUPTED = 130  # what typer makes of Ctrl-C: 128 + SIGINT
 
 app = typer.Typer(
@@ -54,6 +56,23 @@ Params = Annotated[Path | None, Option(help="Settings file (default: params.yaml
 Work = Annotated[Path | None, Option(help="Folder of the stages' outputs (default: one per task in METAPEFT_HOME).")]
 Sampler = Literal["tpe", "gp", "nsga2", "random"]
 Prefer = Literal["accuracy", "balanced", "speed", "memory"]
+
+
+def tell_version(wanted: bool) -> None:
+    if wanted:
+        import metapeft
+
+        print(f"metapeft {metapeft.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, Option("--version", is_eager=True, callback=tell_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """What holds for all commands."""
 
 
 @tasks.command("list")
@@ -131,15 +150,22 @@ def recommend(
     found = api.recommend(
         task, prefer=prefer, max_seconds=max_seconds, max_memory_mb=max_memory_mb, **options
     ).to_json()
-    show(found, as_json, recommended(found), title=f"Recommended for {found['task']} (basis: {found['basis']})")
+    listed, untuned = found["recommendations"], found["untuned"]
+    about = f"basis: {found['basis']}; {found['steps']} steps; untuned: {untuned['score']:.3f}"
+    show(found, as_json, recommended(found)[:LISTED], title=f"Recommended for {found['task']} ({about})")
     if not as_json:
+        if len(listed) > LISTED:
+            print(f"… and {len(listed) - LISTED} more (--json)")
+        if found["prefer"] != "accuracy":
+            print(f"ranked by expected score less what seconds and memory cost (--prefer {found['prefer']})")
         print(found["advice"])
         if len(found["together"]) > 1:
             ranks = ", ".join(map(str, found["together"]))
             print(f"to try several, take ranks {ranks}: where one does badly, another does well")
         for near in found["neighbours"]:
             best = near["best"]
-            print(f"like {near['task']} ({near['similarity']:.2f}): there {best['method']} reached {best['score']:.3f}")
+            where = f"{near['task']} with {near['examples']} examples ({near['similarity']:.2f})"
+            print(f"like {where}: there {best['method']} reached {best['score']:.3f}")
 
 
 @app.command()
@@ -179,7 +205,7 @@ def train_sequence(
     ] = "adapters",
     buffer: Annotated[int, Option(min=1, help="Examples of each earlier task that are replayed.")] = 32,
     strength: Annotated[float | None, Option(min=0, help="Of the penalty of ewc and l2.")] = None,
-    method: Annotated[str, Option(help="The method of all tasks.")] = "lora",
+    method: Annotated[str | None, Option(help="The method of all tasks (default: lora).")] = None,
     set_: Annotated[
         list[str] | None, Option("--set", metavar="KEY=VALUE", help="A hyperparameter, e.g. rank=8.")
     ] = None,
@@ -226,8 +252,10 @@ def train_sequence(
 def adapt(
     task: Task,
     shots: Annotated[int | None, Option(min=1, help="How many examples (default: every row of a file).")] = None,
-    max_seconds: Annotated[float | None, Option(min=0, help="For trying strategies.")] = None,
-    strategy: Annotated[list[str] | None, Option(help="Try only this one (may be repeated).")] = None,
+    max_seconds: Annotated[float | None, Option(help="For trying strategies.")] = None,
+    strategy: Annotated[
+        list[str] | None, Option(help=f"Try only this one (may be repeated): {', '.join(STRATEGIES)}.")
+    ] = None,
     backbone: Backbone = None,
     seed: Seed = None,
     params: Params = None,
@@ -242,7 +270,7 @@ def adapt(
         {
             "strategy": each.strategy,
             "steps": each.steps,
-            "on held-out shots": plus_minus(each.difference, each.standard_error),
+            "on held-out shots": plus_minus(each.difference, each.standard_error) if each.measured else "not measured",
             "expected gain": plus_minus(each.gain, each.deviation),
             "P(gains)": number(each.p_better),
             "seconds": number(each.seconds, 1),
@@ -255,7 +283,8 @@ def adapt(
         return
     print(found.why)
     if found.skipped:
-        print(f"no time for: {', '.join(found.skipped)}")
+        why = "no time for" if found.shots > 1 else "not tried, as one shot cannot be held out"
+        print(f"{why}: {', '.join(found.skipped)}")
     if found.untuned_score and found.score:
         print(f"test split: {score_text(found.score)}, untuned {score_text(found.untuned_score)}")
     print(f"{found.seconds:.0f} seconds; " + (f"adapter: {found.adapter}" if found.adapter else "no adapter is needed"))
@@ -357,7 +386,8 @@ def experience_grow(
     as_json: Json = False,
 ) -> None:
     """Run the trials that teach most, a fixed set of configurations on every task of the catalog. May be interrupted,
-    repeated, and run several times at once."""
+    repeated, and run several times at once. The first time it fetches the catalog's packages and the backbone (together
+    about 0.5 GB); with --tasks only those of the tasks."""
     from metapeft import api
 
     found = api.grow(tasks, backbone=backbone, max_seconds=max_seconds, max_trials=trials)
@@ -547,7 +577,9 @@ def compare(
         if as_json:
             return show(compared.to_json(), True)
         show(None, False, [told(asdict(row)) for row in compared.strategies], title="How configurations were chosen")
-        return show(None, False, [told(asdict(row)) for row in compared.pairs], title="On the same tasks")
+        if compared.pairs:
+            show(None, False, [told(asdict(row)) for row in compared.pairs], title="On the same tasks")
+        return
     if by != "trial":
         from metapeft.search.compare import compare_by
 
@@ -960,7 +992,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("error: interrupted", file=sys.stderr)
         return code
     except typer.TyperException as error:
-        return report_failure(UserError(f"{error.format_message()} (see metapeft --help)"), debug)
+        where = getattr(getattr(error, "ctx", None), "command_path", "metapeft")
+        return report_failure(UserError(f"{error.format_message()} (see {where} --help)"), debug)
     except SystemExit:  # typer, when the reader of our output has gone (`metapeft … | head`)
         return 0
     except Exception as error:

@@ -156,7 +156,7 @@ def _backbone() -> Check:
     from metapeft.settings import DEFAULT_BACKBONE
 
     whole = store.manifest(packaged.folder(DEFAULT_BACKBONE)) is not None
-    return Check("backbone", f"{DEFAULT_BACKBONE}: {'ready' if whole else 'downloaded at first use (90 MB)'}", True)
+    return Check("backbone", f"{DEFAULT_BACKBONE}: {'ready' if whole else 'downloaded at first use (93 MB)'}", True)
 
 
 def _kernels() -> Check:

@@ -40,7 +40,9 @@ class RecommendSettings(Section):
 
 class SweepSettings(Section):
     trials: int = Field(8, ge=1)
-    max_seconds: float | None = Field(None, gt=0)
+    max_seconds: float | None = Field(None, gt=0, description="for all trials together")
+    max_trial_seconds: float | None = Field(None, gt=0, description="longest trial; None: recommend.max_seconds")
+    max_memory_mb: float | None = Field(None, gt=0, description="of a trial; None: recommend.max_memory_mb")
     steps: int = Field(40, ge=1, description="optimizer steps per trial")
     methods: list[str] | None = Field(None, description="None: all five")
     space: dict[str, Any] = Field(default_factory=dict, description="hyperparameter -> fixed value or list of choices")

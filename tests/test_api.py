@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,10 @@ print(seconds, *sorted({name.split(".")[0] for name in set(sys.modules) - before
 
 def test_names_are_found_when_used_and_others_are_not() -> None:
     assert metapeft.train is api.train and metapeft.load is api.load
+    assert metapeft.profile is api.profile and metapeft.train_sequence is api.train_sequence
     assert set(metapeft.__all__) <= set(dir(metapeft))
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert metapeft.__version__ == declared
     with pytest.raises(AttributeError, match="guess"):
         metapeft.guess  # noqa: B018
 

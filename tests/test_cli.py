@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from metapeft import cli
+import metapeft as metapeft_package
+from metapeft import api, cli
 from tests.backbones.tiny import tiny_folder
 from tests.stages.made import spam_file, spam_rows
 
@@ -194,6 +195,72 @@ def test_a_corrupt_adapter(tmp_path: Path) -> None:
 )
 def test_mistakes_in_words_and_options(words: list[str], expected: str) -> None:
     assert expected in mistake(*words)
+
+
+AT_ONCE = [
+    (
+        ["adapt", "sms_spam", "--shots", "4", "--strategy", "bogus"],
+        "unknown strategy 'bogus'; choose from context, tuned",
+    ),
+    (["adapt", "sms_spam", "--shots", "4", "--max-seconds", "0"], "max_seconds=0 leaves no time"),
+    (["adapt", "sms_spam", "--shots", "4", "--max-seconds", "-3"], "max_seconds=-3 leaves no time"),
+    (["experience", "grow", "--max-seconds", "-1"], "max_seconds=-1 leaves no time"),
+    (["experience", "grow", "--max-seconds", "0"], "max_seconds=0 leaves no time"),
+    (["meta", "starts", "--max-seconds", "0"], "max_seconds=0 leaves no time"),
+    (["train", "sms_spam", "--method", "lora", "--set", "method=prefix"], "two methods are named, lora"),
+    (["train-sequence", "sms_spam", "trec6", "--method", "lora", "--set", "method=prefix"], "two methods are named"),
+    (["train-sequence", "a.jsonl", "./a.jsonl"], "the sequence names ./a.jsonl twice"),
+    (
+        ["sweep", "sms_spam", "--method", "prefix", "--set", "rank=[4,8]"],
+        "space.rank is no hyperparameter of prefix; lora has",
+    ),
+    (["sweep", "sms_spam", "--trials", "4", "--repeats", "4"], "repeats=4 leaves none of the 4 trials"),
+    (["recommend", "sms_spam", "--fast"], "(see metapeft recommend --help)"),
+    (["experience", "grow", "--trials", "0"], "(see metapeft experience grow --help)"),
+    (["recomend", "sms_spam"], "(see metapeft --help)"),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), AT_ONCE)
+def test_what_makes_no_sense_is_said_before_anything_is_read(
+    words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from metapeft import backbones, data, stages
+
+    def too_late(*given: object, **more: object) -> None:
+        raise AssertionError("something was read")
+
+    monkeypatch.setattr(stages, "run", too_late)
+    monkeypatch.setattr(backbones, "load", too_late)
+    monkeypatch.setattr("metapeft.data.load.load_task", too_late)
+    monkeypatch.setattr(data, "load_task", too_late)
+    assert cli.main(words) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1 and expected in told.err
+
+
+def test_the_same_method_named_twice_is_one() -> None:
+    api.one_method("lora", {"method": "lora", "rank": 4})
+    api.one_method(None, {"method": "prefix"})
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"metapeft {metapeft_package.__version__}\n"
+
+
+def test_help_names_the_strategies_and_what_growing_fetches(capsys: pytest.CaptureFixture[str]) -> None:
+    from metapeft.data import catalog
+    from metapeft.fewshot import STRATEGIES
+
+    assert cli.main(["adapt", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(name in shown for name in STRATEGIES)
+    assert cli.main(["experience", "grow", "--help"]) == 0
+    fetched = sum(archive.bytes for archive in catalog.archives().values()) / 1e9 + 0.093
+    assert f"about {fetched:.1f} GB" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["--help"]) == 0
+    assert "Decide how to fine-tune" in capsys.readouterr().out
 
 
 def test_an_unknown_hyperparameter_gets_close_names(tmp_path: Path) -> None:

@@ -55,6 +55,11 @@ def test_a_home_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert not doctor._home().ok
 
 
+def test_the_first_use_says_what_it_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("METAPEFT_HOME", str(tmp_path))
+    assert "downloaded at first use (93 MB)" in doctor._backbone().value
+
+
 def test_looking_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("METAPEFT_HOME", str(tmp_path / "new"))
     assert doctor._home().ok

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from metapeft.data import catalog, formats, hub, templates, versions
 from metapeft.data.rows import Row, Shape, listed
-from metapeft.data.splits import Limits, make_splits
+from metapeft.data.splits import CUT, Limits, make_splits
 from metapeft.data.task import SPLITS, Example, Kind, Metric, Task
 from metapeft.errors import UserError
 from metapeft.settings import DataSettings, user_path
@@ -99,10 +99,6 @@ def build(
     template = templates.check_template(template or settings.template or templates.default_template(kind, labels))
     limits = Limits(settings.max_train, settings.max_validation, settings.max_test)
     splits, notes = make_splits(given, limits, settings.seed, kind == "classification", source)
-    used = sum(map(len, splits.values()))
-    distinct = sum(len(set(rows)) for rows in given.values())
-    if used < distinct:
-        notes.append(f"{used:,} of {distinct:,} rows used (max_train, max_validation and max_test set the limits)")
     present = {row.answer for rows in splits.values() for row in rows}
     if kind == "classification" and present != set(labels):
         notes.append(f"labels without a row within the limits: {listed(sorted(set(labels) - present))}")
@@ -124,6 +120,11 @@ def build(
         template=template,
         notes=tuple(notes),
     )
+
+
+def cuts(task: Task) -> list[str]:
+    """The task's notes on rows that only the limits of the settings have left out."""
+    return [note for note in task.notes if note.startswith(CUT)]
 
 
 def check_labels(given: dict[str, list[Row]], source: str) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ from metapeft.errors import UserError
 
 TEST_SHARE, VALIDATION_SHARE = 0.30, 0.15  # of the distinct prompts; the rest is for training
 MIN_PROMPTS = 10
+CUT = "using "  # how the note begins that a limit has left rows out
+SPOKEN = {"train": "training", "validation": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ def make_splits(
     for name, limit in (("train", limits.train), ("validation", limits.validation), ("test", limits.test)):
         rows = [row for group in interleaved(groups[name], offset=0.0) for row in group.rows]
         result[name] = rows[:limit]
+        if len(rows) > limit:
+            notes.append(f"{CUT}{limit:,} of {len(rows):,} {SPOKEN[name]} rows (data.max_{name})")
     return result, notes
 
 

@@ -49,7 +49,7 @@ class Adapted:
 
     held_out_untuned: the untuned backbone's answers to the shots, between 0 and 1. score, untuned_score: on the task's
     test split, where it has one. prompt: where the shots in the context are best, what to put before every question.
-    skipped: strategies that there was no time for.
+    skipped: strategies that were not tried: there was no time, or one shot only, which cannot be held out.
     """
 
     task: str
@@ -108,7 +108,7 @@ def adapt(
     choice = choose(tried, held, answers(session, None, "train"), measured(task.kind) if priors is None else priors)
     before = untuned(session, "test") if task.test else None
     if report is not None:
-        report(f"training: {choice.chosen.strategy}" if choice.chosen else "measuring", len(found), len(found))
+        report(f"training: {choice.chosen.strategy}" if choice.chosen else "measuring", len(held), len(found))
     strategy = next((s for s in found if choice.chosen and s.name == choice.chosen.strategy), None)
     trial, folder = (None, "") if strategy is None else _leave(session, task, strategy, choice, seed, before)
     return Adapted(
@@ -142,18 +142,27 @@ def explained(choice: Choice) -> str:
     """The choice in a sentence or two."""
     said = []
     chosen = choice.chosen
+    measured = any(judged.measured for judged in choice.judged)
     if not choice.judged:
         said.append("Leave the backbone untuned: none of the strategies asked for is open on these shots.")
     elif chosen is None:
-        said.append("Leave the backbone untuned: nothing that was tried is expected to gain anything.")
+        why = "nothing that was tried is expected to gain anything"
+        if not measured:
+            why = "nothing was measured on held-out shots, and what earlier tasks have shown lets no gain be expected"
+        said.append(f"Leave the backbone untuned: {why}.")
     else:
-        done = {0: "without training"}.get(chosen.steps, f"{chosen.steps} steps")
-        measured = f"measured {chosen.difference:+.3f} ± {chosen.standard_error:.3f} on held-out shots"
-        said.append(
-            f"{chosen.strategy} ({done}) is expected to gain {chosen.gain:.3f} over the untuned backbone's"
-            f" {choice.untuned:.3f} ({measured}), {chosen.p_better:.1%} sure that it gains;"
-            f" {choice.ahead:.3f} ± {choice.ahead_error:.3f} ahead of {choice.rival or 'the untuned backbone'}."
-        )
+        named = f"{chosen.strategy} ({f'{chosen.steps} steps' if chosen.steps else 'without training'})"
+        over = f"over the untuned backbone's {choice.untuned:.3f}"
+        sure = f"{chosen.p_better:.1%} sure that it gains"
+        ahead = f"; {choice.ahead:.3f} ± {choice.ahead_error:.3f} ahead of {choice.rival}" if choice.rival else ""
+        if measured:
+            found = f"measured {chosen.difference:+.3f} ± {chosen.standard_error:.3f} on held-out shots"
+            said.append(f"{named} is expected to gain {chosen.gain:.3f} {over} ({found}), {sure}{ahead}.")
+        else:
+            said.append(
+                f"Nothing was measured on held-out shots; what earlier tasks have shown says that {named} gains"
+                f" {chosen.gain:.3f} ± {chosen.deviation:.3f} {over}, {sure}{ahead}."
+            )
     for judged in choice.judged:
         if judged.transfer is not None and judged.transfer.avoided:
             beside = f"{judged.transfer.difference:+.3f} ± {judged.transfer.standard_error:.3f}"

@@ -102,7 +102,8 @@ class Transfer:
 @dataclass(frozen=True)
 class Judged:
     """A strategy with its best number of steps. difference: from the untuned backbone, measured, with its standard
-    error; gain: expected, with its standard deviation; p_better: the chance that it gains."""
+    error; gain: expected, with its standard deviation; p_better: the chance that it gains. measured: False where it
+    answered no held-out shot, so that the prior alone speaks."""
 
     strategy: str
     steps: int
@@ -114,6 +115,7 @@ class Judged:
     seconds: float
     origin: str = ""
     transfer: Transfer | None = None
+    measured: bool = True
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -258,6 +260,7 @@ def choose(
                 seconds=mine.seconds if mine is not None else 0.0,
                 origin=strategy.origin,
                 transfer=_transfer(strategy, held, priors),
+                measured=mine is not None,
             )
         )
     judged.sort(key=lambda j: (-j.gain, j.steps, j.strategy))

@@ -50,6 +50,7 @@ MOST_OFTEN = 40  # and configurations tried on other tasks, the most often tried
 MOST_KNOWN = 2500  # observations of other tasks that a recommendation rests on
 NEIGHBOURS = 5
 TOGETHER = 3
+FASTER, SMALLER = "lower train.steps or the task's size", "use shorter rows or a smaller backbone"
 ENOUGH = 0.5  # chance that tuning gains nothing that matters, from which on it is not advised
 # What a tenfold saving of (seconds, memory) is worth, in score.
 WORTH: dict[Prefer, tuple[float, float]] = {
@@ -377,15 +378,15 @@ def short(configuration: Configuration) -> Configuration:
 
 def _feasible(candidates: list[Configuration], costs: list[Cost], settings: Settings) -> list[int]:
     limits = (
-        ("max_seconds", settings.recommend.max_seconds, [c.seconds for c in costs], "s"),
-        ("max_memory_mb", settings.recommend.max_memory_mb, [c.peak_memory_mb for c in costs], "MB"),
+        ("max_seconds", settings.recommend.max_seconds, [c.seconds for c in costs], "s", FASTER),
+        ("max_memory_mb", settings.recommend.max_memory_mb, [c.peak_memory_mb for c in costs], "MB", SMALLER),
     )
     if not candidates:
         raise UserError(
             "every configuration known ran out of memory on this task; use a smaller batch or a smaller backbone"
         )
     left = list(range(len(candidates)))
-    for name, limit, needs, unit in limits:
+    for name, limit, needs, unit, remedy in limits:
         if limit is None:
             continue
         least = min(left, key=lambda i: needs[i])
@@ -394,7 +395,6 @@ def _feasible(candidates: list[Configuration], costs: list[Cost], settings: Sett
         if not left:
             raise UserError(
                 f"{name}={limit:g} excludes every configuration{already}: the smallest need is "
-                f"{math.ceil(needs[least])} {unit} ({candidates[least]['method']}); raise it, or lower train.steps or"
-                " the task's size"
+                f"{math.ceil(needs[least])} {unit} ({candidates[least]['method']}); raise it, or {remedy}"
             )
     return left

@@ -114,8 +114,8 @@ def space(
     """The joint space over `methods` (None: all), narrowed by the user.
 
     narrow: name -> a value (fixed), a list of choices, or {"low", "high", optionally "log"}. A plain name applies to
-    every method that has it, `lora.rank` to one method, and `method` chooses among the methods. A hyperparameter that
-    is not searched by default may be named too.
+    every method that has it (at least one must), `lora.rank` to one method, and `method` chooses among the methods. A
+    hyperparameter that is not searched by default may be named too.
     depth, modules: number of layers of the backbone and names of its linear layers, which the default choices follow.
     Raises UserError naming what is wrong.
     """
@@ -137,6 +137,12 @@ def space(
         if name not in known.get(owner, set().union(*known.values())) or owner not in ("", *METHODS):
             choices = sorted(known.get(owner) or set().union(*(known[method] for method in chosen)))
             raise UserError(f"space.{brief(key, 60)} is no hyperparameter; choose from {', '.join(choices)}")
+        if not owner and not any(name in known[method] for method in chosen):
+            having = [method for method in METHODS if name in known[method]]
+            raise UserError(
+                f"space.{name} is no hyperparameter of {' or '.join(chosen)}; {' and '.join(having)}"
+                f" {'has' if len(having) == 1 else 'have'} it: leave it out, or search {' or '.join(having)} too"
+            )
         for method in chosen:
             if owner in ("", method) and name in known[method]:
                 joint[method][name] = _narrowed(f"space.{key}", method, name, value, joint[method].get(name))

@@ -8,15 +8,17 @@ front.csv and curves.csv.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from metapeft.data.task import Task
+from metapeft.errors import UserError
 from metapeft.progress import progress
 from metapeft.settings import Settings
+from metapeft.stages.budget import Budget
 from metapeft.stages.files import read_task, write_csv, write_trials
 from metapeft.stages.stage import Stage, read_json, write_json
 from metapeft.stages.trainer import ENGINE, Trainer, engine_version
@@ -173,31 +175,55 @@ class Expected:
         return found["mean"], (found["high"] - found["low"]) / (2 * half)
 
 
+def check(settings: Settings) -> None:
+    """Raises UserError for a sweep that makes no sense, which is cheaper to find before anything is read."""
+    from metapeft.search import spaces
+
+    wanted = settings.sweep
+    if wanted.repeats is not None and wanted.repeats >= wanted.trials:
+        raise UserError(
+            f"repeats={wanted.repeats} leaves none of the {wanted.trials} trials for a first time; give fewer --repeats"
+            " or more --trials"
+        )
+    spaces.space(wanted.methods, wanted.space)
+
+
 def prepare(settings: Settings, work: Path) -> Prepared:
-    """From what the earlier stages left in `work`. Raises UserError for a search space that makes no sense."""
+    """From what the earlier stages left in `work`. Raises UserError for a search space that makes no sense, and for
+    limits that nothing recommended keeps."""
     from metapeft.meta.recommendation import nominal_speed
+    from metapeft.peft.matrices import linear_layers
     from metapeft.profiling import Profile
     from metapeft.profiling import speed as speeds
     from metapeft.search import Limits
     from metapeft.search.warm import warm_start
 
+    check(settings)
     task = read_task(work / "version")
     profile = Profile.from_json(read_json(work / "profile" / "profile.json"))
-    train = Trainer(settings.backbone, task, profile.version, test=False)
-    space = _space(settings, train)
     recommended = read_json(work / "recommend" / "configurations.json")
     nearest = read_json(work / "recommend" / "nearest.json")
     speed = speeds.read(profile.backbone_content) or nominal_speed(profile)
     found = read_json(work / "recommend" / "recommendation.json")
     expected = Expected(profile, speed, found["recommendations"], settings.sweep.steps)
     first = [recommended[rank - 1] for rank in found["together"]]
+    if settings.sweep.max_trial_seconds or settings.sweep.max_memory_mb:
+        budget = Budget(settings, _space(settings, profile.shapes.depth), expected, found["steps"])
+        budget.check(recommended)  # before the model is loaded
+        first, recommended, nearest = (budget.allowed(each) for each in (first, recommended, nearest))
     start = warm_start(first, recommended, nearest, settings.sweep.trials, expected.point)
+    train = Trainer(settings.backbone, task, profile.version, test=False)
+    session = train.session()
+    modules = {path.rsplit(".", 1)[-1] for path in linear_layers(session.model)}
     return Prepared(
         settings,
         task,
         train,
-        space,
-        Limits(settings.recommend.max_seconds, settings.recommend.max_memory_mb),
+        _space(settings, session.depth, modules),
+        Limits(
+            settings.sweep.max_trial_seconds or settings.recommend.max_seconds,
+            settings.sweep.max_memory_mb or settings.recommend.max_memory_mb,
+        ),
         start if settings.sweep.warm else [],
         expected,
         _rule(settings, task) if settings.sweep.stop else None,
@@ -218,19 +244,15 @@ def _rule(settings: Settings, task: Task) -> StopRule:
     return calibrated(t for t in known if t.backbone == settings.backbone and t.task_version != task.version)
 
 
-def _space(settings: Settings, train: Any) -> Any:
-    """The search space, fitted to the backbone."""
-    from metapeft.peft.matrices import linear_layers
+def _space(settings: Settings, depth: int, modules: Collection[str] | None = None) -> Space:
+    """The search space, fitted to a backbone of so many layers with linear layers of these names (None: any)."""
     from metapeft.search import spaces
     from metapeft.training.configuration import TrainConfig
 
     # A look at 64 validation examples costs as much as several steps: short trials take fewer.
     looks = max(1, min(TrainConfig.evaluations, settings.sweep.steps // STEPS_PER_LOOK))
     narrow = {"evaluations": looks} | settings.sweep.space
-    spaces.space(settings.sweep.methods, narrow)  # a mistake in it is cheaper to find without the model
-    session = train.session()
-    modules = {path.rsplit(".", 1)[-1] for path in linear_layers(session.model)}
-    return spaces.space(settings.sweep.methods, narrow, depth=session.depth, modules=modules)
+    return spaces.space(settings.sweep.methods, narrow, depth=depth, modules=modules)
 
 
 def _point(trial: Any, on_front: bool) -> dict[str, Any]:

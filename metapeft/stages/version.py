@@ -15,12 +15,13 @@ from metapeft.stages.stage import Stage, content
 
 def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     """Load, split and version the task."""
-    from metapeft.data import load_task
+    from metapeft.data.load import cuts, load_task
 
     task = load_task(settings.task, settings.data)
     write_task(task, out)
     sizes = {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)}
-    return {"task": task.name, "version": task.version, "dvc_id": task.dvc_id, "kind": task.kind, **sizes}
+    facts = {"task": task.name, "version": task.version, "dvc_id": task.dvc_id, "kind": task.kind}
+    return facts | sizes | {"warnings": cuts(task)}
 
 
 def source(settings: Settings, work: Path) -> str:

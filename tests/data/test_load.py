@@ -10,6 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from metapeft.data import load_task, versions
+from metapeft.data.load import cuts
 from metapeft.data.splits import normalised
 from metapeft.data.task import SPLITS, Task
 from metapeft.errors import UserError
@@ -69,7 +70,10 @@ def test_settings_are_respected() -> None:
     task = load_task(SAMPLES / "tickets.jsonl", settings)
     assert [len(task.split(name)) for name in SPLITS] == [12, 6, 9]
     assert task.metric == "macro_f1" and str(task.train[0].prompt).endswith(" =>")
-    assert any("27 of 90 rows used" in note for note in task.notes)
+    assert cuts(task) == [  # 90 rows, of which test and validation are taken first
+        "using 12 of 75 training rows (data.max_train)"
+    ]
+    assert cuts(load_task(SAMPLES / "tickets.jsonl")) == []
 
 
 def test_a_template_that_ends_in_a_space() -> None:

@@ -119,6 +119,12 @@ def test_leaks_between_given_splits_are_noted() -> None:
     assert notes == ["train: 10 prompts left out that other splits hold too"]
 
 
+def test_what_the_limits_leave_out_is_noted() -> None:
+    given = {"train": labelled(2000), "test": [Row(f"other {i}", str(i % 2)) for i in range(40)]}
+    notes = make_splits(given, Limits(1500, 150, 30), 0, True, "rows")[1]
+    assert notes == ["using 1,500 of 1,850 training rows (data.max_train)", "using 30 of 40 test rows (data.max_test)"]
+
+
 def test_too_few_rows_are_refused() -> None:
     with pytest.raises(UserError, match=r"mine\.csv has only 9 distinct prompts.*at least 10"):
         make_splits({"train": labelled(9) * 5}, LARGE, 0, True, "mine.csv")

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import metapeft
+from metapeft import cli
 from metapeft.errors import UserError
-from metapeft.fewshot import reptile, shots
+from metapeft.fewshot import STRATEGIES, reptile, shots
 from metapeft.fewshot.adapt import adapt, explained, starts_of
-from metapeft.fewshot.choose import Prior, choose
+from metapeft.fewshot.choose import Held, Prior, Strategy, choose
 from metapeft.fewshot.measure import Answers
 from metapeft.fewshot.strategies import Nearest, cold, strategies
 from metapeft.meta import library
@@ -23,6 +24,7 @@ from metapeft.training.evaluation import evaluate
 from metapeft.training.session import Session
 from metapeft.training.trainer import run_trial
 from tests.backbones.tiny import tiny, tiny_folder
+from tests.stages.made import spam_file
 from tests.training import made
 
 TASK = replace(made.classification(train=60, longest=8), family="made", name="mine")
@@ -83,7 +85,7 @@ def test_one_shot_is_decided_by_the_prior(backbone: object) -> None:
 
 def test_time_is_kept_and_what_was_left_out_is_said(backbone: object) -> None:
     found = adapt(shots.draw(TASK, 4, 0), backbone, max_seconds=0.0)  # type: ignore[arg-type]
-    assert found.skipped == ("tuned context", "cold lora", "cold prefix")
+    assert found.skipped == ("tuned context", "cold lora", "cold prefix") and not found.judged[0].measured
     assert [j.strategy for j in found.judged] == ["context"]
 
 
@@ -95,7 +97,7 @@ def test_what_other_tasks_have_taught_is_used(backbone: object, tmp_path: Path) 
     near = library.find(profile(few, backbone), 4)  # type: ignore[arg-type]
     ways = {s.name: s for s in strategies(session, near, {})}
     open_ = ["context", "tuned context", "cold lora", "cold prefix", "nearest lora", "mix lora", "nearest prefix"]
-    assert list(ways) == open_
+    assert list(ways) == open_ and {*open_, "reptile lora", "reptile prefix"} == set(STRATEGIES)
     assert ways["nearest lora"].rival == "cold lora" and "one" in ways["mix lora"].origin
     pick = ways["nearest lora"].start
     assert isinstance(pick, Nearest) and pick.chosen().entry.trial.task in ("one", "two")
@@ -133,3 +135,34 @@ def test_from_a_file_of_shots(tmp_path: Path) -> None:
 def test_where_nothing_could_be_tried_it_says_so() -> None:
     said = explained(choose([], {}, Answers(np.zeros(2), np.zeros(2), np.ones(2)), {}))
     assert said == "Leave the backbone untuned: none of the strategies asked for is open on these shots."
+
+
+def test_where_nothing_was_measured_the_prior_speaks_and_says_so() -> None:
+    ways, untuned = [Strategy("context", context=True)], Answers(np.zeros(1), np.full(1, 0.4), np.ones(1))
+    gains = explained(choose(ways, {}, untuned, {"context": Prior(0.2, 0.1)}))
+    assert gains == (
+        "Nothing was measured on held-out shots; what earlier tasks have shown says that context (without training)"
+        " gains 0.200 ± 0.100 over the untuned backbone's 0.200, 97.7% sure that it gains."
+    )
+    loses = explained(choose(ways, {}, untuned, {"context": Prior(-0.2, 0.1)}))
+    assert loses.startswith("Leave the backbone untuned: nothing was measured on held-out shots")
+
+
+def test_a_gain_is_told_once() -> None:
+    ways, untuned = [Strategy("context", context=True)], Answers(np.zeros(4), np.full(4, 0.2), np.ones(4))
+    held = {"context": Held({0: Answers(np.ones(4), np.full(4, 0.8), np.ones(4))})}
+    choice = choose(ways, held, untuned, {})
+    said = explained(choice)
+    assert choice.chosen and f"{choice.chosen.difference:+.3f}" in said and "held-out" in said
+    assert "ahead of" not in said, "nothing else was judged: it is ahead by its gain"
+
+
+def test_shots_drawn_from_a_part_of_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = tmp_path / "params.yaml"
+    params.write_text("data: {max_train: 12, max_validation: 4, max_test: 6}\n")
+    model = str(tiny_folder("llama"))
+    words = [str(spam_file(tmp_path)), "--shots", "1", "--strategy", "context", "--backbone", model]
+    assert cli.main(["adapt", *words, "--params", str(params)]) == 0
+    told = capsys.readouterr()
+    assert told.err.count("adapt: using 12 of 70 training rows (data.max_train)") == 1
+    assert "+0.000" not in told.out and "held-out shots" in told.out and "using" not in told.out

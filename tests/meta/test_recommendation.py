@@ -151,6 +151,7 @@ def test_hard_budgets_leave_out_what_exceeds_them(store: Experience) -> None:
     with pytest.raises(UserError, match="max_memory_mb=10 ") as error:
         asked(store, max_memory_mb=10)
     assert asked(store, max_memory_mb=need(error.value, "MB")).recommendations  # what it says is enough, is enough
+    assert "steps" not in str(error.value), "fewer steps need hardly less"
 
 
 def need(error: UserError, unit: str) -> int:

@@ -118,7 +118,7 @@ def test_narrowing() -> None:
             "schedule": ["cosine", "linear"],
             "steps": [20, 40],
             "dropout": {"low": 0.05, "high": 0.1},
-            "width": 64,  # only p_tuning has it, which is not searched
+            "p_tuning.width": 64,  # a method that is not searched
         },
     )
     lora, prompt = space.methods["lora"], space.methods["prompt"]
@@ -188,6 +188,14 @@ def test_the_portfolio_lies_inside_the_space_that_it_warms() -> None:
 def test_wrong_narrowing_is_named(narrow: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         spaces.space(None, narrow)
+
+
+def test_a_name_that_no_searched_method_has_is_a_mistake() -> None:
+    with pytest.raises(UserError, match=r"space.rank is no hyperparameter of prefix; lora has it"):
+        spaces.space(["prefix"], {"rank": [4, 8]})
+    with pytest.raises(UserError, match=r"of lora or adalora; prompt and prefix and p_tuning have it"):
+        spaces.space(["lora", "adalora"], {"tokens": 8})
+    assert "rank" not in spaces.space(["lora", "prefix"], {"rank": [4, 8]}).methods["prefix"]
 
 
 def test_methods_that_exclude_each_other() -> None:

@@ -25,6 +25,8 @@ def test_tasks_one_after_another(tmp_path: Path) -> None:
     assert [len(row) for row in found.scores] == [1, 2] and all(Path(a).is_dir() for a in found.adapters)
     with pytest.raises(UserError, match="at least one task"):
         api.train_sequence([])
+    with pytest.raises(UserError, match="twice"):
+        api.train_sequence([files[0], files[1], str(files[0])])
 
 
 @pytest.mark.slow

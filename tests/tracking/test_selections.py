@@ -55,6 +55,14 @@ def test_few_tasks_and_repeats_of_one_task_prove_nothing() -> None:
     assert only.pairs == [] and only.strategies[0].tasks == 2
 
 
+def test_where_there_is_nothing_it_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("metapeft.tracking.selections.selections", lambda settings, runs: compared([]))
+    assert cli.main(["compare", "--by", "selection"]) == 0
+    assert capsys.readouterr().out.count("nothing yet") == 1
+
+
 def test_from_recorded_runs(settings: Settings, task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(4):
         here = replace(task, name=f"task{number}", family="texts")
