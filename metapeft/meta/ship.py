@@ -94,7 +94,7 @@ def datasheet(trials: Sequence[Trial], profiles: dict[tuple[str, str], Profile])
         "trials a script that calls the same code with the same cells took over: first four configurations of every "
         "method on each of 36 tasks, the cheapest tasks first, then the same at the second size of 12 of them. "
         "After 991, the plan got the five rows beyond its highest learning rates: those of LoRA and AdaLoRA were run on "
-        "all 36 tasks at one size, the others on 19 or 20 of them, where they turned out to be no better than what was there. "
+        "all 36 tasks at one size, the others on 19 or 20 of them, where they turned out to be no better, on average, than what was there. "
         f"Training is {_range(t.budget for t in trials)} steps of batch 8; the data limits are those of "
         "`metapeft/search/grow.py`. The score is the task's metric on the test split, with the weights that were best "
         "on the validation split.",
