@@ -93,8 +93,9 @@ def datasheet(trials: Sequence[Trial], profiles: dict[tuple[str, str], Profile])
         "variance from the table per second comes first, so cheap tasks are further than expensive ones. After 366 "
         "trials a script that calls the same code with the same cells took over: first four configurations of every "
         "method on each of 36 tasks, the cheapest tasks first, then the same at the second size of 12 of them. "
-        "After 991, the plan got the five rows beyond its highest learning rates: those of LoRA and AdaLoRA were run on "
-        "all 36 tasks at one size, the others on 19 or 20 of them, where they turned out to be no better, on average, than what was there. "
+        "After 991, the plan got the five rows beyond its highest learning rates: those of LoRA and AdaLoRA were run "
+        "on all 36 tasks at one size, the others on 19 or 20 of them, where they turned out to be no better, on "
+        "average, than what was there. "
         f"Training is {_range(t.budget for t in trials)} steps of batch 8; the data limits are those of "
         "`metapeft/search/grow.py`. The score is the task's metric on the test split, with the weights that were best "
         "on the validation split.",
