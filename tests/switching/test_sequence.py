@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from metapeft.data.task import Task
 from metapeft.errors import UserError
 from metapeft.runtime import mx
 from metapeft.switching.sequence import KINDS, Keep, Kind, Learned, _Task, perplexity, train_sequence
+from metapeft.training import trainer
 from metapeft.training.session import Session
 from metapeft.training.vector import leaves
 from tests.backbones.tiny import tiny
@@ -73,13 +75,30 @@ def test_a_sequence_goes_on_with_the_task_it_was_at(backbone: Backbone, tasks: l
     assert cut.scores == whole.scores and cut.perplexity == whole.perplexity
 
 
+def test_what_another_sequence_left_in_the_folder_is_not_continued(
+    backbone: Backbone, tasks: list[Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "STATE_SECONDS", 0.0)
+    whole = train_sequence(backbone, tasks, START, Keep("l2"), steps=6, folder=tmp_path / "whole")
+
+    def kill(number: int, event: dict[str, Any]) -> None:
+        if number == 1 and event["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sequence(backbone, tasks, START, Keep("naive"), steps=6, folder=tmp_path / "cut", progress=kill)
+    assert (tmp_path / "cut" / "task-1" / "state.safetensors").exists()
+    found = train_sequence(backbone, tasks, START, Keep("l2"), steps=6, folder=tmp_path / "cut")
+    assert found.scores == whole.scores and found.perplexity == whole.perplexity
+
+
 @pytest.mark.parametrize("kind", ["l2", "ewc"])
 def test_a_stronger_penalty_moves_less(backbone: Backbone, tasks: list[Task], kind: Kind, tmp_path: Path) -> None:
     moved = []
     for strength in (0.0, 1e4 if kind == "l2" else 1e6):
         folder = tmp_path / str(strength)
         train_sequence(backbone, tasks, START, Keep(kind, strength=strength), steps=6, folder=folder)
-        one = _Task([Session(backbone, t) for t in tasks], 1, START, Keep(kind), folder)
+        one = _Task("s", [Session(backbone, t) for t in tasks], 1, START, Keep(kind), folder)
         before, after = (dict(leaves(one.load(n).module.trainable_parameters())) for n in (0, 1))
         weight = mx.load(str(folder / "fisher-0.safetensors")) if kind == "ewc" else dict.fromkeys(before, 1.0)
         moved.append(sum(float(mx.sum(weight[n] * (before[n] - after[n]) ** 2)) for n in before))  # type: ignore[index, call-overload]
@@ -88,7 +107,7 @@ def test_a_stronger_penalty_moves_less(backbone: Backbone, tasks: list[Task], ki
 
 def test_replay_mixes_the_buffer_in(backbone: Backbone, tasks: list[Task], tmp_path: Path) -> None:
     sessions = [Session(backbone, t) for t in tasks]
-    mixed = _Task(sessions, 1, START, Keep("replay", buffer=5), tmp_path).mixed(seed=0)
+    mixed = _Task("s", sessions, 1, START, Keep("replay", buffer=5), tmp_path).mixed(seed=0)
     assert mixed.train[: len(tasks[1].train)] == tasks[1].train
     assert len(mixed.train) == len(tasks[1].train) + 5
     assert set(mixed.train[-5:]) <= set(tasks[0].train)
