@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -141,10 +142,10 @@ def test_experience_and_meta_models_are_versioned_registered_and_come_back(
     monkeypatch.setenv("METAPEFT_HOME", str(home().parent / "elsewhere"))
     copy = shutil.copyfile
 
-    def killed(source: Path, target: Path) -> None:
-        if source.name == "0002.json":
+    def killed(source: Any, target: Any, **options: Any) -> Any:
+        if Path(source).name == "0002.json":
             raise KeyboardInterrupt
-        copy(source, target)
+        return copy(source, target, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(knowledge.shutil, "copyfile", killed)
