@@ -42,7 +42,7 @@ def group(name: str, help: str) -> typer.Typer:
 
 
 tasks = group("tasks", "The catalog of public tasks.")
-experience = group("experience", "All trials ever run here.")
+experience = group("experience", "All trials that are known: run here, imported, or shipped.")
 meta = group("meta", "The model that recommends: fitted to the experience, judged on tasks never seen.")
 models = group("models", "The registry of adapters.")
 adapters = group("adapters", "The library of adapters, and adapter folders.")
@@ -356,7 +356,7 @@ def sweep(
 
 @experience.command("list")
 def experience_list(as_json: Json = False) -> None:
-    """All trials."""
+    """All trials, those that ship among them."""
     from metapeft.meta.experience import Experience
 
     trials = Experience().trials()
@@ -682,8 +682,9 @@ def adapters_list(
     """The library: the best adapter of every method on every task that was trained on here."""
     from metapeft.meta import library
 
-    if like is None:
-        found: list[dict[str, Any]] = [entry.to_json() for entry in library.entries()]
+    every = library.entries()
+    if like is None or not every:  # in an empty library nothing has to be measured
+        found: list[dict[str, Any]] = [entry.to_json() for entry in every]
     else:
         from metapeft import api
 
