@@ -841,7 +841,7 @@ def demo(task: Annotated[str, Argument(help="A catalog name or a file.")] = "tre
     if as_json:
         return show(found, True)
     trial = Trial.from_json(found["trial"])
-    show(None, False, recommended(found["recommendation"]), title="Recommended before any training")
+    show(None, False, recommended(found["recommendation"])[:LISTED], title="Recommended before any training")
     tried = [Trial.from_json(record) for record in found["methods"]]
     rows = [
         {

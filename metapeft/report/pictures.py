@@ -13,6 +13,7 @@ from metapeft.search import pareto
 from metapeft.training.trial import Trial
 
 DPI = 160
+CLOSE = 2.0  # between the largest and the smallest value
 
 
 def trade_offs(
@@ -157,13 +158,16 @@ def _metric(trials: Sequence[Trial]) -> str:
 
 
 def _logarithmic(axes: Any, axis: Any, say: Callable[[float], str], values: Sequence[float]) -> None:
-    """A logarithmic axis whose ticks are labelled in words; between powers of ten the fewer the longer it is."""
+    """A logarithmic axis whose ticks are labelled in words; between powers of ten the fewer the longer it is, and all
+    where the values are so close that there are ticks between whole multiples too."""
     (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
     factor = max(values) / min(values) if values else 1.0
     labelled = (2, 3, 4, 5, 6, 8) if factor < 4 else (2, 3, 5) if factor < 30 else (3,)
 
     def minor(value: float, _: Any) -> str:
-        return say(value) if round(value / 10 ** math.floor(math.log10(value) + 1e-9)) in labelled else ""
+        multiple = value / 10 ** math.floor(math.log10(value) + 1e-9)
+        whole = abs(multiple - round(multiple)) < 0.01
+        return say(value) if factor < CLOSE or (whole and round(multiple) in labelled) else ""
 
     axis.set_major_formatter(lambda value, _: say(value))
     axis.set_minor_formatter(minor)
