@@ -155,12 +155,13 @@ def explained(choice: Choice) -> str:
         over = f"over the untuned backbone's {choice.untuned:.3f}"
         sure = f"{chosen.p_better:.1%} sure that it gains"
         ahead = f"; {choice.ahead:.3f} ± {choice.ahead_error:.3f} ahead of {choice.rival}" if choice.rival else ""
-        if measured:
+        if chosen.measured:
             found = f"measured {chosen.difference:+.3f} ± {chosen.standard_error:.3f} on held-out shots"
             said.append(f"{named} is expected to gain {chosen.gain:.3f} {over} ({found}), {sure}{ahead}.")
         else:
+            what = "It was not" if measured else "Nothing was"
             said.append(
-                f"Nothing was measured on held-out shots; what earlier tasks have shown says that {named} gains"
+                f"{what} measured on held-out shots; what earlier tasks have shown says that {named} gains"
                 f" {chosen.gain:.3f} ± {chosen.deviation:.3f} {over}, {sure}{ahead}."
             )
     for judged in choice.judged:
