@@ -291,7 +291,7 @@ def _lora_config(
     read = LoRAConfig(
         rank=rank,
         alpha=alpha,
-        dropout=float(config.get("lora_dropout", 0.0)),
+        dropout=probability(config.get("lora_dropout", 0.0), folder / CONFIG),
         targets=_targets(config, modules),
         rslora=bool(config.get("use_rslora", False)),
         rank_pattern=ranks,
@@ -319,7 +319,7 @@ def _adalora_config(
         initial_rank=initial_rank,
         target_rank=int(config["target_r"]),
         alpha=float(config["lora_alpha"]),
-        dropout=float(config.get("lora_dropout", 0.0)),
+        dropout=probability(config.get("lora_dropout", 0.0), folder / CONFIG),
         targets=_targets(config, modules),
         beta1=float(config.get("beta1", 0.85)),
         beta2=float(config.get("beta2", 0.85)),
@@ -329,6 +329,14 @@ def _adalora_config(
         orthogonality=float(config.get("orth_reg_weight", 0.5)),
     )
     return read, {"steps": total}, masks
+
+
+def probability(value: Any, path: Path) -> float:
+    """A dropout that a configuration file names. Raises UserError when it is none."""
+    found = float(value)
+    if not 0 <= found < 1:
+        raise UserError(f"{path}: dropout {found:g} is not in [0, 1); it is not what training wrote")
+    return found
 
 
 def _first_match(patterns: dict[str, Any], path: str, default: Any) -> Any:

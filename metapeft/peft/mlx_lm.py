@@ -84,7 +84,7 @@ def decode(files: Mapping[str, bytes], folder: Path) -> Saved:
     parameters = settings.get("lora_parameters")
     try:
         rank, scale = int(parameters["rank"]), float(parameters["scale"])  # type: ignore[index]
-        dropout = float(parameters.get("dropout", 0.0))  # type: ignore[union-attr]
+        dropout = huggingface.probability(parameters.get("dropout", 0.0), path)  # type: ignore[union-attr]
     except (TypeError, KeyError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(
             f"{path} needs lora_parameters with a rank and a scale; save the adapter with mlx-lm again"

@@ -353,6 +353,8 @@ def changed(tmp_path: Path, name: str, **values: Any) -> Path:
         ("lora", {"r": 5}, "has rank 4 and adapter_config.json says 5"),
         ("lora", {"rank_pattern": {"q_proj": 2}}, "q_proj has rank 4 and adapter_config.json says 2"),
         ("lora", {"rank_pattern": {"(": 2}}, "holds a wrong value"),
+        ("lora", {"lora_dropout": 1.0}, r"dropout 1 is not in \[0, 1\)"),
+        ("adalora", {"lora_dropout": -1e20}, r"dropout -1e\+20 is not in \[0, 1\)"),
         ("adalora", {"total_step": ...}, "has no 'total_step'"),
         ("adalora_run", {"rank_pattern": None}, "adapter_config.json says 6"),
         ("adalora", {"peft_type": "LORA", "r": 6}, "is not a lora matrix"),

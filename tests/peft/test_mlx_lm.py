@@ -166,6 +166,7 @@ CONFIG = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank":
         ({"lora_parameters": None}, PAIR, "needs lora_parameters with a rank and a scale"),
         ({"lora_parameters": {"rank": 2, "alpha": 16}}, PAIR, "needs lora_parameters with a rank and a scale"),
         ({"lora_parameters": {"rank": 3, "scale": 1.0}}, PAIR, "says rank 3"),
+        ({"lora_parameters": {"rank": 2, "scale": 1.0, "dropout": 7}}, PAIR, "dropout 7 is not in"),
         ({}, {f"{WEIGHT}.lora_a": mx.ones((8, 2))}, "has no lora_b"),
         ({}, PAIR | {f"{WEIGHT}.m": mx.ones(8)}, "no LoRA matrix"),
         ({}, {}, "holds no tensors"),
