@@ -270,7 +270,13 @@ STAGE = Stage(
     body,
     settings=("backbone", "seed", "sweep", "recommend"),
     needs=("version", "profile", "recommend"),
-    code=("metapeft/search", *ENGINE, "metapeft/stages/sweep.py", "metapeft/stages/trainer.py"),
+    code=(
+        "metapeft/search",
+        *ENGINE,
+        "metapeft/stages/budget.py",
+        "metapeft/stages/sweep.py",
+        "metapeft/stages/trainer.py",
+    ),
 )
 run, main = STAGE.run, STAGE.main
 
