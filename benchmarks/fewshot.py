@@ -223,7 +223,7 @@ def read() -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         if line.endswith("}"):  # the last one may have been cut
             record = json.loads(line)
-            if record["learned"] != folder().name:
+            if record.get("learned", folder().name) != folder().name:
                 continue
             found[record["task"], record["shots"], record["draw"]] = record
     return list(found.values())

@@ -132,12 +132,12 @@ class _Training:
         return self._advice
 
     def _basis(self) -> Basis | None:
-        """Of the advice that the training began with; None: it begins now."""
-        path = self.place / BASIS
-        if not path.exists():
+        """Of the advice that the training began with; None: it begins now, or what was kept cannot be read."""
+        try:
+            found = json.loads((self.place / BASIS).read_text(encoding="utf-8"))
+            return Basis(int(found["version"]), tuple(found["trials"]))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return Basis(found["version"], tuple(found["trials"]))
 
     def _opened(self, start: dict[str, Any], steps: int, seconds: float | None) -> Record:
         shutil.rmtree(self.place, ignore_errors=True)

@@ -173,7 +173,8 @@ def test_what_failed_is_decided_once_however_often_it_is_started(session: Sessio
     assert len(record["decisions"]) == 1 and record["decisions"][0]["decision"]["to"] == 0
 
 
-def test_one_that_goes_on_asks_for_the_advice_of_before(session: Session, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_one_that_goes_on_asks_for_the_advice_of_before(session: Session, tmp_path: Path, damaged: bool) -> None:
     basis = Basis(3, ("some", "trials"))
     given = replace(made.advice("p_tuning", "lora", lora=0.9), basis=basis)
     asked: list[Basis | None] = []
@@ -188,8 +189,10 @@ def test_one_that_goes_on_asks_for_the_advice_of_before(session: Session, tmp_pa
     arguments = {"steps": 30, "folder": tmp_path / "x", "policy": made.POLICY}
     with pytest.raises(KeyboardInterrupt):
         run.train(session, made.SMALL["p_tuning"], advice, **arguments, progress=killed)
+    if damaged:
+        (tmp_path / "x.legs" / run.BASIS).write_text("[" * 9)
     run.train(session, made.SMALL["p_tuning"], advice, **arguments)
-    assert asked == [None, basis]
+    assert asked == [None, None if damaged else basis]
 
 
 def test_asked_again_it_is_read_not_trained(session: Session, tmp_path: Path) -> None:
