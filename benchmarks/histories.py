@@ -41,11 +41,13 @@ CPU = Device()
 
 @dataclass
 class Step:
-    """One decision: what was written, what followed, and what is true of it."""
+    """One decision: what was written, what followed, and what is true of it. features: what is kept as its task's
+    profile; own: what the task measures like."""
 
     entry: dict[str, Any]
     trials: list[Trial]
     features: dict[str, float]
+    own: dict[str, float]
     vector: np.ndarray
     true_regret: float
     family: str
@@ -126,7 +128,7 @@ class Selector:
             one.device = device.kind
             one.seconds = SECONDS * device.slower * float(np.exp(0.25 * random.normal()))
         regret = float(task.truth.max() - task.truth[order[0]])
-        return Step(entry, trials, features, scaled(features), regret, family)
+        return Step(entry, trials, features, task.features, scaled(features), regret, family)
 
     def learned(self, steps: Sequence[Step]) -> list[Observation]:
         """The experience once the trials of these decisions are in it."""

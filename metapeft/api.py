@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from metapeft.fewshot.adapt import Adapted
     from metapeft.meta import Recommendation
     from metapeft.monitoring.monitor import Report
+    from metapeft.monitoring.remeasure import Remeasured
     from metapeft.profiling import Profile
     from metapeft.search import Sweep
     from metapeft.search.grow import Grown
@@ -343,22 +344,34 @@ def grow(
 
 
 def monitor(
-    *, shadow: int | None = None, tell: bool = True, estimate: bool = True, params: Path | None = None
+    *,
+    shadow: int | None = None,
+    remeasure: int | None = None,
+    tell: bool = True,
+    estimate: bool = True,
+    params: Path | None = None,
 ) -> Report:
     """Is the advice still as good as promised, and what is served with it? Says what is new by the configured channels.
 
-    shadow: trials of the runner-up that are run first (None: as the settings say). tell: False says and remembers
-    nothing. estimate: whether a new alert comes with the benefit of retraining (minutes).
+    shadow: trials of the runner-up that are run first (None: as the settings say). remeasure: profiles that are
+    measured again (the same; all whose rows are here where one differs, and those are replaced). tell: False says and
+    remembers nothing. estimate: whether a new alert comes with the benefit of retraining (minutes).
     """
     from metapeft.monitoring import monitor as monitoring
 
-    settings = settings_for("monitor", params=params, monitor={"shadow": shadow})
+    settings = settings_for("monitor", params=params, monitor={"shadow": shadow, "remeasure": remeasure})
     if settings.monitor.shadow:
         from metapeft import backbones
         from metapeft.monitoring import shadow as trials
 
         trials.run(settings.monitor.shadow, decided, backbones.load)
-    return monitoring.monitor(settings, tell=tell, estimate=estimate)
+    again: list[Remeasured] = []
+    if settings.monitor.remeasure:
+        from metapeft import backbones
+        from metapeft.monitoring import remeasure as profiles
+
+        again = profiles.run(settings.monitor.remeasure, decided, backbones.load)
+    return monitoring.monitor(settings, tell=tell, estimate=estimate, again=again)
 
 
 def decided(entry: dict[str, Any]) -> Task | None:

@@ -750,9 +750,14 @@ def monitor(
     shadow: Annotated[
         int | None, Option(min=0, help="First train the runner-up beside so many first choices (default: settings).")
     ] = None,
+    remeasure: Annotated[
+        int | None, Option(min=0, help="Measure so many profiles again, all where one differs (default: settings).")
+    ] = None,
     textfile: Annotated[Path | None, Option(help="Also write a .prom file for node_exporter.")] = None,
     dry: Annotated[bool, Option("--dry-run", help="Say nothing to anyone and remember nothing.")] = False,
-    quick: Annotated[bool, Option("--quick", help="Do not estimate what retraining would gain.")] = False,
+    quick: Annotated[
+        bool, Option("--quick", help="Do not estimate what retraining would gain; measure no profile again.")
+    ] = False,
     exit_code: Annotated[bool, Option("--exit-code", help="End with exit code 3 when there is an alert.")] = False,
     params: Params = None,
     as_json: Json = False,
@@ -761,7 +766,9 @@ def monitor(
     from metapeft import api
     from metapeft.monitoring import wording
 
-    report = api.monitor(shadow=shadow, tell=not dry, estimate=not quick, params=params)
+    if quick and remeasure is None:
+        remeasure = 0
+    report = api.monitor(shadow=shadow, remeasure=remeasure, tell=not dry, estimate=not quick, params=params)
     if textfile is not None:
         from metapeft.monitoring import exported
 

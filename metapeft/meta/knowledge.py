@@ -45,7 +45,8 @@ def knowledge(experience: Experience | None = None) -> Knowledge:
     """experience: None is the one in METAPEFT_HOME."""
     store = experience or Experience()
     profiles = every_profile()
-    state = (store.state(), store.shipped, tuple(sorted(profiles)))
+    measured = tuple(sorted((place, profile.embedding) for place, profile in profiles.items()))
+    state = (store.state(), store.shipped, measured)
     folder = store.folder.absolute()
     if folder not in _kept or _kept[folder][0] != state:
         _kept[folder] = (state, Knowledge(tuple(store.trials()), profiles))

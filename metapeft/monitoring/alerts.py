@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from metapeft.monitoring.feedback import Served
 from metapeft.monitoring.outcomes import Decision
 from metapeft.monitoring.served import Health
 from metapeft.monitoring.watches import Finding
+
+if TYPE_CHECKING:
+    from metapeft.monitoring.remeasure import Remeasured
 
 Severity = Literal["critical", "warning"]
 RETRAINED = ("regret", "order", "intervals", "chances", "profiles")  # what a new meta-model may mend
@@ -113,6 +116,30 @@ def of_watch(
         kinds=kinds(worse, name),
         retrain=retrain,
         benefit=benefit.to_json() if retrain and benefit is not None and benefit.tasks else {},
+    )
+
+
+def of_profiles(again: Sequence[Remeasured], since: str) -> Alert | None:
+    """None where every profile that was measured again is as it was kept."""
+    wrong = [each for each in again if each.moved]
+    if not wrong:
+        return None
+    shown = "; ".join(f"{each.task.name}: {_shifts(dict(list(each.moved.items())[:3]))}" for each in wrong[:KINDS])
+    return Alert(
+        key="remeasured",
+        severity="critical",
+        title="Kept profiles are not what their tasks measure like",
+        text=f"{len(wrong)} of {len(again)} profiles that were measured again differ, in usual spreads: {shown}. What"
+        " was measured now is kept from here on; what was recommended for these tasks stands on the old ones.",
+        do="restart what profiles tasks (servers, workers): it measured in a wrong state, or with other versions"
+        " (`metapeft doctor`). Ask for these recommendations again, and fit anew (`metapeft meta train`): the present"
+        " meta-model may have learned from wrong profiles.",
+        since=since,
+        value=len(wrong) / len(again),
+        expected=0.0,
+        chance=None,
+        kinds=tuple(each.task.name for each in wrong[:KINDS]),
+        retrain=True,
     )
 
 

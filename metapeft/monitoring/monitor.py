@@ -22,6 +22,7 @@ from metapeft.monitoring.alerts import RETRAINED, Alert
 from metapeft.monitoring.benefit import Benefit
 from metapeft.monitoring.outcomes import Decision, joined
 from metapeft.monitoring.promise import promised
+from metapeft.monitoring.remeasure import Remeasured
 from metapeft.monitoring.watches import Finding, Limits, watch
 from metapeft.profiling.profiles import SCALES
 from metapeft.settings import Settings
@@ -61,8 +62,10 @@ class Report:
         return {**asdict(self), "healthy": self.healthy, "retrain": self.retrain}
 
 
-def monitor(settings: Settings, *, tell: bool = True, estimate: bool = True) -> Report:
-    """Look, remember, and say what is new.
+def monitor(
+    settings: Settings, *, tell: bool = True, estimate: bool = True, again: Sequence[Remeasured] = ()
+) -> Report:
+    """Look, remember, and say what is new. again: profiles that were measured again; what differs is kept from here on.
 
     tell: False neither says nor remembers anything. estimate: whether the benefit of retraining is estimated when there
     is a new alert that it may mend (minutes). Raises UserError when METAPEFT_HOME cannot be written or a channel's
@@ -72,13 +75,16 @@ def monitor(settings: Settings, *, tell: bool = True, estimate: bool = True) -> 
     with state.alone():
         remembered = state.read()
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        report, seen = _look(settings, now, remembered, estimate)
+        report, seen = _look(settings, now, remembered, estimate, again)
         if tell:
             changes = state.compare(remembered, report.alerts, now)
             report.new, report.over = changes.new, changes.over
             report.due = tuple(a.key for a in report.alerts if a.retrain and not remembered.alerts[a.key].asked)
             remembered.servers, remembered.report = seen, report.to_json()
+            remembered.remeasured |= {each.place: each.at for each in again if not each.moved}
             state.write(remembered)  # what is known is kept even if telling is interrupted
+            for each in again:  # after that: a kill in between finds the same difference once more
+                each.mend()
             report.undelivered = state.tell(remembered, carried)
             remembered.report = report.to_json()
             for key in report.due:
@@ -88,7 +94,7 @@ def monitor(settings: Settings, *, tell: bool = True, estimate: bool = True) -> 
 
 
 def _look(
-    settings: Settings, now: str, remembered: state.State, estimate: bool
+    settings: Settings, now: str, remembered: state.State, estimate: bool, again: Sequence[Remeasured]
 ) -> tuple[Report, dict[str, dict[str, float]]]:
     champion, known = versions.champion(), knowledge(Experience())
     entries = [e for e in given.read() if e.get("model") == champion.number and e.keys() >= NEEDED]
@@ -120,6 +126,9 @@ def _look(
         watches.append(_standing(finding))
         if alert is not None:
             found.append(alert)
+    mixed = told.of_profiles(again, now)
+    found += [mixed] if mixed is not None else []
+    watches.append(_remeasured(again, remembered))
     for row, alert in _adapters(settings):
         watches.append(row)
         found += [alert] if alert is not None else []
@@ -152,7 +161,7 @@ def _look(
 
 
 NEEDED = {"id", "at", "task", "task_version", "backbone", "recommendations"}
-_ORDER = ["regret", "order", "intervals", "chances", "profiles", "seconds"]
+_ORDER = ["regret", "order", "intervals", "chances", "profiles", "remeasured", "seconds"]
 
 
 def _least() -> int:
@@ -227,6 +236,21 @@ def _standing(finding: Finding) -> dict[str, Any]:
 def _unknown(name: str, missing: str) -> dict[str, Any]:
     return {"watch": name, "value": None, "expected": None, "evidence": None, "decisions": 0, "fires": False} | {
         "known": f"needs {missing}"
+    }
+
+
+def _remeasured(again: Sequence[Remeasured], remembered: state.State) -> dict[str, Any]:
+    if not again and not remembered.remeasured:
+        return _unknown("remeasured", "a task of a recommendation whose rows are still here")
+    wrong = sum(bool(each.moved) for each in again)
+    return {
+        "watch": "remeasured",
+        "value": wrong / len(again) if again else 0.0,
+        "expected": 0.0,
+        "evidence": float(wrong > 0),
+        "decisions": len({*remembered.remeasured, *(each.place for each in again)}),
+        "fires": wrong > 0,
+        "known": "",
     }
 
 

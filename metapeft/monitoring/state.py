@@ -34,12 +34,14 @@ class Open:
 
 @dataclass
 class State:
-    """servers: their counters at the last look. report: what the last run found."""
+    """servers: their counters at the last look. report: what the last run found. remeasured: when a task's profile was
+    measured again and was as kept."""
 
     alerts: dict[str, Open] = field(default_factory=dict)
     over: dict[str, Open] = field(default_factory=dict)  # resolved, and not yet told everywhere
     servers: dict[str, dict[str, float]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    remeasured: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -48,6 +50,7 @@ class State:
             "over": {key: vars(alert) for key, alert in self.over.items()},
             "servers": self.servers,
             "report": self.report,
+            "remeasured": self.remeasured,
         }
 
 
@@ -62,8 +65,9 @@ def read() -> State:
         if record is None or record["schema"] != SCHEMA:
             return State()
         opened, over = ({k: Open(**v) for k, v in record[name].items()} for name in ("alerts", "over"))
-        return State(opened, over, dict(record["servers"]), dict(record["report"]))
-    except (KeyError, TypeError, AttributeError):
+        again = {str(place): str(at) for place, at in record.get("remeasured", {}).items()}
+        return State(opened, over, dict(record["servers"]), dict(record["report"]), again)
+    except (KeyError, TypeError, AttributeError, ValueError):
         return State()
 
 

@@ -13,6 +13,7 @@ UNITS = {
     "intervals": "share outside",
     "chances": "ECE",
     "profiles": "PSI",
+    "remeasured": "share wrong",
     "seconds": "log2 ratio",
     "feedback": "share right",
     "serving": "share failing",

@@ -57,13 +57,21 @@ def profile(task: Task, backbone: Backbone) -> Profile:
     """
     if not task.train:
         raise UserError(f"task {task.name} has no training rows; give some before asking for its profile")
-    path = home() / "profiles" / f"{task.version}-{task.metric}-{backbone.content_id}-{VERSION}.json"
-    known = _read(path)
-    if known is None:
+    known = _read(_path(task, backbone.content_id))
+    if known is None or (known.task_version, known.backbone_content) != (task.version, backbone.content_id):
         known = measure(task, backbone)
-        cache.write(path, known.to_json())
+        keep(known, task)
     speed.of(backbone)
     return replace(known, task=task.name, backbone=backbone.id)
+
+
+def keep(measured: Profile, task: Task) -> None:
+    """In METAPEFT_HOME. Raises UserError when that cannot be written."""
+    cache.write(_path(task, measured.backbone_content), measured.to_json())
+
+
+def _path(task: Task, backbone_content: str) -> Path:
+    return home() / "profiles" / f"{task.version}-{task.metric}-{backbone_content}-{VERSION}.json"
 
 
 def measure(task: Task, backbone: Backbone) -> Profile:
@@ -92,11 +100,11 @@ def measure(task: Task, backbone: Backbone) -> Profile:
 
 def every_profile() -> dict[tuple[str, str], Profile]:
     """All profiles of this version that are known, by (task version, backbone): those that ship with the experience,
-    and on top of them those in METAPEFT_HOME."""
+    and on top of them those in METAPEFT_HOME. A file that bears the name of another task is passed over."""
     found: dict[tuple[str, str], Profile] = {}
     for path in (*sorted(SHIPPED.glob("*.json")), *sorted((home() / "profiles").glob(f"*-{VERSION}.json"))):
         profile = _remembered(path, path.stat().st_mtime_ns)
-        if profile is not None and profile.version == VERSION:
+        if profile is not None and profile.version == VERSION and path.name.startswith(f"{profile.task_version}-"):
             found[profile.task_version, profile.backbone] = profile
     return found
 

@@ -54,6 +54,18 @@ def test_it_is_measured_once_and_the_same_every_time(
     assert not list((home / "profiles").glob(".*"))
 
 
+def test_a_file_of_another_task_is_not_believed(llama: Backbone, home: Path) -> None:
+    mine, other = classification(), classification(seed=1)
+    first, second = profile(mine, llama), profile(other, llama)
+    paths = sorted((home / "profiles").glob("*.json"))
+    texts = [path.read_text() for path in paths]
+    for path, text in zip(paths, reversed(texts), strict=True):
+        path.write_text(text)
+    assert own_profiles() == [], "known by no name, rather than by a wrong one"
+    assert profile(mine, llama) == first and profile(other, llama) == second
+    assert [path.read_text() for path in paths] == texts, "and what is measured again is kept"
+
+
 def test_other_data_other_metric_other_backbone_are_other_profiles(llama: Backbone) -> None:
     task = classification()
     base = profile(task, llama)
