@@ -8,10 +8,10 @@ wrong      switching from the method that did worst there on validation: the sha
 sequences  tasks one after another, in several orders: naive, replay, EWC, L2 and an adapter per task
 forecast   coverage of the 90 % intervals on the recorded curves of families left out
 
-Nothing that is predicted for a task knows a trial of that task. Finished trainings are kept (--records; default:
-METAPEFT_HOME/benchmarks/switching.jsonl), so an interrupted run continues; cheap tasks come first, and every line of
-the result says how many tasks and seeds it rests on. benchmarks/records/switching.jsonl holds what docs/switching.md
-reports.
+Nothing that is predicted for a task knows a trial of a task of its family, as in `metapeft meta evaluate`. Finished
+trainings are kept (--records; default: METAPEFT_HOME/benchmarks/switching.jsonl), so an interrupted run continues;
+cheap tasks come first, and every line of the result says how many tasks and seeds it rests on.
+benchmarks/records/switching.jsonl holds what docs/switching.md reports.
 """
 
 from __future__ import annotations
@@ -184,7 +184,19 @@ def advised(name: str, start: dict[str, Any], steps: int, basis: Any = None) -> 
     from metapeft.switching.advice import advice
 
     session, profile = prepared(name)
-    return advice(session.task, profile, start, steps, session.untuned["test"].value, own=False, basis=basis)
+    untuned, family = session.untuned["test"].value, session.task.family
+    model = fitted_without(family)
+    return advice(session.task, profile, start, steps, untuned, basis=basis, without={family}, model=model)
+
+
+@lru_cache(maxsize=1)
+def fitted_without(family: str) -> Any:
+    """The meta-model of all other families, as in `metapeft meta evaluate`."""
+    from metapeft.meta.evidence import without
+    from metapeft.meta.fitting import fit
+    from metapeft.meta.knowledge import knowledge
+
+    return fit(without(knowledge().observations(), {family}))
 
 
 def static(name: str, choice: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -11,14 +11,15 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapeft import stages
 from metapeft.errors import UserError
 from metapeft.settings import DEFAULT_BACKBONE, Settings, brief, home, load_settings, user_path
-from metapeft.stages.files import read_task, read_trials
-from metapeft.stages.stage import read_json
+from metapeft.stages.files import folders_of, read_task, read_trials
+from metapeft.stages.stage import alone, read_json
 from metapeft.training.trial import Trial
 
 if TYPE_CHECKING:
@@ -125,19 +126,20 @@ def sweep(
     settings = settings_for(task, sweep=wanted, **options)
     check(settings)
     work = work or work_folder(settings)
-    result = stages.run((*BEFORE_SWEEP, "sweep"), settings, work)["sweep"]
-    found = read_sweep(work)
-    found.reused = len(found.trials) if result.cached else result.summary["reused"]
-    content = Content(
-        task=read_task(work / "version"),
-        trials=found.trials,
-        infeasible=found.infeasible,
-        adapters=found.adapters,
-        recommendation=read_json(work / "recommend" / "recommendation.json"),
-        called=settings.task,
-    )
-    found.report = write_report(work / "sweep-report", content).html
-    return found
+    with alone(work):
+        result = stages.run((*BEFORE_SWEEP, "sweep"), settings, work)["sweep"]
+        found = read_sweep(work)
+        found.reused = len(found.trials) if result.cached else result.summary["reused"]
+        content = Content(
+            task=read_task(work / "version"),
+            trials=found.trials,
+            infeasible=found.infeasible,
+            adapters=found.adapters,
+            recommendation=read_json(work / "recommend" / "recommendation.json"),
+            called=settings.task,
+        )
+        found.report = write_report(work / "sweep-report", content).html
+        return found
 
 
 def train(
@@ -159,8 +161,9 @@ def train(
     settings = settings_for(task, train=wanted, **options)
     one_method(settings.train.method, settings.train.configuration)
     work = work or work_folder(settings)
-    stages.run((*BEFORE_SWEEP, "train", "evaluate", "register"), settings, work)
-    return read_trial(work)
+    with alone(work):
+        stages.run((*BEFORE_SWEEP, "train", "evaluate", "register"), settings, work)
+        return read_trial(work)
 
 
 def adapt(
@@ -376,12 +379,9 @@ def monitor(
 
 def decided(entry: dict[str, Any]) -> Task | None:
     """The task of a recommendation that was given here, None where its rows are gone or have changed."""
-    for facts in sorted((home() / "work").glob("*/version/task.json")):
-        try:
-            if read_json(facts)["version"] == entry["task_version"]:
-                return read_task(facts.parent)
-        except (UserError, KeyError):
-            continue  # half removed by somebody
+    for folder in folders_of(entry["task_version"]):
+        with suppress(UserError):
+            return read_task(folder / "version")
     return None
 
 
@@ -417,7 +417,7 @@ def settings_for(task: str | Path, *, params: Path | None = None, **given: Any) 
 def work_folder(settings: Settings) -> Path:
     """The default place of a task's stage outputs: one per task, backbone and data settings."""
     where = user_path(settings.task)
-    task = str(where.absolute()) if where.exists() else settings.task
+    task = str(where.absolute()) if os.path.exists(where) else settings.task  # Path.exists raises where it may not look
     identity = [task, settings.backbone, settings.data.model_dump(mode="json")]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     return home() / "work" / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', where.stem).strip('-') or 'task'}-{digest}"

@@ -183,7 +183,8 @@ def fitted(
     measure: Callable[[Session, Adapter | None], Answers],
     keep: Callable[[int, Adapter], None] | None = None,
 ) -> dict[int, Answers]:
-    """What `measure` finds of a strategy that learned from the session's training split (shots `indices`), by steps.
+    """What `measure` finds of a strategy that learned from the session's training split (shots `indices`), by steps of
+    the one schedule (STEPS): after ten of them it is the same training, wherever it ends.
 
     keep: called with the steps and the attached adapter, after each measurement.
     """
@@ -209,7 +210,7 @@ def fitted(
             adapter.detach(session.model)
         return found
     where = [*([0] if start is not None and owners is None else []), *at]  # the context itself is a strategy of its own
-    train(session, strategy.configuration, watch, steps=max(at), at=where, start=start, owners=owners)
+    train(session, strategy.configuration, watch, steps=STEPS, at=where, start=start, owners=owners)
     for step in where:
         if step not in found:  # it diverged before
             count = len(session.encoded["validation"])

@@ -3,7 +3,7 @@ arXiv:2307.13269).
 
 LoraHub adds the matrices A and B of several LoRAs each; here their products B A are added, which is what the sum of
 the adapters computes. The weights make the loss on the shots small, with a price on their size, by a (1+1)-evolution
-strategy (Rechenberg 1973) that begins at the best of: no adapter, each one alone, the mean of all.
+strategy (Rechenberg 1973) that begins at the best of: each one alone, the mean of all.
 """
 
 from __future__ import annotations

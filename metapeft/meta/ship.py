@@ -1,5 +1,5 @@
-"""Puts the experience into the package: the table that `metapeft experience grow` made, its tasks' profiles, and a
-datasheet.
+"""Puts the experience into the package: the table that `metapeft experience grow` made, its tasks' profiles, a
+datasheet, and the meta-model that is fitted to them, with what is promised of it.
 
     python -m metapeft.meta.ship        # after `metapeft experience grow` in this METAPEFT_HOME, in a checkout
 
@@ -22,7 +22,9 @@ from typing import Any
 from metapeft.meta.evidence import key
 from metapeft.meta.experience import SHIPPED, Experience
 from metapeft.meta.gains import gain
+from metapeft.meta.knowledge import Knowledge
 from metapeft.meta.plan import CONFIGURATIONS, configurations
+from metapeft.meta.versions import Version
 from metapeft.peft import METHODS
 from metapeft.profiling import Profile, every_profile
 from metapeft.profiling import profiles as profiling
@@ -52,6 +54,27 @@ def ship(store: Experience, table: Path, profiles: Path, docs: Path) -> list[Tri
         (profiles / name).write_text(compact(known[place]), encoding="utf-8")
     docs.write_text(datasheet(trials, known), encoding="utf-8")
     return trials
+
+
+def fit_shipped(folder: Path) -> Version:
+    """Fits the meta-model to what ships in a folder and nothing else, and writes `model.json` and `promise.json` into
+    it; minutes."""
+    from metapeft.meta.fitting import fit, groups
+    from metapeft.monitoring import promise
+
+    trials = Experience(Path("nowhere"), shipped=folder).trials()
+    observations = Knowledge(tuple(trials), profiling.shipped_profiles()).observations()
+    found = Version(
+        0,
+        fit(observations),
+        made=max(trial.started for trial in trials),
+        tasks=len({group[0].task.name for group in groups(observations)}),
+        observations=len(observations),
+        seen=tuple(sorted(o.id for o in observations)),
+    )
+    (folder / "model.json").write_text(json.dumps(found.to_json(), separators=(",", ":")) + "\n", encoding="utf-8")
+    promise.ship(found, observations, folder / "promise.json")
+    return found
 
 
 def compact(profile: Profile) -> str:
@@ -302,6 +325,8 @@ def _range(values: Iterable[int]) -> str:
 def main() -> None:
     trials = ship(Experience(), SHIPPED / "experience.parquet", profiling.SHIPPED, DOCS)
     say(f"{len(trials)} trials in {SHIPPED / 'experience.parquet'}; see {DOCS}")
+    version = fit_shipped(SHIPPED)
+    say(f"a meta-model of {version.observations} observations of {version.tasks} tasks in {SHIPPED / 'model.json'}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ The log always hears of it. A channel that fails says so in a line, and never fa
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import smtplib
@@ -124,7 +125,7 @@ class Email:
             with self._connected() as server:
                 server.send_message(message)
             return True
-        except (OSError, smtplib.SMTPException) as error:
+        except (OSError, ValueError, smtplib.SMTPException) as error:
             say(f"monitor: the alert could not be mailed through {self.host} ({error}); see {SMTP}")
             return False
 
@@ -169,10 +170,10 @@ def _address(url: str, name: str) -> str:
 
 
 def _posted(url: str, body: Any, what: str, name: str) -> bool:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=SECONDS):
             return True
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         say(f"monitor: the {what} did not take the alert ({error}); see {name}")
         return False

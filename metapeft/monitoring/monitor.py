@@ -83,13 +83,13 @@ def monitor(
             remembered.servers, remembered.report = seen, report.to_json()
             remembered.remeasured |= {each.place: each.at for each in again if not each.moved}
             state.write(remembered)  # what is known is kept even if telling is interrupted
-            for each in again:  # after that: a kill in between finds the same difference once more
-                each.mend()
             report.undelivered = state.tell(remembered, carried)
             remembered.report = report.to_json()
             for key in report.due:
                 remembered.alerts[key].asked = True
             state.write(remembered)
+            for each in again:  # last: a kill before finds the same difference once more
+                each.mend()
     return report
 
 
@@ -126,7 +126,7 @@ def _look(
         watches.append(_standing(finding))
         if alert is not None:
             found.append(alert)
-    mixed = told.of_profiles(again, now)
+    mixed = told.of_profiles(again, now) or _owed(remembered)
     found += [mixed] if mixed is not None else []
     watches.append(_remeasured(again, remembered))
     for row, alert in _adapters(settings):
@@ -237,6 +237,14 @@ def _unknown(name: str, missing: str) -> dict[str, Any]:
     return {"watch": name, "value": None, "expected": None, "evidence": None, "decisions": 0, "fires": False} | {
         "known": f"needs {missing}"
     }
+
+
+def _owed(remembered: state.State) -> Alert | None:
+    """The alert of an earlier run that mended its cause, while a channel still owes it."""
+    earlier = remembered.alerts.get("remeasured")
+    if earlier is None or set(channels.configured()) <= set(earlier.told):
+        return None
+    return Alert(**{**earlier.alert, "kinds": tuple(earlier.alert["kinds"])})
 
 
 def _remeasured(again: Sequence[Remeasured], remembered: state.State) -> dict[str, Any]:

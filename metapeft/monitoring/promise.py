@@ -11,12 +11,14 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from metapeft.meta.evaluate import LEAST_JUDGED, Judged, judge
 from metapeft.meta.evidence import Observation
+from metapeft.meta.experience import SHIPPED
 from metapeft.meta.fitting import fit
 from metapeft.meta.forecast import CLOSE
 from metapeft.meta.model import Model
@@ -102,31 +104,49 @@ def _measured_again(seen: np.ndarray, examples: int, random: np.random.Generator
 
 def promised(version: Version, observations: Sequence[Observation], fitted: Callable[..., Model] = fit) -> Promise:
     """Of a version of the meta-model, as far as the observations that it was fitted to tell (all, for one that was
-    fitted to nothing). Kept in METAPEFT_HOME/monitoring until version or observations change; minutes where not."""
+    fitted to nothing). Ships with the version that does; kept in METAPEFT_HOME/monitoring until version or observations
+    change; minutes where not."""
     seen = set(version.seen)
     used = [o for o in observations if o.id in seen] if seen else list(observations)
-    identity = [version.number, version.model.to_json(), sorted((o.id, o.score) for o in used)]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path = home() / "monitoring" / "promise.json"
-    record = cache.read(path)
-    if record is not None and record.get("of") == digest:
-        try:
-            return Promise([Judged(**j) for j in record["judged"]])
-        except (KeyError, TypeError):
-            pass  # of another version of metapeft: judged again
-    # A version that was fitted is judged as what fitting makes of the other families, the beliefs as they are.
+    for known in (path, SHIPPED / "promise.json"):
+        record = cache.read(known)
+        if record is not None and record.get("of") == _identity(version, used):
+            try:
+                return Promise([Judged(**j) for j in record["judged"]])
+            except (KeyError, TypeError):
+                pass  # of another version of metapeft: judged again
     say("monitor: judging the meta-model on tasks left out, once per version: minutes, with much experience")
-    judged = judge(used, fitted if seen else lambda known: version.model, rival=())
-    cache.write(path, {"of": digest, "judged": [_plain(asdict(j)) for j in judged]})
+    judged = _judged(version, used, fitted)
+    cache.write(path, {"of": _identity(version, used), "judged": [_plain(asdict(j)) for j in judged]})
     return Promise(judged)
 
 
-def _plain(value: Any) -> Any:
+def ship(version: Version, observations: Sequence[Observation], path: Path) -> None:
+    """Write down what is promised of a version that ships, to five digits: nobody has to judge it again."""
+    judged = [_plain(asdict(j), 5) for j in _judged(version, observations, fit)]
+    text = json.dumps({"of": _identity(version, observations), "judged": judged}, separators=(",", ":"))
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _judged(version: Version, used: Sequence[Observation], fitted: Callable[..., Model]) -> list[Judged]:
+    """A version that was fitted is judged as what fitting makes of the other families, the beliefs as they are."""
+    return judge(used, fitted if version.seen else lambda known: version.model, rival=())
+
+
+def _identity(version: Version, used: Sequence[Observation]) -> str:
+    parts = [version.number, version.model.to_json(), sorted((o.id, round(o.score, 6)) for o in used)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any, digits: int = 17) -> Any:
     """JSON's own numbers, without NaN."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _plain(v, digits) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [_plain(v, digits) for v in value]
     if isinstance(value, np.generic):
-        return _plain(value.item())
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+        return _plain(value.item(), digits)
+    if isinstance(value, float):
+        return round(value, digits) if np.isfinite(value) else None
+    return value

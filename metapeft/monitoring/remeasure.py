@@ -8,7 +8,7 @@ the first time, and then every task at hand is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -18,7 +18,7 @@ from metapeft.data.task import Task
 from metapeft.errors import UserError
 from metapeft.meta import decisions as given
 from metapeft.monitoring import state
-from metapeft.profiling import Profile, every_profile, profiles
+from metapeft.profiling import Profile, profiles
 from metapeft.progress import say
 
 if TYPE_CHECKING:
@@ -45,8 +45,15 @@ class Remeasured:
         return f"{self.measured.task_version} {self.measured.backbone}"
 
     def mend(self) -> None:
-        """Keep what was measured now. Raises UserError when METAPEFT_HOME cannot be written."""
+        """Keep what was measured now; what was made of the old profile is made again when it is next asked for.
+
+        Raises UserError when METAPEFT_HOME cannot be written.
+        """
+        from metapeft.stages.files import folders_of
+
         if self.moved:
+            for folder in folders_of(self.task.version):
+                (folder / "profile" / "profile.json").unlink(missing_ok=True)
             profiles.keep(self.measured, self.task)
 
 
@@ -58,21 +65,19 @@ def run(count: int, find: Find, backbone: Callable[[str], Backbone]) -> list[Rem
     """
     load = cache(backbone)
     found: list[Remeasured] = []
-    for entry, kept in _due(given.read(), every_profile(), state.read().remeasured):
+    for entry in _due(given.read(), state.read().remeasured):
         if len(found) >= count and not any(each.moved for each in found):
             break
         try:
             task = find(entry)
-            if task is None:
+            before = None if task is None else profiles.kept(task, load(entry["backbone"]).content_id)
+            if task is None or before is None:
                 continue
-            base = load(entry["backbone"])
-            if base.content_id != kept.backbone_content:
-                continue  # another backbone of that name
-            measured = profiles.measure(task, base)
+            measured = profiles.measure(task, load(entry["backbone"]))
         except UserError as error:
             say(f"the profile of {entry['task']} was not measured again: {error}")
             continue
-        moved = differences(_embedded(kept), _embedded(measured))
+        moved = differences(_embedded(before), _embedded(measured))
         found.append(Remeasured(task, measured, moved, datetime.now(UTC).isoformat(timespec="seconds")))
         say(f"the profile of {task.name} was measured again: {said(moved) or 'as before'}")
     return found
@@ -93,12 +98,9 @@ def said(moved: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {shift:+.1f}" for name, shift in list(moved.items())[:3])
 
 
-def _due(
-    entries: Sequence[dict[str, Any]], kept: Mapping[tuple[str, str], Profile], before: Mapping[str, str]
-) -> Iterator[tuple[dict[str, Any], Profile]]:
-    """Profiled tasks of decisions, each once: those never measured again first, the latest decided of them; then those
-    that were, the longest ago first."""
-    tasks = {(entry["task_version"], entry["backbone"]): entry for entry in entries}
-    places = [place for place in reversed(tasks) if place in kept]
-    for place in sorted(places, key=lambda place: before.get(" ".join(place), "")):
-        yield tasks[place], kept[place]
+def _due(entries: Sequence[dict[str, Any]], before: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The last decision about each task: of those never measured again first, the latest of them; then of those that
+    were, the longest ago first."""
+    last = {f"{entry['task_version']} {entry['backbone']}": entry for entry in entries}
+    places = sorted(last, key=lambda place: last[place]["at"], reverse=True)
+    return [last[place] for place in sorted(places, key=lambda place: before.get(place, ""))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import math
 import urllib.request
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ def look(before: Mapping[str, Counts]) -> tuple[list[Health], dict[str, Counts]]
     for url, token in servers.known():
         try:
             counts = counted(_get(f"{url}/metrics", token))
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             found.append(Health(url, 0, 0, 0, 0, 1.0, 1.0, reached=False))
             continue
         now[url] = counts

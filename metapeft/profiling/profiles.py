@@ -8,7 +8,7 @@ samples of fixed size; kept in METAPEFT_HOME/profiles by the content of the data
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -57,12 +57,20 @@ def profile(task: Task, backbone: Backbone) -> Profile:
     """
     if not task.train:
         raise UserError(f"task {task.name} has no training rows; give some before asking for its profile")
-    known = _read(_path(task, backbone.content_id))
-    if known is None or (known.task_version, known.backbone_content) != (task.version, backbone.content_id):
+    known = kept(task, backbone.content_id)
+    if known is None:
         known = measure(task, backbone)
         keep(known, task)
     speed.of(backbone)
     return replace(known, task=task.name, backbone=backbone.id)
+
+
+def kept(task: Task, backbone_content: str) -> Profile | None:
+    """As it was measured before, if it was: what METAPEFT_HOME holds of this task under its metric."""
+    found = _read(_path(task, backbone_content))
+    if found is None or (found.task_version, found.backbone_content) != (task.version, backbone_content):
+        return None
+    return found
 
 
 def keep(measured: Profile, task: Task) -> None:
@@ -101,8 +109,16 @@ def measure(task: Task, backbone: Backbone) -> Profile:
 def every_profile() -> dict[tuple[str, str], Profile]:
     """All profiles of this version that are known, by (task version, backbone): those that ship with the experience,
     and on top of them those in METAPEFT_HOME. A file that bears the name of another task is passed over."""
+    return shipped_profiles() | _profiles((home() / "profiles").glob(f"*-{VERSION}.json"))
+
+
+def shipped_profiles() -> dict[tuple[str, str], Profile]:
+    return _profiles(SHIPPED.glob("*.json"))
+
+
+def _profiles(paths: Iterable[Path]) -> dict[tuple[str, str], Profile]:
     found: dict[tuple[str, str], Profile] = {}
-    for path in (*sorted(SHIPPED.glob("*.json")), *sorted((home() / "profiles").glob(f"*-{VERSION}.json"))):
+    for path in sorted(paths):
         profile = _remembered(path, path.stat().st_mtime_ns)
         if profile is not None and profile.version == VERSION and path.name.startswith(f"{profile.task_version}-"):
             found[profile.task_version, profile.backbone] = profile

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from metapeft.data.task import SPLITS, Example, Task
 from metapeft.errors import UserError
-from metapeft.settings import brief
+from metapeft.settings import brief, home
 from metapeft.stages.stage import finite, read_json, write_json, write_text
 from metapeft.training.trial import Trial
 
@@ -23,6 +24,18 @@ def write_task(task: Task, folder: Path) -> None:
     ]
     write_text(folder / "data.jsonl", "".join(row + "\n" for row in rows))
     write_json(folder / "task.json", {k: v for k, v in asdict(task).items() if k not in SPLITS})
+
+
+def folders_of(task_version: str) -> Iterator[Path]:
+    """Folders of stage outputs in METAPEFT_HOME, of commands, of the server and of Airflow, about a task's rows as they
+    were in this version."""
+    for place in (home() / "work", home() / "airflow"):
+        for facts in sorted(place.rglob("version/task.json")):
+            try:
+                if read_json(facts)["version"] == task_version:
+                    yield facts.parents[1]
+            except (UserError, KeyError, TypeError):
+                continue  # half removed by somebody
 
 
 def read_task(folder: Path) -> Task:

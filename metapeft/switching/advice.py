@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from metapeft.meta import versions
 from metapeft.meta.evidence import Known, complete, families, key
 from metapeft.meta.experience import Experience
 from metapeft.meta.knowledge import Knowledge, knowledge
+from metapeft.meta.model import Model
 from metapeft.meta.portfolio import portfolio
 from metapeft.meta.recommendation import counting, nominal_speed, short
 from metapeft.peft import METHODS
@@ -60,28 +62,32 @@ def advice(
     untuned: float,
     experience: Experience | None = None,
     speed: Speed | None = None,
-    own: bool = True,
     basis: Basis | None = None,
+    without: Collection[str] = (),
+    model: Model | None = None,
 ) -> Advice:
-    """For a training of `start` that would take `steps`. untuned: the backbone's test score. own: whether trials of
-    this very task count. The same experience gives the same advice; so does a later one, told the basis of before."""
+    """For a training of `start` that would take `steps`. untuned: the backbone's test score. The same experience gives
+    the same advice; so does a later one, told the basis of before. without: families of tasks whose trials do not
+    count; model: None is the champion's. Both are for judging."""
     known = knowledge(experience)
     speed = speed or speeds.read(profile.backbone_content) or nominal_speed(profile)
     champion = versions.champion() if basis is None else versions.numbered(basis.version)
-    if basis is not None:
-        then = set(basis.trials)
-        known = Knowledge(tuple(t for t in known.trials if t.id in then), known.profiles)
-    model = champion.model
-    family = families().get(task.name, task.name)
-    here = Known(task.version, profile.backbone, task.name, family, len(task.train), profile.features)
-    evidence = counting(known, model, here, own)
-    trials = [t for t in known.trials if t.method in METHODS and (own or t.task_version != task.version)]
+    model = model or champion.model
+    kinds = families()
+    if basis is not None or without:
+        then = None if basis is None else set(basis.trials)
+        counted = (t for t in known.trials if kinds.get(t.task, t.task) not in without)
+        known = Knowledge(tuple(t for t in counted if then is None or t.id in then), known.profiles)
+    here = Known(
+        task.version, profile.backbone, task.name, kinds.get(task.name, task.name), len(task.train), profile.features
+    )
+    evidence = counting(known, model, here, own=True)
+    trials = [t for t in known.trials if t.method in METHODS]
     same = [t for t in trials if t.backbone == profile.backbone]
-    state = (tuple(t.id for t in same), own or task.version)
+    state = (tuple(t.id for t in same), json.dumps(model.to_json()))
     if state not in _kept:
         _kept.clear()
-        seen = known.observations(model.remaining)
-        _kept[state] = calibrated(left_out(same, [o for o in seen if own or o.task.version != task.version], model))
+        _kept[state] = calibrated(left_out(same, known.observations(model.remaining), model))
     device = speed.measured.get("device", "")
     forecaster = Forecaster(here, evidence, same, model, untuned, len(task.test), _kept[state], device)
     first = plain(start)

@@ -33,7 +33,7 @@ class Price:
 
     def steps(self, seconds: float, looks: int) -> int:
         """How many the seconds pay for (0 or less: none)."""
-        return int((seconds - self.once - looks * self.look) / self.step)
+        return int((seconds - self.once - looks * self.look) / self.step + 1e-6)  # rounding must not cost a step
 
     def exchange(self, how: How) -> float:
         """Of handing over to this configuration: outputs before and after, and distillation where it is needed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import metapeft
 from metapeft.api import decided
 from metapeft.meta import decisions
 from metapeft.meta.knowledge import knowledge
-from metapeft.monitoring import remeasure, state
+from metapeft.monitoring import channels, remeasure, state
 from metapeft.monitoring.monitor import monitor
 from metapeft.profiling import profiles
 from metapeft.settings import load_settings
@@ -91,19 +92,77 @@ def test_a_wrong_profile_is_told_and_replaced(params: Path, home: Path) -> None:
     assert over.healthy and over.over == ("remeasured",)
 
 
-def test_a_kill_before_it_is_replaced_finds_it_again(params: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_recommended_by_it_is_recommended_anew(params: Path, home: Path) -> None:
+    """The stages of the task made their outputs of the wrong profile too."""
+    task = params.parent / "second" / "second.jsonl"
+    right = metapeft.profile(task, backbone=str(tiny_folder("llama")), params=params)
     spoil(kept(home)["second"])
+    (stage,) = (home / "work").glob("second-*")
+    (stage / "profile" / "profile.json").unlink()
+    wrong = metapeft.profile(task, backbone=str(tiny_folder("llama")), params=params)
+    assert wrong.features != right.features
+    assert look(params).alerts
+    again = metapeft.profile(task, backbone=str(tiny_folder("llama")), params=params)
+    assert again.features == right.features
+
+
+def test_the_same_rows_under_another_metric_are_another_profile(tmp_path: Path, home: Path) -> None:
+    rows = [{"text": f"message {i}", "label": "ham" if i % 6 else "spam"} for i in range(60)]
+    task = tmp_path / "odd.jsonl"
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for metric in ("accuracy", "macro_f1"):
+        params = tmp_path / f"{metric}.yaml"
+        params.write_text(f"data: {{max_train: 24, max_validation: 8, max_test: 16, metric: {metric}}}\n")
+        metapeft.recommend(task, backbone=str(tiny_folder("llama")), params=params)
+    paths = list((home / "profiles").glob("*.json"))
+    before = {path: path.read_bytes() for path in paths}
+    assert len(paths) == 2
+    assert look(params).healthy and look(params).healthy
+    assert {path: path.read_bytes() for path in paths} == before
+
+
+@pytest.mark.parametrize("where", ["before it is told", "before it is replaced"])
+def test_a_kill_loses_neither_the_alert_nor_the_remedy(
+    params: Path, home: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    path = kept(home)["second"]
+    right = path.read_bytes()
+    spoil(path)
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(remeasure.Remeasured, "mend", killed)
+        if where == "before it is told":
+            patch.setattr(state, "tell", killed)
+        else:
+            patch.setattr(remeasure.Remeasured, "mend", killed)
         with pytest.raises(KeyboardInterrupt):
             look(params)
     report = look(params)
-    assert [alert.key for alert in report.alerts] == ["remeasured"] and report.retrain
-    assert look(params).healthy
+    assert [alert.key for alert in report.alerts] == ["remeasured"]
+    assert report.retrain == (where == "before it is told"), "asked for once"
+    assert path.read_bytes() == right and look(params).healthy
+
+
+def test_a_channel_that_was_away_hears_of_it_later(params: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(kept(home)["second"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv(channels.URL, f"http://127.0.0.1:{port}/")
+    assert "webhook" in look(params).undelivered
+    report = look(params)
+    assert [alert.key for alert in report.alerts] == ["remeasured"] and not report.retrain, "nothing differs any more"
+    monkeypatch.delenv(channels.URL)
+    assert look(params).over == ("remeasured",)
+
+
+def test_tasks_of_airflow_are_at_hand_too(params: Path, home: Path) -> None:
+    (home / "airflow" / "tune_task").mkdir(parents=True)
+    (stage,) = (home / "work").glob("second-*")
+    stage.rename(home / "airflow" / "tune_task" / "manual__1")
+    assert [decided(entry) is not None for entry in decisions.read()] == [True, True]
 
 
 def test_tasks_that_cannot_be_measured_are_left(params: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:

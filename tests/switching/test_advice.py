@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from metapeft.meta import versions
+from metapeft.meta.evidence import families
 from metapeft.meta.experience import Experience
 from metapeft.meta.model import Model
+from metapeft.switching import advice as module
 from metapeft.switching.advice import Advice, Basis, advice
 from metapeft.training.configuration import full
 from tests.meta import made as meta
@@ -21,8 +23,8 @@ START = {"method": "lora", "learning_rate": 1e-3}
 OPTIONS = [(START, 40), ({"method": "prefix", "learning_rate": 1e-2}, 20)]
 
 
-def asked(store: Experience, basis: Basis | None = None) -> Advice:
-    return advice(meta.task(), meta.profile(), START, 40, 0.5, store, meta.SPEED, basis=basis)
+def asked(store: Experience, basis: Basis | None = None, **more: Any) -> Advice:
+    return advice(meta.task(), meta.profile(), START, 40, 0.5, store, meta.SPEED, basis=basis, **more)
 
 
 def same(first: Advice, second: Advice) -> bool:
@@ -45,3 +47,20 @@ def test_the_basis_of_before_gives_the_advice_of_before(tmp_path: Path, monkeypa
     assert again.basis == first.basis and same(first, again)
     assert again.forecaster.calibration == first.forecaster.calibration
     assert [o.configuration for o in again.others] == [o.configuration for o in first.others]
+
+
+def test_of_families_left_out_nothing_counts_at_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAPEFT_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "_kept", {})  # `made` gives other trials the same ids
+    store = Experience(tmp_path / "experience", shipped=None)
+    like: dict[str, Any] = {"backbone": meta.BACKBONE, "configuration": full(START)}
+    others = [replace(t, **like) for t in made(8, 4)]
+    store.extend(others)
+    before = asked(store)
+    small = {"task": "trec6", "task_version": "another size", "train_examples": 64}
+    store.extend([replace(t, id=f"small {t.id}", **like, **small) for t in made(1, 4)])
+    family = families()["trec6"]
+    assert not same(before, asked(store))
+    left = asked(store, without={family})
+    assert same(before, left) and left.basis.trials == before.basis.trials
+    assert left.forecaster.calibration == before.forecaster.calibration

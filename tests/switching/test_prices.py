@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from metapeft.meta.costs import cost
@@ -23,6 +24,10 @@ def test_a_price_is_what_the_cost_model_says_without_the_test_split(method: str)
 
 def test_steps_are_what_seconds_pay_for() -> None:
     price = Price(2.0, 0.5, 1.0)
-    assert price.steps(price.seconds(17, 3) + 0.1, 3) == 17
+    assert price.steps(price.seconds(17, 3) + 0.1, 3) == price.steps(price.seconds(17, 3), 3) == 17
+    random = np.random.default_rng(0)
+    for once, step, look in random.uniform(0.001, 3, size=(500, 3)):
+        drawn = Price(once, step, look)
+        assert all(drawn.steps(drawn.seconds(n, 4), 4) == n for n in (1, 20, 40, 60, 120))
     assert price.steps(1.0, 3) <= 0
     assert price.exchange("distilled") > price.exchange("frozen") == price.exchange("converted")
