@@ -497,25 +497,32 @@ def chosen_counts(cells: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def speed(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Steps and seconds until the automatic choice's test score is the stronger cold LoRA's final one (of a training
-    to the end; the share of cells where that happens)."""
+    """Steps and seconds until the automatic choice's test score is the stronger cold LoRA's final one, over those that
+    this LoRA itself takes until it first has it (and the share of cells where the choice gets there). Cells where the
+    untuned backbone is there already tell nothing."""
     steps, seconds = [], []
     goal_name = stronger(cells)
     for c in cells:
-        if c["choice"] == "zero-shot":
-            continue
         goal = c["scores"][goal_name]
-        lora, mine = trained(c, goal_name), c["strategies"][c["choice"]]
-        reached = next((s for s in sorted(mine["test"], key=int) if hits(mine["test"][s]).mean() >= goal), None)
-        steps.append(math.inf if reached is None else int(reached) / max(AT))
-        if reached is not None and reached in mine["seconds"] and str(max(AT)) in lora["seconds"]:
-            seconds.append(mine["seconds"][reached] / max(1e-9, lora["seconds"][str(max(AT))]))
+        if c["scores"]["zero-shot"] >= goal:
+            continue
+        lora = reached(trained(c, goal_name), goal)
+        mine = reached(c["strategies"][c["choice"]], goal) if c["choice"] != "zero-shot" else None
+        assert lora is not None and lora[0] > 0
+        steps.append(math.inf if mine is None else mine[0] / lora[0])
+        seconds.append(math.inf if mine is None else mine[1] / max(1e-9, lora[1]))
     return {
         "cells": len(steps),
         "reached": float(np.mean(np.isfinite(steps))) if steps else math.nan,
         "median_steps_ratio": float(np.median(steps)) if steps else math.nan,
         "median_seconds_ratio": float(np.median(seconds)) if seconds else math.nan,
     }
+
+
+def reached(record: dict[str, Any], goal: float) -> tuple[int, float] | None:
+    """Steps and seconds of the first look with at least this test score."""
+    step = next((s for s in sorted(record["test"], key=int) if hits(record["test"][s]).mean() >= goal), None)
+    return None if step is None else (int(step), record["seconds"].get(step, 0.0))
 
 
 def targets(cells: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
@@ -532,7 +539,12 @@ def targets(cells: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any
     rows = [
         (f"adapt less the best single strategy ({best}), or within {slack:.3f} of it", ahead, 0.0, ahead >= -slack),
         (f"adapt less the stronger cold LoRA ({lora}) at {FEW} shots or fewer", over, 0.05, over >= 0.05),
-        ("steps to the stronger cold LoRA's final score, share of its own (median)", ratio, 1 / 3, ratio <= 1 / 3),
+        (
+            "steps to the stronger cold LoRA's final score, over its own steps to it (median)",
+            ratio,
+            1 / 3,
+            ratio <= 1 / 3,
+        ),
         (f"tasks significantly worse than the untuned backbone {' '.join(worse)}".strip(), len(worse), 0, not worse),
     ]
     return [{"name": name, "value": value, "target": goal, "met": bool(met)} for name, value, goal, met in rows]

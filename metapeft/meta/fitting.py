@@ -101,7 +101,7 @@ def _reaching(model: Model, splits: list[Split]) -> Model:
     choices = [replace(model, reach=reach, length=length) for length in LENGTHS for reach in REACHES]
     losses = np.concatenate([_losses(choices, split) for split in splits], axis=1)
     worse = losses - losses[losses.mean(axis=1).argmin()]
-    error = _standard_errors(worse, [group[0].task.family for split in splits for group in split.asked])
+    error = standard_errors(worse, [group[0].task.family for split in splits for group in split.asked])
     weights = np.exp(-0.5 * (worse.mean(axis=1) / np.maximum(error, 1e-12)) ** 2)
     weights /= weights.sum()
     reach = weights @ [choice.reach for choice in choices]
@@ -109,7 +109,7 @@ def _reaching(model: Model, splits: list[Split]) -> Model:
     return replace(model, reach=float(reach), length=float(length))
 
 
-def _standard_errors(values: np.ndarray, families: list[str]) -> np.ndarray:
+def standard_errors(values: np.ndarray, families: list[str]) -> np.ndarray:
     """Of the mean of each row. Tasks of a family are no independent witnesses: families are (cluster-robust)."""
     away = values - values.mean(axis=1, keepdims=True)
     sums = [away[:, [i for i, f in enumerate(families) if f == family]].sum(axis=1) for family in sorted(set(families))]

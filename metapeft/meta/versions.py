@@ -25,7 +25,7 @@ from metapeft.errors import UserError
 from metapeft.meta.evaluate import OURS, Fit, Judged, judge
 from metapeft.meta.evidence import Observation
 from metapeft.meta.experience import SHIPPED
-from metapeft.meta.fitting import LEAST_TASKS, fit, groups
+from metapeft.meta.fitting import LEAST_TASKS, fit, groups, standard_errors
 from metapeft.meta.model import Model
 from metapeft.profiling import cache
 from metapeft.settings import home
@@ -153,7 +153,7 @@ def compared(challenger: Sequence[Judged], champion: Sequence[Judged]) -> tuple[
         if len(values) < 2:
             continue
         difference = np.array([a - b for a, b in values], dtype=float)
-        error = float(difference.std(ddof=1) / np.sqrt(len(difference)))
+        error = float(standard_errors(difference[None], [j.family for j in champion])[0])
         if difference.mean() > TOLERANCE * error + 1e-12:
             return True, f"{name} is worse by {difference.mean():.4f} ± {error:.4f} on tasks left out"
     return False, "no worse than the champion on tasks left out"
