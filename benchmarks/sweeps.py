@@ -1,4 +1,4 @@
-"""Do sweeps that start warm find better trade-offs, sooner? Six strategies on tasks left out of the experience.
+"""Do sweeps that start warm find better trade-offs, sooner? Seven strategies on tasks left out of the experience.
 
     python benchmarks/sweeps.py [--quick] [--json FILE] [--live] [--experience FOLDER_OR_FILE] [--workers N]
 

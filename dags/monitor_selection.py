@@ -5,7 +5,8 @@ the meta-model learned from, servers and served adapters with what they promise.
 METAPEFT_ALERT_URL, METAPEFT_ALERT_EMAIL and METAPEFT_ALERTMANAGER_URL say, each once.
 
 A new alert that another meta-model may mend updates the asset `degraded`, with what it said as `extra`; that starts
-`grow_and_retrain`. *Shadow trials* trains the runner-up beside so many first choices per run, to know what was missed.
+`grow_and_retrain`. One task's profile is measured again in each run (`monitor.remeasure` in params.yaml). *Shadow
+trials* trains the runner-up beside so many first choices per run, to know what was missed.
 """
 
 from __future__ import annotations
