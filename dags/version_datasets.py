@@ -2,8 +2,8 @@
 
 Every night, and whenever somebody marks the asset `incoming` as updated (a button in the UI, or `POST
 /api/v2/assets/events` at the end of an upload): each task file in the project's `data` folder is read, checked, put
-under DVC (`FILE.dvc`, content in DVC's cache, pushed to its remote) and, where its content is new, the asset `datasets`
-is updated, with the file's name and versions as `extra`.
+under DVC (`FILE.dvc`, content in DVC's cache, pushed to its remote) and, where its content is new to DVC or to the
+remote, the asset `datasets` is updated, with the file's name and versions as `extra`.
 
 A broken file fails alone; the others go on.
 """

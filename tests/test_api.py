@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock, Timeout
 
 import metapeft
-from metapeft import api
+from metapeft import api, stages
 from metapeft.settings import DataSettings, load_settings
 from tests.backbones.tiny import tiny_folder
 from tests.stages.made import spam_file
@@ -88,6 +90,24 @@ def test_a_task_has_one_work_folder_per_backbone_and_data_settings(tmp_path: Pat
     others = [folder("sms_spam"), folder(str(path), backbone="x"), folder(str(path), data={"seed": 1})]
     assert len({folder(str(path)), *others}) == 4
     assert folder(str(path), train={"steps": 7}, seed=3) == folder(str(path))
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_others_are_kept_out_until_the_results_are_read(command: str, tmp_path: Path, monkeypatch: Any) -> None:
+    def held() -> bool:
+        with ThreadPoolExecutor() as other:
+            lock = FileLock(tmp_path / ".stages" / "pipeline.lock")
+            return isinstance(other.submit(lock.acquire, timeout=0).exception(), Timeout)
+
+    def read(work: Path) -> None:
+        raise InterruptedError(f"held: {held()}")
+
+    monkeypatch.setattr(stages, "run", lambda *_: {"sweep": held()})
+    monkeypatch.setattr(api, "read_trial", read)
+    monkeypatch.setattr(api, "read_sweep", read)
+    with pytest.raises(InterruptedError, match="held: True"):
+        getattr(api, command)("sms_spam", work=tmp_path)
+    assert not held()
 
 
 def test_settings_come_from_the_folders_params_file(tmp_path: Path, monkeypatch: Any) -> None:

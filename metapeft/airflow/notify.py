@@ -9,6 +9,7 @@ Callbacks belong to tasks, not to DAGs: a callback of a DAG breaks `airflow dags
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import logging
 import os
@@ -57,6 +58,6 @@ def send(message: str, link: str = "") -> bool:
     try:
         with urlopen(Request(url, body, {"Content-Type": "application/json"}), timeout=SECONDS):  # http(s), by an admin
             return True
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         log.warning("the alert could not be delivered to %s: %s", URL, error)
         return False

@@ -13,7 +13,7 @@ from metapeft.settings import DataSettings
 
 @dataclass(frozen=True)
 class Incoming:
-    """What DVC has now. `changed`: whether it had something else, or nothing, before; `pushed`: files sent."""
+    """What DVC has now. `changed`: whether it or its remote had something else, or nothing; `pushed`: files sent."""
 
     file: str
     task: str
@@ -49,6 +49,7 @@ def version(path: Path, settings: DataSettings | None = None) -> Incoming:
     if versions.tracked(path) != identity:
         raise UserError(f"DVC does not take {path}: Git or dvc.yaml has it; `git rm --cached {path}` frees it")
     pushed = versions.push(path)
+    changed = before != identity or pushed > 0  # what an earlier call could not push is new to all others
     rows = len(task.train) + len(task.validation) + len(task.test)
     warnings = tuple(map(str, report.summary().get("warnings", ())))
-    return Incoming(str(path), task.name, task.version, identity, rows, before != identity, pushed, warnings)
+    return Incoming(str(path), task.name, task.version, identity, rows, changed, pushed, warnings)

@@ -63,10 +63,15 @@ def read_path(path: Path) -> tuple[Shape, dict[str, list[Row]]]:
     if not os.path.isdir(path):  # unlike Path.is_dir, False where the parent may not be read
         table = formats.read_file(path)
         return table.shape, {"train": list(table.rows)}
-    if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+    try:
+        names = sorted(path.iterdir())
+        saved = (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+    if saved:
         return hub.read_saved(path)
     files: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
+    for file in names:
         split = hub.SPLIT_NAMES.get(file.stem.lower())
         if split is None or file.suffix.lower() not in formats.SUFFIXES:
             continue

@@ -40,6 +40,8 @@ def render(row: Row, template: str, labels: Sequence[str]) -> Example:
     values = {"text": row.prompt, "labels": enumerate_labels(labels)}
     # Not str.format: braces in the template that are no field stay as they are, and so do those of the row.
     prompt = re.sub(r"\{(text|labels)\}", lambda match: values[match[1]], template)
+    if labels and re.search(r"\{(text|labels)\}\Z", template):
+        prompt = prompt.rstrip()  # or a label's completion would depend on how the text before it ends
     return Example(prompt, separator(prompt) + row.answer)
 
 

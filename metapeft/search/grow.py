@@ -284,6 +284,8 @@ class _Work:
         folder = home() / "growing" / cell.id  # its state, while it runs; the library keeps the task's best adapters
         try:
             trial = run_trial(session, cell.configuration, steps=self.steps, seed=cell.seed, folder=folder)
+        except (UserError, OSError):  # a full disk, for example: no fault of the configuration
+            raise
         except Exception as error:  # the growth outlives a broken trial, and keeps it
             trial = self._failed(session.task, cell, f"{type(error).__name__}: {error}")
         try:

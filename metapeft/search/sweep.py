@@ -57,6 +57,7 @@ REPEATED_FIRST = ("most accurate", "balanced", "fastest", "smallest")
 DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = ("maximize", "minimize", "minimize", "minimize")
 STORAGE = "METAPEFT_SWEEP_STORAGE"  # the environment, not params.yaml: a database's URL holds a password
 RETRY_SECONDS = 1.0
+POLL_SECONDS = 2.0  # between two looks at what other workers have in hand
 TRIES = 20  # proposals of a configuration that was tried before, until the space counts as exhausted
 FAILURES = 4  # errors in a row that end a sweep: something other than the configurations is broken
 MOST_SEEDS = 3  # trainings of one configuration
@@ -89,7 +90,8 @@ class Sweep:
     adapters: bool = False  # whether small adapters were an objective too
     report: Path | None = None  # a page about it, where one was written
     reused: int = 0  # trials that were there before this call
-    complete: bool = True  # False: the time ran out, or other workers are still training
+    complete: bool = True  # False: the time ran out, or the space has no more configurations
+    late: bool = False  # the time ran out
 
     def feasible(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.id not in self.infeasible]
@@ -142,7 +144,8 @@ def sweep(
     One training at a time takes each of the machine's places (`metapeft.search.slots`), of all its sweeps together.
 
     The time is this call's own: no trial is started that by the others' median would end after `max_seconds`, except
-    the first. Raises UserError on a wrong space or storage, MetapeftError when several trials in a row fail.
+    the first; what other workers are training is waited for, as long as there is time. Raises UserError on a wrong
+    space or storage, MetapeftError when several trials in a row fail.
     """
     space = space or spaces.space(settings.sweep.methods, settings.sweep.space)
     name = study or study_name(task, settings, space, limits)
@@ -164,13 +167,15 @@ def sweep(
                     known.add(trial.id)
                     on_trial(trial, len(known), max(settings.sweep.trials, len(known)))
 
-        _work(book, run, deadline, aids, ended)
+        late = _work(book, run, deadline, aids, ended)
         for helper in helpers:
             helper.join()
         if helpers:  # what a helper left behind when it was killed
-            _work(book, run, deadline, aids, ended)
+            late = _work(book, run, deadline, aids, ended)
         ended()
-        return book.result(reused)
+        found = book.result(reused)
+        found.late = late and not found.complete
+        return found
     except json.JSONDecodeError as error:  # SQLite does not notice changed bytes of a text
         raise _damaged(url, error) from error
     finally:
@@ -181,7 +186,7 @@ def sweep(
 
 
 def study_name(task: Task, settings: Settings, space: spaces.Space, limits: Limits = Limits()) -> str:
-    """The same for all that may share trials: task version, backbone, space, steps, seed, limits and strategy."""
+    """The same for all that may share trials: task version, metric, backbone, space, steps, seed, limits, strategy."""
     identity = _identity(task, settings, space, limits)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
     return f"{re.sub(r'[^a-z0-9]+', '-', Path(task.name).stem.lower()).strip('-') or 'task'}-{digest}"
@@ -202,6 +207,8 @@ def _identity(task: Task, settings: Settings, space: spaces.Space, limits: Limit
         "stopping": chosen.stop,
         "adapters": chosen.adapters,
     }
+    if task.metric == "macro_f1":  # of the others each kind of task has one: studies made without it stay valid
+        identity["metric"] = task.metric
     return dict(json.loads(json.dumps(identity)))
 
 
@@ -233,8 +240,11 @@ class _Aids:
     memory: Callable[[dict[str, Any], int], float] | None = None
 
 
-def _work(book: _Book, run: Run, deadline: float | None, aids: _Aids, ended: Callable[[], None]) -> None:
-    """Claims, trains and records trials until there is nothing left to claim, or no time to train it."""
+def _work(book: _Book, run: Run, deadline: float | None, aids: _Aids, ended: Callable[[], None]) -> bool:
+    """Claims, trains and records trials until there is nothing left to claim, now or when the other workers are done.
+
+    True: there was no time for it.
+    """
     import multiprocessing
 
     from metapeft.search.slots import Slots
@@ -242,22 +252,35 @@ def _work(book: _Book, run: Run, deadline: float | None, aids: _Aids, ended: Cal
     parent = multiprocessing.parent_process()
     slots = Slots(book.settings.sweep.workers)
     failures, first = 0, True
+    awaited, told = frozenset[int](), False  # what others had in hand when there was nothing to claim
     while book.wants():
         usual = statistics.median([trial.seconds for trial in book.finished()] or [0.0])
-        if deadline is not None and not first and time.monotonic() + usual >= deadline:
-            return
+        if deadline is not None and (awaited or not first) and time.monotonic() + usual >= deadline:
+            return True
         if parent is not None and not parent.is_alive():
-            return  # a helper whose sweep was killed
+            return False  # a helper whose sweep was killed
+        if awaited and book.others() == awaited:
+            time.sleep(POLL_SECONDS)
+            continue
         with slots.place(deadline) as place:
-            claim = book.claim() if place is not None else None
-            if place is None or claim is None:
-                return
-            first = False
+            if place is None:
+                return True
+            awaited = book.others()  # before the claim: a trial that is given back in between is seen
+            claim = book.claim()
+            if claim is None:
+                if not awaited:
+                    return False
+                if not told and book.settings.sweep.workers == 1:  # else they are, as a rule, its own
+                    told = True
+                    say("sweep: waiting for what other workers are training")
+                ended()
+                continue
+            first, awaited = False, frozenset()
             try:
                 needed = aids.memory(claim.configuration, claim.steps) if aids.memory else None
                 if not place.begin(needed, deadline):
                     book.release(claim)
-                    return
+                    return True
                 repeats = claim.seed != book.settings.seed
                 watch = None if aids.rule is None or repeats else book.watch(claim, aids)
                 trial = run(claim.configuration, claim.seed, claim.steps, claim.id, watch)
@@ -274,6 +297,7 @@ def _work(book: _Book, run: Run, deadline: float | None, aids: _Aids, ended: Cal
         failures = failures + 1 if trial.status == "failed" else 0
         if failures == FAILURES:
             raise MetapeftError(f"{FAILURES} trials failed in a row, the last one with: {trial.error}")
+    return False
 
 
 def _start_helpers(count: int, *arguments: Any) -> list[Any]:
@@ -448,7 +472,7 @@ class _Book:
         if stored is None:
             self.study.set_user_attr("identity", identity)
         elif stored != identity:
-            other = next(key for key in identity if stored.get(key) != identity[key])
+            other = next(key for key in stored | identity if stored.get(key) != identity.get(key))
             raise UserError(f"sweep {self.name} was started with another {other}; give it another name, or none")
 
     def _load(self) -> None:
@@ -480,6 +504,21 @@ class _Book:
 
         counted = [t for t in self._all() if _counts(t) and _begun(t)]
         return len(counted) < self.settings.sweep.trials or any(t.state == TrialState.RUNNING for t in counted)
+
+    @_patient
+    def others(self) -> frozenset[int]:
+        """The trials that other workers are training now, those who are alive."""
+        with self._exclusive():
+            return frozenset(t.number for t in self._all() if t.state.name == "RUNNING" and self._elsewhere(t))
+
+    def _elsewhere(self, trial: optuna.trial.FrozenTrial) -> bool:
+        """Whether a running trial is in the hands of another worker that is alive.
+
+        Who asks has none: its last claim was cut by a lost connection.
+        """
+        worker = trial.user_attrs.get("worker")
+        assert self.locks is not None
+        return worker not in (None, self.worker) and self.locks.held(worker)
 
     @_patient
     def claim(self) -> _Claim | None:
@@ -654,14 +693,12 @@ class _Book:
         """Trials whose worker is dead: tells those that left a record, queues the others again, once."""
         import optuna
 
-        assert self.locks is not None and self.study is not None
+        assert self.study is not None
         for trial in self._all():
+            if trial.state != optuna.trial.TrialState.RUNNING or self._elsewhere(trial):
+                continue
             worker = trial.user_attrs.get("worker")
-            if trial.state != optuna.trial.TrialState.RUNNING:
-                continue
-            own = worker == self.worker  # who asks for a claim has none: the last one was cut by a lost connection
-            if not own and worker is not None and self.locks.held(worker):
-                continue
+            own = worker == self.worker
             asked = optuna.Trial(self.study, trial._trial_id)
             if "record" in trial.user_attrs:
                 self._tell(asked, Trial.from_json(trial.user_attrs["record"]))

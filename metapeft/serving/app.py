@@ -10,6 +10,7 @@ import math
 import secrets
 import sys
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -42,7 +43,14 @@ from metapeft.training.encode import prompt_ids
 
 PAGE = Path(__file__).parent / "page"
 DEFAULT_TOKENS = 256  # written where the request says nothing
-STATUS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+LABEL_TOKENS = 64  # that a label may have
+STATUS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    500: "server_error",
+}
 Send = Callable[[Any], Awaitable[None]]
 Receive = Callable[[], Awaitable[Any]]
 
@@ -79,8 +87,8 @@ class SelectRequest(Body):
     rows: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=100_000)] | None = None
     name: str | None = Field(None, max_length=60)
     prefer: Prefer | None = None
-    max_seconds: float | None = Field(None, gt=0)
-    max_memory_mb: float | None = Field(None, gt=0)
+    max_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_memory_mb: float | None = Field(None, gt=0, allow_inf_nan=False)
     wait: float = Field(0.0, ge=0, le=60, description="seconds to wait for a task that must be measured first")
 
     @model_validator(mode="after")
@@ -305,15 +313,16 @@ def create_app(service: Service) -> FastAPI:
         texts = [body.input] if isinstance(body.input, str) else body.input
         rendered = [render(DataRow(text, ""), template, labels).prompt for text in texts]
         prompts = [prompt_ids(prompt, backbone.tokenizer) for prompt in rendered]
+        end = backbone.tokenizer.eos_token_id
+        space = separator(rendered[0])
+        named = [backbone.tokenizer.encode(space + name, add_special_tokens=False) for name in labels]
+        if (longest := max(map(len, named))) > LABEL_TOKENS:
+            raise UserError(f"labels: one has {longest} tokens; up to {LABEL_TOKENS} are read")
+        answers = Answers.of([(*ids, end) for ids in named])
         for n, ids in enumerate(prompts):
             if not ids:
                 raise UserError(f"input {n}: with this template nothing is left of it to read; give a text")
-            room(len(ids) + 8, 1)
-        end = backbone.tokenizer.eos_token_id
-        space = separator(rendered[0])
-        answers = Answers.of(
-            [(*backbone.tokenizer.encode(space + name, add_special_tokens=False), end) for name in labels]
-        )
+            room(len(ids), answers.longest + 1)
         events: asyncio.Queue[list[np.ndarray] | Exception] = asyncio.Queue()
         deadline = time.monotonic() + service.bounds.seconds
         job = Classification(version, prompts, answers, threadsafe(events), deadline)
@@ -462,7 +471,7 @@ def create_app(service: Service) -> FastAPI:
         prompt_tokens: int,
     ) -> Response:
         """Server-sent events. What fails before the first text is a plain error response."""
-        service.given.remember(record["id"], label(version))
+        service.given.remember(record["id"], label(version), [None] * len(jobs))
         begin = time.perf_counter()
         n, piece = await first_of(request, events, jobs)
         service.metrics.first.observe(time.perf_counter() - begin)
@@ -531,10 +540,6 @@ def create_app(service: Service) -> FastAPI:
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         return fail(error.status_code, str(error.detail), headers=dict(error.headers or {}))
 
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> JSONResponse:
-        return fail(500, said(error))
-
     app.add_middleware(Guard, service=service)
     return app
 
@@ -597,6 +602,11 @@ class Guard:
         except asyncio.CancelledError:
             status = status or 499
             raise
+        except Exception as error:  # what no handler expects; further out nobody would count it
+            scope.setdefault("state", {})["error"] = traced(error)
+            if status:
+                raise
+            await refuse(told, 500, said(error))
         finally:
             seconds = time.perf_counter() - begin
             route = getattr(scope.get("route"), "path", "-")  # never the path itself: it is the caller's text
@@ -612,7 +622,7 @@ class Guard:
                     "route": route,
                     "status": status,
                     "ms": round(1000 * seconds, 1),
-                    **{k: state[k] for k in ("key", "model", "prompt_tokens", "written") if k in state},
+                    **{k: state[k] for k in ("key", "model", "prompt_tokens", "written", "error") if k in state},
                 }
             )
 
@@ -675,6 +685,12 @@ def written_by(job: Generation) -> int:
 def said(error: Exception) -> str:
     """What a caller may know of a failure inside: its kind, and for ours its message."""
     return str(error) if isinstance(error, UserError | Busy | TooSlow) else f"internal error ({type(error).__name__})"
+
+
+def traced(error: Exception) -> str:
+    """For the log: a failure's kind and the calls that led to it, last first; its message may be the caller's text."""
+    calls = traceback.extract_tb(error.__traceback__)[-8:]
+    return " < ".join([type(error).__name__, *(f"{Path(c.filename).name}:{c.lineno}" for c in reversed(calls))])
 
 
 def sse(record: dict[str, Any]) -> str:

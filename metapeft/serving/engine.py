@@ -105,6 +105,11 @@ class Classification:
     deadline: float
     cancelled: bool = False
 
+    @property
+    def places(self) -> int:
+        """The longest prompt and the longest path behind it, in tokens."""
+        return max(map(len, self.prompts)) + self.answers.longest
+
 
 Job = Generation | Classification
 
@@ -203,7 +208,7 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Queue a request. Raises Busy when the queue is full, UserError when the request can never fit."""
-        if isinstance(job, Generation) and job.places > self.places:
+        if job.places > self.places:
             raise UserError(f"{job.places} tokens do not fit into the server's cache of {self.places} tokens")
         with self._lock:
             if self._closing:
@@ -348,9 +353,7 @@ class Engine:
             everyone = [*self.writing.rows, *reading, *rows]
             if len(everyone) >= self.limits.rows:
                 break
-            lengths = [*(row.length for row in everyone), job.places]
-            held = sum(lengths) if self.writing.open else len(lengths) * max(lengths)
-            if everyone and held > self.places:
+            if everyone and self._held([*(row.length for row in everyone), job.places]) > self.places:
                 break
             longest = max((len(row.prompt) for row in rows), default=len(job.prompt))
             if not self.writing.open and not longest / 2 - 8 <= len(job.prompt) <= 2 * longest + 16:
@@ -369,6 +372,10 @@ class Engine:
             self.reading.join(rows)
         elif rows:
             self.reading = self.batch(rows)
+
+    def _held(self, lengths: Sequence[int]) -> int:
+        """Places in the cache that rows of these lengths take together."""
+        return sum(lengths) if self.writing.open else len(lengths) * max(lengths)
 
     def _read(self) -> None:
         batch = self.reading
@@ -466,11 +473,19 @@ class Engine:
             job.deliver(mine)
 
     def _scores(self, questions: list[Question]) -> list[np.ndarray]:
-        """In groups of similar length."""
+        """In groups of similar length that the cache holds."""
         result: dict[int, np.ndarray] = {}
-        order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
-        for begin in range(0, len(order), READ_ROWS):
-            part = order[begin : begin + READ_ROWS]
+        groups: list[list[int]] = []
+        lengths: list[int] = []  # of the rows of the last group; without `open`, every path becomes a row
+        for i in sorted(range(len(questions)), key=lambda i: len(questions[i].prompt)):
+            mine = [questions[i].row.length] * (1 if self.writing.open else max(1, len(questions[i].answers.paths)))
+            if groups and len(groups[-1]) < READ_ROWS and self._held([*lengths, *mine]) <= self.places:
+                groups[-1].append(i)
+                lengths += mine
+            else:
+                groups.append([i])
+                lengths = mine
+        for part in groups:
             some = [questions[i] for i in part]
             values = score(self.batch([question.row for question in some]), some, READ_TOKENS)
             result |= dict(zip(part, values, strict=True))

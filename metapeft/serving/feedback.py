@@ -56,13 +56,13 @@ class Given:
     """Answers given lately: which version gave them, and digests of their texts."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[str, tuple[str, tuple[bytes, ...]]] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[str, tuple[bytes | None, ...]]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def remember(self, id: str, version: str, texts: Sequence[str] = ()) -> None:
-        """texts: empty where nobody kept them (a stream); then the answer has to be sent with the feedback."""
+    def remember(self, id: str, version: str, texts: Sequence[str | None]) -> None:
+        """texts: None where nobody kept it (a stream); then the answer has to be sent with the feedback."""
         with self._lock:
-            self._kept[id] = (version, tuple(_digest(text) for text in texts))
+            self._kept[id] = (version, tuple(None if text is None else _digest(text) for text in texts))
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
 
@@ -74,14 +74,16 @@ class Given:
                 f"this server does not remember the answer {asked.id!r} (it keeps the last {KEPT}, in memory);"
                 " send model and rating, or model, answer and correct"
             )
+        if known is not None and asked.index >= len(known[1]):
+            raise UserError(f"{asked.id!r} has no answer {asked.index}; its answers are 0 to {len(known[1]) - 1}")
         version, digests = known if known is not None else (str(resolve(asked.model)), ())
         id = f"{asked.id}/{asked.index}" if asked.id else ""
         if asked.rating is not None:
             return version, asked.rating, id
         if asked.answer is not None:
             said = _digest(asked.answer)
-        elif asked.index < len(digests):
-            said = digests[asked.index]
+        elif known is not None and (kept := digests[asked.index]) is not None:
+            said = kept
         else:
             raise UserError(f"the text of answer {asked.index} of {asked.id!r} is not kept; send answer too, or rating")
         return version, "right" if said == _digest(asked.correct or "") else "wrong", id

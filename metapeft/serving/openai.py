@@ -10,6 +10,7 @@ prompt template, one that was trained on conversations through the backbone's ch
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -33,6 +34,15 @@ class Body(BaseModel):
     """What other clients send and has no influence on the answer is let through."""
 
     model_config = ConfigDict(extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def whole_characters(cls, values: Any) -> Any:
+        try:
+            json.dumps(values, ensure_ascii=False, default=str).encode()
+        except (UnicodeEncodeError, RecursionError):  # half of a surrogate pair: no tokenizer, file or answer takes it
+            raise ValueError("the body holds what is not valid Unicode, or is nested too deep") from None
+        return values
 
 
 class Message(Body):

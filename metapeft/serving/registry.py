@@ -116,8 +116,9 @@ class Registry:
             raise UnknownModel(f"there is no model {id[:100]!r} here; GET /v1/models lists them")
         alias = which or CHAMPION
         number = self.served.get((names[0], alias))
-        if number is None and alias.removeprefix("v").isdecimal():
-            number = int(alias.removeprefix("v"))
+        digits = alias.removeprefix("v")
+        if number is None and digits.isdecimal() and len(digits) < 19:  # Python does not read thousands of them
+            number = int(digits)
         model = next((m for m in self.models if m.name == names[0] and m.version == number), None)
         if model is None:
             raise UnknownModel(f"{name[:100]} has no version or alias {alias[:100]!r} here; GET /v1/models lists them")
@@ -192,12 +193,12 @@ class Registry:
         return bool(earlier) and (earlier[-1].version, earlier[-1].outcome) == (done.version, done.outcome)
 
     def _give_back(self, model: Model) -> str:
-        """Undo a promotion; what to add to the reason."""
+        """Undo a promotion, unless another server or a person has; what to add to the reason."""
         try:
-            back = models.rollback(self.settings, model.name)
+            back = models.rollback(self.settings, model.name, of=model.version)
         except MetapeftError as error:
             return f" (and it stays champion: {error})"
-        return f" (champion again: version {back.version})"
+        return f" (champion now: version {back.version})"
 
     def _fetch(self, model: Model) -> Version:
         """Its files, compared with what the registry says of them; a version that fails is no longer served."""

@@ -5,11 +5,13 @@ The same rule as `metapeft.training.evaluation`, for rows of different adapters 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from metapeft.errors import UserError
 from metapeft.serving.generate import Batched, Row
 from metapeft.serving.mixed import Resident
 
@@ -29,12 +31,22 @@ class Answers:
 
     @classmethod
     def of(cls, sequences: Sequence[Tokens]) -> Answers:
-        decided = [
-            next(d for d in range(1, len(s) + 1) if sum(o[:d] == s[:d] for o in sequences) == 1) for s in sequences
-        ]
+        """Raises UserError when one is the beginning of another, or the same."""
+        having = Counter(s[:d] for s in sequences for d in range(1, len(s) + 1))
+        decided = []
+        for n, s in enumerate(sequences):
+            end = next((d for d in range(1, len(s) + 1) if having[s[:d]] == 1), None)
+            if end is None:
+                raise UserError(f"labels: number {n + 1} cannot be told from another by its tokens; change one of them")
+            decided.append(end)
         nodes = {s[:d] for s, end in zip(sequences, decided, strict=True) for d in range(1, end)}
-        paths = sorted(n for n in nodes if not any(o != n and o[: len(n)] == n for o in nodes))
+        paths = sorted(nodes - {node[:-1] for node in nodes})
         return cls(tuple(sequences), tuple(decided), tuple(paths))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest path."""
+        return max(map(len, self.paths), default=0)
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Question:
     @property
     def row(self) -> Row:
         """The prompt as a row of a batch, with room for the longest path."""
-        return Row(self.prompt, self.resident, max(map(len, self.answers.paths), default=0))
+        return Row(self.prompt, self.resident, self.answers.longest)
 
 
 def score(batch: Batched, questions: Sequence[Question], piece: int = 256) -> list[np.ndarray]:

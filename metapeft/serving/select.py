@@ -149,28 +149,36 @@ class Selector:
         with self._lock:
             if job.id in self._known and self._known[job.id].state in ("queued", "running"):
                 return self._known[job.id]
-            try:
-                self._queue.put_nowait(job.id)
-            except queue.Full:
-                raise Busy(60.0) from None
+            if self._queue.full():  # only here is something added, but for what ends the thread
+                raise Busy(60.0)
+            _write(job)
             self._known[job.id] = job
-        return self._remember(job)
+            self._queue.put_nowait(job.id)
+            return job
 
     def _work(self) -> None:
         while (id := self._queue.get()) is not None and not self._closing:
-            job = self._read(id)
+            job = self._known.get(id)
             if job is None:
                 continue
-            self._remember(Job(id, "running", job.request, job.created))
-            experience = fingerprint()
             try:
-                found, error, wrong = self._measure(job.request)
+                self._finish(job)
             except Exception as problem:  # one failed measurement does not end the others
-                found, error, wrong = None, f"{type(problem).__name__}: {problem}", False
-            if self._closing:
-                return
-            state = "failed" if found is None else "done"
-            self._remember(Job(id, state, job.request, job.created, found, error, experience, wrong))
+                if self._closing:
+                    return
+                failed = Job(id, "failed", job.request, job.created, error=f"{type(problem).__name__}: {problem}")
+                self._keep(failed)  # who waits is told, also where nothing can be written
+                with contextlib.suppress(Exception):
+                    _write(failed)
+
+    def _finish(self, job: Job) -> None:
+        self._remember(Job(job.id, "running", job.request, job.created))
+        experience = fingerprint()
+        found, error, wrong = self._measure(job.request)
+        if self._closing:
+            return
+        state = "failed" if found is None else "done"
+        self._remember(Job(job.id, state, job.request, job.created, found, error, experience, wrong))
 
     def _measure(self, request: dict[str, Any]) -> tuple[dict[str, Any] | None, str, bool]:
         """What `metapeft recommend` says, or (None, why not, whether the input was wrong)."""
@@ -197,17 +205,16 @@ class Selector:
         return None, reason.removeprefix("error: "), code == UserError.exit_code
 
     def _remember(self, job: Job) -> Job:
-        record = {**job.__dict__}
-        try:
-            write_record(folder() / f"{job.id}.json", record)
-        except ValueError as error:  # numbers that JSON does not have
-            raise MetapeftError(f"the recommendation is not finite: {error}") from error
+        _write(job)
+        self._keep(job)
+        return job
+
+    def _keep(self, job: Job) -> None:
         with self._lock:
             self._known[job.id] = job
             for old in list(self._known)[: max(0, len(self._known) - KEPT)]:
                 if self._known[old].state in ("done", "failed"):
                     del self._known[old]
-        return job
 
     def _read(self, id: str) -> Job | None:
         with self._lock:
@@ -224,6 +231,13 @@ class Selector:
             with self._lock:
                 self._known[id] = job
         return job
+
+
+def _write(job: Job) -> None:
+    try:
+        write_record(folder() / f"{job.id}.json", {**job.__dict__})
+    except ValueError as error:  # numbers that JSON does not have
+        raise MetapeftError(f"the recommendation is not finite: {error}") from error
 
 
 def folder() -> Path:

@@ -56,7 +56,7 @@ def serve(
         )
     with contextlib.closing(_listen(host, port)) as listener:
         address = listener.getsockname()
-        url = f"http://{'localhost' if host in ('0.0.0.0', '::') else host}:{address[1]}"
+        url = url_of(host, address[1])
         engine = Engine(backbones.load(settings.backbone), limits)
         registry = Registry(engine, settings, poll_seconds)
         selector = Selector(settings.backbone, params)
@@ -98,6 +98,12 @@ def _running(engine: Engine, registry: Registry, selector: Selector) -> Iterator
         selector.stop()
         registry.stop()
         engine.stop()
+
+
+def url_of(host: str, port: int) -> str:
+    """Where programs on this machine reach what listens on `host`."""
+    name = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}"
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +24,15 @@ def get(name: str) -> Stage:
 def run(names: Sequence[str], settings: Settings, work: Path) -> dict[str, Result]:
     """Run stages one after another in this process, each only where its output is not current.
 
-    What there is to say is said at the end: before that, stderr belongs to the one line of a mistake.
+    Where something is to be done, no other command works in the folder meanwhile. What there is to say is said at the
+    end: before that, stderr belongs to the one line of a mistake.
     """
     from metapeft.progress import say
+    from metapeft.stages.stage import alone
 
-    results = {name: get(name).run(settings, work) for name in names}
+    done = all(get(name).current(settings, work) for name in names)
+    with nullcontext() if done else alone(work):
+        results = {name: get(name).run(settings, work) for name in names}
     for name, result in results.items():
         for warning in result.warnings:
             say(f"{name}: {warning}")

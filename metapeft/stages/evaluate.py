@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from metapeft.progress import say
 from metapeft.settings import Settings
+from metapeft.stages.adapter import read_adapter
 from metapeft.stages.files import read_task, write_csv
 from metapeft.stages.stage import Stage, read_json, write_json, write_text
 from metapeft.stages.trainer import ENGINE, Trainer
@@ -30,11 +31,12 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
 
     task = read_task(work / "version")
     trial = Trial.from_json(read_json(work / "train" / "trial.json"))
+    saved = read_adapter(work, trial)
     trainer = Trainer(settings.backbone, task)
     session = trainer.session()
     say(f"evaluate: untuned and {trial.method} on {len(task.test)} test examples")
     before = trainer.untuned()
-    adapter = adapters.load(work / "train" / "adapter", session.model)
+    adapter = adapters.build(saved, session.model, str(work / "train" / "adapter"))
     adapter.attach(session.model)
     try:
         predictions = predict(session, adapter, "test")
@@ -91,7 +93,7 @@ STAGE = Stage(
     body,
     settings=("backbone",),
     needs=("version", "train"),
-    code=(*ENGINE, "metapeft/stages/evaluate.py"),
+    code=(*ENGINE, "metapeft/stages/adapter.py", "metapeft/stages/evaluate.py"),
 )
 run, main = STAGE.run, STAGE.main
 

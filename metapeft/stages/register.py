@@ -12,6 +12,7 @@ from typing import Any
 
 from metapeft.peft import METHODS
 from metapeft.settings import Settings
+from metapeft.stages.adapter import read_adapter
 from metapeft.stages.files import read_task, read_trials
 from metapeft.stages.stage import Stage, read_json, write_json
 from metapeft.training.trial import Trial
@@ -38,6 +39,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     profile = Stored(read_json(work / "profile" / "profile.json"))
     recommendation = Stored(read_json(work / "recommend" / "recommendation.json"))
     trial = Trial.from_json(read_json(work / "evaluate" / "trial.json"))
+    read_adapter(work, trial)
     if trial.method in METHODS:
         Experience().append(trial)  # now with its score
         library.offer(work / "train" / "adapter", trial, task, Profile.from_json(profile.record))
@@ -79,10 +81,16 @@ def selection(settings: Settings, work: Path, basis: str) -> str:
 
 
 def store(settings: Settings, work: Path) -> str:
-    """The registry that the record is about: with another one, or a new one, the stage runs again."""
-    from metapeft.tracking.client import uri
+    """The registry that the record is about: with another one, or a new one, the stage runs again.
 
-    return hashlib.sha256(uri(settings.tracking).encode()).hexdigest()
+    The experiment is made here: what the first run finds must be what a second one finds.
+    """
+    from metapeft.tracking.client import connect, experiment_id, failures, uri
+
+    client = connect(settings.tracking)
+    with failures(settings.tracking):
+        made = client.get_experiment(experiment_id(client, settings.tracking)).creation_time
+    return hashlib.sha256(f"{uri(settings.tracking)} {made}".encode()).hexdigest()
 
 
 STAGE = Stage(
@@ -91,7 +99,12 @@ STAGE = Stage(
     settings=("tracking", "backbone"),
     needs=("version", "profile", "recommend", "train", "evaluate"),
     uses=("sweep",),
-    code=("metapeft/stages/register.py", "metapeft/stages/tracked.py", "metapeft/tracking"),
+    code=(
+        "metapeft/stages/adapter.py",
+        "metapeft/stages/register.py",
+        "metapeft/stages/tracked.py",
+        "metapeft/tracking",
+    ),
     outside=store,
 )
 run, main = STAGE.run, STAGE.main

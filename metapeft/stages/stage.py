@@ -18,18 +18,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from metapeft.errors import MetapeftError, UserError, disk
 from metapeft.files import clear
-from metapeft.progress import quiet
+from metapeft.progress import quiet, say
 from metapeft.settings import Settings, brief, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]  # what `Stage.code` is relative to
+QUIET_SECONDS = 3.0  # of waiting for another command, before a person is told
 PARENT = "METAPEFT_PARENT"  # process id of whoever started this stage; the stage ends when it dies
 
 
@@ -203,7 +204,24 @@ def locked(work: Path, name: str) -> Any:
             pass
     except OSError as error:
         raise UserError(f"cannot write in {work} ({error.strerror}); give a folder you may write in") from error
-    return FileLock(folder / f"{name}.lock")
+    return FileLock(folder / f"{name}.lock", is_singleton=True)  # one thread may take it twice
+
+
+@contextmanager
+def alone(work: Path) -> Iterator[None]:
+    """No other command runs its pipeline in this folder, or each would go on with half of the other's outputs."""
+    from filelock import Timeout
+
+    lock = locked(work, "pipeline")
+    try:
+        lock.acquire(timeout=QUIET_SECONDS)
+    except Timeout:
+        say(f"waiting for another command that works in {work}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def content(path: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from metapeft.search.spaces import Space
     from metapeft.search.stopping import StopRule
     from metapeft.search.sweep import Run
+    from metapeft.settings import SweepSettings
 
 NAMED = {"accuracy": "most accurate", "balanced": "balanced", "speed": "fastest", "memory": "smallest"}
+OVER = ".stages/sweep-over.json"  # from a worker whose time was over to the stage that gathers
 STEPS_PER_LOOK = 10
 NEAR = 1.5  # learning rates that differ by less train about alike
 POINT = ["trial", "method", "score", "standard_error", "seconds", "peak_memory_mb", "front", "status"]
@@ -48,7 +51,8 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     task = prepared.task
     with pipeline_run(settings, work, task) as tracker:
         tracker.set_tags({"strategy": strategy(settings), "sweep": prepared.study})
-        result = prepared.run(lambda trial: tracker.log_trial(trial, task))
+        time_is_over = prepared.over(work)
+        result = prepared.gather() if time_is_over else prepared.run(lambda trial: tracker.log_trial(trial, task))
         if result.reused:
             tracker.log_missing(result.trials, task)  # a kill came between their end and their record there
         chosen = {trial.id for trial in result.points.values()}
@@ -70,6 +74,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     write_csv(out / "front.csv", [_point(trial, trial.id in front) for trial in result.trials if judged(trial)], POINT)
     rows = [{"trial": trial.id, "method": trial.method} | row for trial in result.trials for row in trial.curve]
     write_csv(out / "curves.csv", rows, CURVE)
+    (work / OVER).unlink(missing_ok=True)
     best = result.points.get(NAMED[settings.recommend.prefer])
     return {
         "trials": len(result.trials),
@@ -79,6 +84,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         "complete": result.complete,
         "best": best.method if best else None,
         "front": len(front),
+        "warnings": [_ended(result, settings.sweep)] if result.late else [],
     }
 
 
@@ -134,6 +140,24 @@ class Prepared:
                 forecast=self.expected.score,
                 memory=self.expected.memory,
             )
+
+    def over(self, work: Path) -> bool:
+        """Whether the time of this very sweep was over for one of several workers: nobody then begins a new one."""
+        with suppress(UserError):
+            return bool(read_json(work / OVER) == self.limit)
+        return False
+
+    @property
+    def limit(self) -> list[Any]:
+        return [self.study, self.settings.sweep.max_seconds]
+
+    def gather(self) -> Sweep:
+        """What the study holds, nothing trained."""
+        from metapeft.search.sweep import load
+
+        found = load(self.study, self.task, self.settings)
+        found.late = not found.complete
+        return found
 
 
 @dataclass(frozen=True)
@@ -253,6 +277,13 @@ def _space(settings: Settings, depth: int, modules: Collection[str] | None = Non
     looks = max(1, min(TrainConfig.evaluations, settings.sweep.steps // STEPS_PER_LOOK))
     narrow = {"evaluations": looks} | settings.sweep.space
     return spaces.space(settings.sweep.methods, narrow, depth=depth, modules=modules)
+
+
+def _ended(result: Sweep, wanted: SweepSettings) -> str:
+    return (
+        f"ended at its time limit of {wanted.max_seconds:g} s with {len(result.trials)} of {wanted.trials} trials;"
+        " a higher sweep.max_seconds (--max-seconds) goes on"
+    )
 
 
 def _point(trial: Any, on_front: bool) -> dict[str, Any]:

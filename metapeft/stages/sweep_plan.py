@@ -15,7 +15,7 @@ from pathlib import Path
 from metapeft.errors import UserError
 from metapeft.settings import Settings
 from metapeft.stages.stage import Result, options, process
-from metapeft.stages.sweep import STAGE, prepare
+from metapeft.stages.sweep import OVER, STAGE, prepare
 
 
 def run(settings: Settings, work: Path, workers: int) -> Result:
@@ -33,6 +33,7 @@ def run(settings: Settings, work: Path, workers: int) -> Result:
         done = len(load(prepared.study, prepared.task, settings).trials)
     except UserError:  # nobody has begun it
         done = 0
+    (work / OVER).unlink(missing_ok=True)
     count = max(0, min(workers, settings.sweep.trials - done))
     plan = [["--worker", f"{number} of {count}"] for number in range(1, count + 1)]
     return Result("sweep_plan", work, plan, False, time.perf_counter() - started)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from metapeft.settings import Settings
-from metapeft.stages.stage import Result, options, process
-from metapeft.stages.sweep import prepare
+from metapeft.stages.stage import Result, options, process, write_json
+from metapeft.stages.sweep import OVER, prepare
 from metapeft.training.trial import Trial
 
 PLACES = "METAPEFT_SLOTS"
@@ -38,8 +38,13 @@ def run(settings: Settings, work: Path, label: str = "sweep") -> Result:
         own.append(trial_id)
         return train(configuration, seed, steps, trial_id, *more)
 
-    with pipeline_run(settings, work, task) as tracker:
-        prepared.run(lambda trial: tracker.log_trial(trial, task) if trial.id in own else None, label, on_own)
+    if not prepared.over(work):
+        with pipeline_run(settings, work, task) as tracker:
+            found = prepared.run(
+                lambda trial: tracker.log_trial(trial, task) if trial.id in own else None, label, on_own
+            )
+        if found.late:
+            write_json(work / OVER, prepared.limit)
     return Result("sweep_worker", work, {"trials": own}, False, time.perf_counter() - started)
 
 

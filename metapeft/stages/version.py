@@ -5,9 +5,11 @@ Writes task.json and data.jsonl: what every later stage reads instead of the sou
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+from metapeft.errors import UserError
 from metapeft.settings import Settings, user_path
 from metapeft.stages.files import write_task
 from metapeft.stages.stage import Stage, content
@@ -27,7 +29,10 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
 def source(settings: Settings, work: Path) -> str:
     """What a local file or folder holds; a catalog task is pinned by its hash, so its name says enough."""
     path = user_path(settings.task)
-    return content(path) if path.exists() else ""
+    try:
+        return content(path) if os.path.exists(path) else ""  # Path.exists raises in a folder that may not be entered
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or path} ({error.strerror}); check its permissions") from error
 
 
 STAGE = Stage(

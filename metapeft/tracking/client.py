@@ -41,7 +41,7 @@ def uri(settings: TrackingSettings) -> str:
 def connect(settings: TrackingSettings) -> MlflowClient:
     """A client of the tracking store; the first call on a machine creates the SQLite database.
 
-    Raises UserError when the store cannot be used, with what to do about it.
+    Raises UserError when the store cannot be used, with what to do about it; MetapeftError while it is not reached.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -56,7 +56,8 @@ def connect(settings: TrackingSettings) -> MlflowClient:
     try:
         return _client(where)
     except Exception as error:
-        raise UserError(f"cannot use the tracking store {where}: {_reason(error, where)}") from error
+        kind = MetapeftError if scheme != "sqlite" and _away(error) else UserError
+        raise kind(f"cannot use the tracking store {where}: {_reason(error, where)}") from error
 
 
 def experiment_id(client: MlflowClient, settings: TrackingSettings) -> str:
@@ -156,6 +157,17 @@ def _has_tables(path: Path) -> bool:
         raise UserError(
             f"{path} is not a usable SQLite database ({error}); move it away or set tracking.uri"
         ) from error
+
+
+def _away(error: BaseException | None) -> bool:
+    """Whether at the bottom of a failure is a server or database that was not reached: it may be back in a minute."""
+    from sqlalchemy.exc import OperationalError
+
+    while error is not None:
+        if isinstance(error, OperationalError) or (isinstance(error, OSError) and not isinstance(error, ValueError)):
+            return True  # what requests raises is an OSError; for an address that is none also a ValueError
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _reason(error: Exception, where: str) -> str:

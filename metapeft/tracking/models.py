@@ -153,11 +153,17 @@ def promote(settings: Settings, name: str, version: int) -> Model:
     return model
 
 
-def rollback(settings: Settings, name: str) -> Model:
-    """Give the champion alias back to the version that had it before. Raises UserError when there was none."""
+def rollback(settings: Settings, name: str, of: int | None = None) -> Model:
+    """Give the champion alias back to the version that had it before; the champion from then on.
+
+    of: only if that version is still champion. Raises UserError when there was no earlier champion.
+    """
     client = connect(settings.tracking)
     with failures(settings.tracking), lock("registry"):
         name = _find(client, name)
+        present = _by_alias(client, name, CHAMPION)
+        if of is not None and present is not None and int(present.version) != of:
+            return _model(client, present)
         history = _history(client, name)
         alive = {int(v.version) for v in _versions(client, name)}
         earlier = history[:-1]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from metapeft.data import incoming, versions
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError, UserError
 from tests.stages.made import spam_file, spam_rows
 
 
@@ -110,3 +110,18 @@ def test_the_command(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["changed"] and found["file"] == "data/spam.jsonl"
     assert cli.main(["tasks", "version", "data/spam.jsonl"]) == 0
     assert "False" in capsys.readouterr().out
+
+
+def test_what_could_not_be_pushed_is_new_to_the_next_call(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first failed before it could tell anybody."""
+    file = spam_file(project / "data")
+
+    def away(path: Path) -> int:
+        raise MetapeftError("the remote is away")
+
+    with monkeypatch.context() as patch, pytest.raises(MetapeftError, match="away"):
+        patch.setattr(versions, "push", away)
+        incoming.version(file)
+    again = incoming.version(file)
+    assert again.changed and again.pushed == 1
+    assert not incoming.version(file).changed

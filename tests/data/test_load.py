@@ -40,6 +40,15 @@ def test_classification() -> None:
     assert str(SAMPLES / "tickets.jsonl") == task.source
 
 
+def test_a_label_has_one_completion_however_texts_end(tmp_path: Path) -> None:
+    texts = [f"message number {n}" + ("\n" if n % 4 == 0 else "") for n in range(60)]
+    records = [{"text": text, "label": ("ham", "spam")[n % 3 == 0]} for n, text in enumerate(texts)]
+    task = load_task(save(tmp_path / "x.jsonl", records), DataSettings(template="Is this {labels}? {text}"))
+    assert (
+        {e.completion for name in SPLITS for e in task.split(name)} == set(task.label_completions) == {" ham", " spam"}
+    )
+
+
 def test_generation() -> None:
     task = load_task(SAMPLES / "sums.jsonl")
     assert (task.kind, task.metric, task.labels) == ("generation", "exact_match", ())

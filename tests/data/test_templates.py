@@ -44,3 +44,11 @@ def test_wrong_templates_are_refused(template: str, part: str) -> None:
     with pytest.raises(UserError) as caught:
         check_template(template)
     assert part in str(caught.value)
+
+
+def test_how_a_text_ends_is_not_in_a_labels_completion() -> None:
+    assert render(Row("free cash \n", "spam"), "Is this {labels}? {text}", LABELS) == Example(
+        "Is this ham or spam? free cash", " spam"
+    )
+    assert render(Row("free cash \n", "spam"), "{text}\n", LABELS) == Example("free cash \n\n", "spam")
+    assert render(Row("free cash \n", "spam"), "{text}\nLabel:", LABELS).prompt == "free cash \n\nLabel:"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -155,3 +156,19 @@ def test_two_growers_share_the_work(model: str, home: Path) -> None:
     assert min(counts) > 0 and sum(counts) == len(recorded(home)) == len(set(recorded(home)))
     assert grown(model, ["t1", "t2"]).complete
     assert sum(counts) == len(recorded(home))
+
+
+def test_a_full_disk_is_no_trial(model: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began: list[dict[str, object]] = []
+
+    def full(session: object, configuration: dict[str, object], **options: object) -> Trial:
+        began.append(configuration)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(trainer, "run_trial", full)
+        grown(model, ["t1"])
+    assert Experience(shipped=None).trials() == [] and recorded(home) == []
+    assert grown(model, ["t1"], max_trials=1).trials == 1
+    (trial,) = Experience(shipped=None).trials()
+    assert [trial.configuration] == began and trial.status in ("ok", "diverged")

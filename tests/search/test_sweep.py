@@ -5,10 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_warm_configurations_run_first_in_their_order(home: Path) -> None:
 
 def test_a_space_with_one_configuration_has_one_trial() -> None:
     found = sweep.sweep(Surrogate(), TASK, given(6, methods=["prompt"], space=fixed()))
-    assert len(found.trials) == 1 and not found.complete
+    assert len(found.trials) == 1 and not found.complete and not found.late
 
 
 def fixed() -> dict[str, Any]:
@@ -216,7 +217,7 @@ def test_a_claim_that_is_cut_changes_nothing(
 def test_the_time_is_kept() -> None:
     begin = time.monotonic()
     found = sweep.sweep(Surrogate(seconds=0.2), TASK, given(50, max_seconds=2))
-    assert not found.complete and 1 <= len(found.trials) < 10 and time.monotonic() - begin < 4
+    assert not found.complete and found.late and 1 <= len(found.trials) < 10 and time.monotonic() - begin < 4
 
 
 SCRIPT = """
@@ -390,6 +391,58 @@ def test_a_study_cannot_be_continued_as_another_one() -> None:
         sweep.sweep(Surrogate(), surrogate.task("weeds"), given(1), study="mine")
     with pytest.raises(UserError, match="there is no sweep yours"):
         sweep.load("yours", TASK, given(1))
+
+
+def test_another_metric_is_another_study() -> None:
+    space = spaces.space(["lora"])
+    f1 = replace(TASK, metric="macro_f1")
+    assert sweep.study_name(f1, given(), space) != sweep.study_name(TASK, given(), space)
+    assert "metric" not in sweep._identity(TASK, given(), space, Limits()), "the names of older studies stay"
+    sweep.sweep(Surrogate(), f1, given(1), study="mine")
+    with pytest.raises(UserError, match="another metric"):
+        sweep.sweep(Surrogate(), TASK, given(1), study="mine")
+
+
+def claimed(settings: Settings) -> tuple[sweep._Book, sweep._Claim]:
+    """Another worker of the study, alive, with a trial in hand."""
+    space = spaces.space(settings.sweep.methods)
+    name = sweep.study_name(TASK, settings, space)
+    book = sweep._Book(sweep._url(None, name), name, TASK, settings, space)
+    book.open()
+    claim = book.claim()
+    assert claim is not None
+    return book, claim
+
+
+@pytest.mark.parametrize("end", ["recorded", "released", "dead"])
+def test_what_other_workers_train_is_waited_for(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.02)
+    other, claim = claimed(given(3))
+    found: list[Sweep] = []
+    run = Surrogate(tmp_path / "log")
+    waiting = threading.Thread(target=lambda: found.append(sweep.sweep(run, TASK, given(3))))
+    waiting.start()
+    wait_for(lambda: sum(events(tmp_path / "log").values()) == 4)
+    time.sleep(0.3)
+    assert waiting.is_alive()
+    if end == "recorded":
+        other.record(claim, surrogate.train(claim.configuration, claim.seed, claim.steps))
+    elif end == "released":
+        other.release(claim)
+    other.close()
+    waiting.join(30)
+    assert found[0].complete and claim.id in identities(found[0]) and len(set(identities(found[0]))) == 3
+    assert events(tmp_path / "log")[f"begin {claim.id}"] == (0 if end == "recorded" else 1)
+
+
+def test_others_are_waited_for_within_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+    other, _ = claimed(given(1))
+    try:
+        found = sweep.sweep(Surrogate(), TASK, given(1, max_seconds=0.2))
+    finally:
+        other.close()
+    assert found.late and not found.complete and not found.trials
+    assert capsys.readouterr().err == "sweep: waiting for what other workers are training\n"
 
 
 def test_the_best_are_repeated_with_other_seeds_and_reported_as_their_mean() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from metapeft import stages
+from metapeft.errors import UserError
 from metapeft.meta.experience import Experience
 from metapeft.settings import Settings, load_settings
 from metapeft.stages.stage import content, read_json
@@ -79,6 +80,42 @@ def test_a_lost_output_is_made_again_and_nothing_counts_twice(
     results = stages.run(stages.NAMES, settings, tmp_path / "work")
     assert not results[lost].cached
     assert end_state(settings, tmp_path / "work") == before
+
+
+@pytest.fixture
+def copied(finished: tuple[Settings, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The work folder of a copy that a test may damage."""
+    shutil.copytree(finished[2], tmp_path / "home", symlinks=True)
+    shutil.copytree(finished[1], tmp_path / "work")
+    monkeypatch.setenv("METAPEFT_HOME", str(tmp_path / "home"))
+    return tmp_path / "work"
+
+
+def test_the_adapter_of_another_trial_is_refused(finished: tuple[Settings, Path, Path], copied: Path) -> None:
+    """Somebody trained with another seed in between."""
+    settings = finished[0]
+    stages.get("train").run(settings.model_copy(update={"seed": 1}), copied)
+    with pytest.raises(UserError, match=r"is the adapter of trial \w+, not of \w+; run the stage train again"):
+        stages.get("register").run(settings, copied)
+    shutil.copy(finished[1] / "train" / "trial.json", copied / "train")
+    with pytest.raises(UserError, match="run the stage train again"):
+        stages.get("evaluate").run(settings, copied)
+
+
+def test_an_emptied_registry_gets_the_model_again(finished: tuple[Settings, Path, Path], copied: Path) -> None:
+    settings = finished[0]
+    assert not stages.run(stages.NAMES, settings, copied)["register"].cached  # the store has another address
+    assert stages.run(stages.NAMES, settings, copied)["register"].cached
+    (copied.parent / "home" / "mlflow.db").unlink()
+    program = (  # MLflow keeps the lost file open in this process
+        "import sys; from pathlib import Path; from metapeft import stages; from metapeft.settings import Settings;"
+        "from metapeft.tracking.models import list_models; settings = Settings.model_validate_json(sys.argv[1]);"
+        "cached = [stages.run(stages.NAMES, settings, Path(sys.argv[2]))['register'].cached for _ in range(2)];"
+        "print(cached, len(list_models(settings)))"
+    )
+    words = [sys.executable, "-c", program, settings.model_dump_json(), str(copied)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[False, True] 1\n"
 
 
 @pytest.mark.slow

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from metapeft import stages
 from metapeft.errors import UserError
 from metapeft.settings import Settings, load_settings
-from metapeft.stages.stage import Stage, assignments, content, nested, write_json
+from metapeft.stages.stage import Stage, alone, assignments, content, nested, write_json
 
 
 def counted(calls: list[str], name: str = "first", **declared: object) -> Stage:
@@ -74,6 +76,26 @@ def test_an_unwritable_folder_is_the_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write in .*file/work"):
         counted([]).run(Settings(), tmp_path / "file" / "work")
+
+
+def test_a_pipeline_has_its_folder_to_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever comes second waits, and says so; what is there and current needs no waiting."""
+    known = {"first": counted([]), "second": counted([], "second", needs=("first",))}
+    monkeypatch.setattr(stages, "get", known.__getitem__)
+    monkeypatch.setattr("metapeft.stages.stage.QUIET_SECONDS", 0.01)
+    with ThreadPoolExecutor() as others:
+        with alone(tmp_path):  # a command holds it too while it reads what its stages left
+            stages.run(("first",), Settings(), tmp_path)
+            assert others.submit(stages.run, ("first",), Settings(), tmp_path).result(10)["first"].cached
+            assert "waiting" not in capsys.readouterr().err
+            waiting = others.submit(stages.run, tuple(known), Settings(seed=2), tmp_path)
+            time.sleep(0.3)
+            assert not waiting.done() and (tmp_path / "first/value.txt").read_text() == "0"
+            assert not stages.run(("second",), Settings(), tmp_path)["second"].cached
+        assert not waiting.result(10)["first"].cached and (tmp_path / "second/value.txt").read_text() == "2"
+    assert capsys.readouterr().err.count(f"waiting for another command that works in {tmp_path}") == 1
 
 
 SLOW = """

@@ -59,6 +59,21 @@ def test_workers_end_where_the_stage_alone_does(tmp_path: Path, monkeypatch: pyt
     assert sorted(row["trial"] for row in compare(settings)) == sorted(first), "each trial is one run"
 
 
+def test_workers_and_the_stage_share_one_time(tmp_path: Path) -> None:
+    settings, work = small(tmp_path), tmp_path / "work"
+    limited = settings.model_copy(update={"sweep": settings.sweep.model_copy(update={"max_seconds": 0.05})})
+    stages.run(BEFORE, limited, work)
+    assert len(sweep_plan.run(limited, work, workers=2).summary) == 2
+    trained = [t for _ in range(2) for t in sweep_worker.run(limited, work).summary["trials"]]
+    gathered = stages.get("sweep").run(limited, work)
+    assert (len(trained), gathered.summary["trials"], gathered.summary["complete"]) == (1, 1, False)
+    assert gathered.warnings == [
+        "ended at its time limit of 0.05 s with 1 of 5 trials; a higher sweep.max_seconds (--max-seconds) goes on"
+    ]
+    again = limited.model_copy(update={"sweep": settings.sweep.model_copy(update={"max_seconds": 0.06})})
+    assert stages.get("sweep").run(again, work).summary["trials"] == 2, "a command of its own has its own time"
+
+
 def process(module: str, settings: Settings, work: Path, *more: str) -> subprocess.Popen[str]:
     given = {"task": settings.task, "backbone": settings.backbone}
     given |= {"sweep.trials": settings.sweep.trials, "sweep.steps": settings.sweep.steps}

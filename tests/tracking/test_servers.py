@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -68,3 +69,20 @@ def test_killed_damaged_and_silent_servers_are_no_failure(home: Path, capsys: py
     with servers.listed("http://127.0.0.1:1", "x"):
         assert servers.tell("task-c") == 0
     assert "could not be told" in capsys.readouterr().err
+
+
+def test_notes_of_another_container_are_left_alone(home: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in every container; 1 lives in all of them
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(platform, "node", lambda: "a/b c")
+        theirs = servers.listed("http://127.0.0.1:1", "theirs")
+        theirs.__enter__()
+    with servers.listed(url, "mine"):
+        assert len(list(servers.folder().glob("*.json"))) == 2, "equal numbers, and none overwrites the other"
+        assert list(servers.known()) == [(url, "mine")]
+    [left] = servers.folder().glob("*.json")
+    assert left.name == "a-b-c-1.json"
+    left.write_text(left.read_text().replace('"pid": 1', '"pid": 999999999'), encoding="utf-8")
+    assert list(servers.known()) == [] and left.exists(), "whether it lives cannot be seen from here"
+    theirs.__exit__(None, None, None)
+    assert not left.exists()

@@ -242,8 +242,11 @@ def test_bad_stores_and_runs(settings: Settings, tmp_path: Path, monkeypatch: py
     (tmp_path / "text.db").write_text("this is not a database, whatever its name says" * 50)
     with pytest.raises(UserError, match="not a usable SQLite database"):
         start(uri="sqlite:///text.db")
-    with pytest.raises(UserError, match="does not answer"):
+    with pytest.raises(UserError, match="cannot use the tracking store"):
+        start(uri="mssql+nothing://host/name")
+    with pytest.raises(MetapeftError, match="does not answer") as away:
         start(uri="http://127.0.0.1:9")
+    assert away.value.exit_code == 1, "an outage is no bad input: Airflow tries again"
     with pytest.raises(UserError, match="no MLflow run nothing"), tracking.run(settings, "x", run_id="nothing"):
         pass
     with tracking.run(settings, "y") as tracker:

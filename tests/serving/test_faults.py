@@ -1,0 +1,240 @@
+"""What a server must survive: failures that nobody expected, and input that is meant to hurt. In one process."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from metapeft.errors import UserError
+from metapeft.profiling import cache
+from metapeft.serving import select
+from metapeft.serving.app import Service, create_app, is_local
+from metapeft.serving.engine import Classification, Engine, Limits
+from metapeft.serving.keys import Keyring
+from metapeft.serving.metrics import Metrics
+from metapeft.serving.registry import Registry, UnknownModel
+from metapeft.serving.score import Answers, Question
+from metapeft.serving.select import Job, Selector
+from metapeft.serving.server import url_of
+from metapeft.settings import load_settings
+from metapeft.tracking.models import Model
+from tests.backbones.tiny import CONTEXT, tiny, tiny_folder
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAPEFT_HOME", str(tmp_path_factory.mktemp("home")))
+        engine = Engine(tiny("llama"), Limits())
+        engine.start()
+        registry = Registry(engine, load_settings(backbone=engine.backbone.id))
+        registry.ready.set()
+        yield Service(engine, registry, Selector(engine.backbone.id), Keyring(), Metrics(engine, registry))
+        engine.stop(20)
+
+
+@pytest.fixture(autouse=True)
+def same_home(home: Path) -> None:
+    """A METAPEFT_HOME of the test's own."""
+
+
+@pytest.fixture
+def client(service: Service) -> TestClient:
+    app = create_app(service)
+
+    @app.get("/broken")
+    def broken() -> None:
+        raise RuntimeError("a private text")
+
+    return TestClient(app, base_url="http://localhost")
+
+
+def classify(client: TestClient, **body: Any) -> Any:
+    return client.post("/v1/classify", json={"model": backbone(client), "template": "{text}", "input": "abc", **body})
+
+
+def backbone(client: TestClient) -> str:
+    return str(client.get("/v1/models").json()["data"][0]["id"])
+
+
+def said(answer: Any) -> str:
+    assert answer.status_code == 400, answer.text
+    return str(answer.json()["error"]["message"])
+
+
+def test_what_nobody_expected_is_answered_counted_and_logged(client: TestClient) -> None:
+    with redirect_stderr(io.StringIO()) as log:
+        answer = client.get("/broken")
+    assert answer.status_code == 500 and "x-request-id" in answer.headers
+    problem = {"message": "internal error (RuntimeError)", "type": "server_error", "param": None, "code": None}
+    assert answer.json() == {"error": problem}
+    [record] = map(json.loads, log.getvalue().splitlines())
+    assert record["status"] == 500 and record["id"] == answer.headers["x-request-id"]
+    assert record["error"].startswith("RuntimeError < test_faults.py:") and "private" not in log.getvalue()
+    assert 'metapeft_http_requests_total{route="/broken",status="500"} 1.0' in client.get("/metrics").text
+
+
+@pytest.mark.parametrize("name", ["max_seconds", "max_memory_mb"])
+def test_a_limit_must_be_a_finite_number(client: TestClient, name: str) -> None:
+    body = f'{{"task": "sms_spam", "{name}": 1e999}}'
+    answer = client.post("/v1/select", content=body, headers={"Content-Type": "application/json"})
+    assert "finite" in said(answer)
+
+
+def ended(selector: Selector, job: Job) -> Job:
+    until = time.monotonic() + 20
+    while (now := selector.get(job.id)) is not None and now.state in ("queued", "running"):
+        assert time.monotonic() < until, now
+        time.sleep(0.01)
+    assert now is not None
+    return now
+
+
+def test_a_full_disk_fails_a_selection_and_not_those_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    selector, full, write = Selector(str(tiny_folder("llama"))), threading.Event(), cache.write
+
+    def written(path: Path, record: dict[str, Any]) -> None:
+        if full.is_set():
+            raise UserError("the disk is full")
+        write(path, record)
+
+    def measured(request: dict[str, Any]) -> tuple[dict[str, Any], str, bool]:
+        if request["task"] == "trec6":
+            full.set()  # while it is being measured
+        return {"best": 1}, "", False
+
+    monkeypatch.setattr(select, "write_record", written)
+    monkeypatch.setattr(selector, "_measure", measured)
+    selector.start()
+    try:
+        failed = ended(selector, selector.ask({"task": "trec6"}))
+        assert failed.state == "failed" and "the disk is full" in failed.error
+        with pytest.raises(UserError, match="the disk is full"):
+            selector.ask({"task": "sms_spam"})
+        full.clear()
+        assert ended(selector, selector.ask({"task": "sms_spam"})).state == "done"
+    finally:
+        selector.stop()
+
+
+def test_what_could_not_be_written_is_not_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    selector = Selector(str(tiny_folder("llama")))
+    with monkeypatch.context() as patch:
+        patch.setattr(select, "write_record", lambda *_: (_ for _ in ()).throw(UserError("the disk is full")))
+        with pytest.raises(UserError, match="the disk is full"):
+            selector.ask({"task": "sms_spam"})
+    assert selector.waiting == 0 and selector.recent() == []
+    assert selector.ask({"task": "sms_spam"}).state == "queued" and selector.waiting == 1
+
+
+def test_labels_have_a_length_and_can_be_told_apart(client: TestClient) -> None:
+    assert "65 tokens" in said(classify(client, labels=["yes", "n" * 64]))
+    assert classify(client, labels=["yes", "n" * 60]).status_code == 200
+    assert "cannot be told" in said(classify(client, labels=["yes", "yes<|im_end|>"]))
+
+
+def test_shared_beginnings_cost_no_more_than_their_length() -> None:
+    begin = time.process_time()
+    stem = tuple(range(2000))
+    assert Answers.of([(*stem, 1), (*stem, 2)]).paths == (stem,)
+    many = Answers.of([(*range(60), n, n + 1, 9) for n in range(200)])
+    assert many.paths == (tuple(range(60)),) and set(many.decided) == {61} and many.longest == 60
+    assert time.process_time() - begin < 2
+
+
+def test_the_longest_path_must_fit_behind_the_prompt(client: TestClient) -> None:
+    labels = ["n" * 60 + "a", "n" * 60 + "b"]
+    assert "context" in said(classify(client, labels=labels, input="x" * (CONTEXT - 61)))
+    assert classify(client, labels=labels, input="x" * (CONTEXT - 62)).status_code == 200
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_questions_are_weighed_in_groups_that_the_cache_holds(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny("llama"), Limits(cache_mb=0.1), native=native)  # some 100 tokens
+    answers = Answers.of([(1, 2, 3), (1, 4), (5,)])
+    asked = [Question([7] * n, answers, None) for n in (30, 1, 40, 20, 30, 2, 60, 9)]
+    roomy = [engine._scores([question])[0] for question in asked]
+    groups: list[int] = []
+    batch = engine.batch
+
+    def counted(rows: Any) -> Any:
+        lengths = [row.length for row in rows]
+        groups.append(sum(lengths) if native else len(lengths) * max(lengths))
+        return batch(rows)
+
+    monkeypatch.setattr(engine, "batch", counted)
+    for alone, together in zip(roomy, engine._scores(asked), strict=True):
+        assert together == pytest.approx(alone, abs=1e-4)
+    assert max(groups) <= engine.places and 1 < len(groups) < len(asked)
+    long = Classification(None, [[7] * 3, [7] * engine.places], answers, lambda _: None, time.monotonic() + 9)
+    with pytest.raises(UserError, match="do not fit"):
+        engine.submit(long)
+
+
+def test_text_that_no_tokenizer_takes_is_refused(client: TestClient) -> None:
+    half, model = "\ud800", backbone(client)
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("chat/completions", {"messages": [{"role": "user", "content": half}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": half}]}]}),
+        ("completions", {"prompt": half}),
+        ("completions", {"prompt": "abc", "stop": half}),
+        ("classify", {"input": half, "labels": ["yes", "no"]}),
+        ("classify", {"input": "abc", "labels": ["yes", half]}),
+        ("feedback", {"id": "x", "answer": half, "correct": "x"}),
+        ("select", {"rows": [{"text": half, "label": "x"}]}),
+    ]
+    for route, body in bodies:
+        told = json.dumps({"model": model, "max_tokens": 1, **body})
+        answer = client.post(f"/v1/{route}", content=told, headers={"Content-Type": "application/json"})
+        assert "Unicode" in said(answer)
+
+
+def test_a_version_of_thousands_of_digits_is_no_version(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: dict[str, Any] = dict.fromkeys(
+        ("name", "task_version", "backbone", "method", "metric", "trial", "dvc_id", "run_id"), "x"
+    )
+    known = Model(
+        **texts,
+        version=1,
+        aliases=(),
+        task="alpha",
+        configuration={},
+        score=0.5,
+        standard_error=0.1,
+        untuned_score=None,
+        source="",
+        created=0,
+    )
+    monkeypatch.setattr(service.registry, "models", (known,))
+    for which in ("9" * 5000, "v" + "9" * 5000):
+        with pytest.raises(UnknownModel, match="no version"):
+            service.registry.resolve(f"task/alpha@{which}")
+
+
+def test_a_rating_is_of_an_answer_that_was_given(client: TestClient) -> None:
+    id = classify(client, labels=["yes", "no"], input=["abc", "def"]).json()["id"]
+    assert client.post("/v1/feedback", json={"id": id, "index": 1, "rating": "right"}).status_code == 200
+    assert "no answer 2" in said(client.post("/v1/feedback", json={"id": id, "index": 2, "rating": "right"}))
+    model = backbone(client)
+    body = {"model": model, "prompt": "abc", "max_tokens": 1, "n": 2, "stream": True}
+    id = client.post("/v1/completions", json=body).text.split('"id": "')[1].split('"')[0]
+    assert client.post("/v1/feedback", json={"id": id, "index": 1, "rating": "wrong"}).status_code == 200
+    assert "no answer 2" in said(client.post("/v1/feedback", json={"id": id, "index": 2, "rating": "wrong"}))
+    lost = {"id": "forgotten", "model": model, "index": 3, "correct": "x"}
+    assert "send answer too" in said(client.post("/v1/feedback", json=lost))
+
+
+def test_addresses_of_this_machine() -> None:
+    assert url_of("::1", 8000) == "http://[::1]:8000" and url_of("::", 1) == "http://localhost:1"
+    assert url_of("127.0.0.1", 80) == "http://127.0.0.1:80" and url_of("0.0.0.0", 1) == "http://localhost:1"
+    assert all(map(is_local, (b"[::1]:8000", b"[::1]", b"localhost:1", b"127.0.0.1")))
+    assert not any(map(is_local, (b"[::2]:8000", b"[::1].evil.example", b"evil.example:80")))
