@@ -7,7 +7,7 @@ from typing import Any
 
 from metapeft import api, stages
 from metapeft.settings import load_settings
-from metapeft.stages.stage import read_json
+from metapeft.stages.stage import alone, read_json
 
 SIZES: dict[str, Any] = {
     "data": {"max_train": 400, "max_validation": 80, "max_test": 300},
@@ -21,13 +21,15 @@ def run(task: str) -> dict[str, Any]:
     begin = time.perf_counter()
     settings = load_settings(None, task=task, **SIZES)
     work = api.work_folder(settings)
-    results = stages.run(stages.NAMES, settings, work)
-    trial, swept = api.read_trial(work), api.read_sweep(work)
+    with alone(work):
+        results = stages.run(stages.NAMES, settings, work)
+        trial, swept = api.read_trial(work), api.read_sweep(work)
+        recommendation = read_json(work / "recommend" / "recommendation.json")
     assert trial.score is not None and trial.untuned_score is not None
     model = results["register"].summary
     return {
         "task": trial.task,
-        "recommendation": read_json(work / "recommend" / "recommendation.json"),
+        "recommendation": recommendation,
         "methods": best_per_method(swept.trials),
         "trial": trial.to_json(),
         "model": f"{model['model']} version {model['version']} ({model['alias']})",
