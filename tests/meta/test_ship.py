@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from metapeft.meta import ship as module
+from metapeft.meta import versions
+from metapeft.meta.evaluate import LEAST, LEAST_JUDGED
 from metapeft.meta.experience import SHIPPED, Experience
+from metapeft.meta.fitting import groups
+from metapeft.meta.knowledge import Knowledge, knowledge
+from metapeft.meta.model import Model
 from metapeft.meta.plan import configurations
+from metapeft.monitoring import promise
 from metapeft.profiling import profiles as profiling
 from metapeft.profiling.profiles import Profile
 from metapeft.profiling.shapes import shapes
 from metapeft.settings import DEFAULT_BACKBONE
 from metapeft.training.trial import Score, Trial, trial_id
 from tests.backbones.tiny import tiny
+from tests.meta.synthetic import world
 
 
 def grown(task: str, row: int, seed: int = 0, value: float = 0.7, **changes: object) -> Trial:
@@ -102,3 +109,38 @@ def test_the_shipped_files_are_small_and_what_they_say() -> None:
     assert f"{len(trials)} trials of" in module.DOCS.read_text()
     known = profiling.every_profile()
     assert {(t.task_version, t.backbone) for t in trials} <= known.keys()
+
+
+def test_the_meta_model_that_ships_is_fitted_to_what_ships(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first recommendation on a new machine is that of a fitted model, and the monitor knows what it promised."""
+    champion = versions.champion()
+    observations = knowledge().observations(champion.model.remaining)
+    assert champion.number == 0 and set(champion.seen) == {o.id for o in observations}
+    assert champion.tasks == len({g[0].task.name for g in groups(observations)}) and champion.model.reach > 0
+    assert champion.model.metric != Model().metric and champion.model.deviations != Model().deviations
+    monkeypatch.setattr(promise, "judge", pytest.fail)
+    judged = promise.promised(champion, observations).judged
+    assert len(judged) == len(groups(observations, LEAST)) and len({j.task for j in judged}) >= LEAST_JUDGED
+
+
+def test_what_is_fitted_ships_with_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a synthetic experience, small enough to be fitted here."""
+    made = world(8, seed=1)
+    Experience.write(made.trials, tmp_path / "experience.parquet")
+    profiles = {place: Features(features) for place, features in made.features.items()}
+    monkeypatch.setattr(profiling, "shipped_profiles", lambda: profiles)
+    version = module.fit_shipped(tmp_path)
+    assert version.tasks == 8 and version.observations == len(made.observations()) == len(version.seen)
+    monkeypatch.setattr(versions, "SHIPPED", tmp_path)
+    monkeypatch.setattr(promise, "SHIPPED", tmp_path)
+    assert versions.shipped() == version
+    observations = Knowledge(tuple(made.trials), profiles).observations()  # type: ignore[arg-type]
+    monkeypatch.setattr(promise, "judge", pytest.fail)
+    assert {j.task for j in promise.promised(version, observations).judged} == {t.task for t in made.trials}
+
+
+@dataclass(frozen=True)
+class Features:
+    """As much of a profile as observations are made of."""
+
+    features: dict[str, float]
