@@ -373,7 +373,7 @@ def monitor(
         from metapeft import backbones
         from metapeft.monitoring import remeasure as profiles
 
-        again = profiles.run(settings.monitor.remeasure, decided, backbones.load)
+        again = profiles.run(settings.monitor.remeasure, decided, backbones.load, profiled)
     return monitoring.monitor(settings, tell=tell, estimate=estimate, again=again)
 
 
@@ -383,6 +383,11 @@ def decided(entry: dict[str, Any]) -> Task | None:
         with suppress(UserError):
             return read_task(folder / "version")
     return None
+
+
+def profiled(task_version: str) -> list[Path]:
+    """What the stage `profile` left of a task, wherever it ran here."""
+    return [folder / "profile" / "profile.json" for folder in folders_of(task_version)]
 
 
 def some_time(max_seconds: float | None) -> None:

@@ -1,7 +1,8 @@
 """Puts the experience into the package: the table that `metapeft experience grow` made, its tasks' profiles, a
-datasheet, and the meta-model that is fitted to them, with what is promised of it.
+datasheet, and the meta-model that is fitted to them.
 
-    python -m metapeft.meta.ship        # after `metapeft experience grow` in this METAPEFT_HOME, in a checkout
+    python -m metapeft.meta.ship            # after `metapeft experience grow` in this METAPEFT_HOME, in a checkout
+    python -m metapeft.monitoring.promise   # then: what is promised of the model
 
 What ships are trials of public tasks (the catalog's) with the rows of the plan; anything else that was tried here stays
 here. What was shipped before stays shipped, unless it was measured again.
@@ -57,24 +58,26 @@ def ship(store: Experience, table: Path, profiles: Path, docs: Path) -> list[Tri
 
 
 def fit_shipped(folder: Path) -> Version:
-    """Fits the meta-model to what ships in a folder and nothing else, and writes `model.json` and `promise.json` into
-    it; minutes."""
+    """Fits the meta-model to what ships in a folder and nothing else, and writes `model.json` into it."""
     from metapeft.meta.fitting import fit, groups
-    from metapeft.monitoring import promise
 
-    trials = Experience(Path("nowhere"), shipped=folder).trials()
-    observations = Knowledge(tuple(trials), profiling.shipped_profiles()).observations()
+    known = shipped(folder)
+    observations = known.observations()
     found = Version(
         0,
         fit(observations),
-        made=max(trial.started for trial in trials),
+        made=max(trial.started for trial in known.trials),
         tasks=len({group[0].task.name for group in groups(observations)}),
         observations=len(observations),
         seen=tuple(sorted(o.id for o in observations)),
     )
     (folder / "model.json").write_text(json.dumps(found.to_json(), separators=(",", ":")) + "\n", encoding="utf-8")
-    promise.ship(found, observations, folder / "promise.json")
     return found
+
+
+def shipped(folder: Path = SHIPPED) -> Knowledge:
+    """What ships, whatever METAPEFT_HOME holds."""
+    return Knowledge(tuple(Experience(Path("nowhere"), shipped=folder).trials()), profiling.shipped_profiles())
 
 
 def compact(profile: Profile) -> str:

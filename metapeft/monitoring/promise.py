@@ -129,6 +129,15 @@ def ship(version: Version, observations: Sequence[Observation], path: Path) -> N
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def main() -> None:
+    """`python -m metapeft.monitoring.promise`, after `python -m metapeft.meta.ship`; minutes."""
+    from metapeft.meta.ship import shipped
+    from metapeft.meta.versions import shipped as version
+
+    ship(version(), shipped().observations(), SHIPPED / "promise.json")
+    say(f"what is promised of the meta-model that ships: {SHIPPED / 'promise.json'}")
+
+
 def _judged(version: Version, used: Sequence[Observation], fitted: Callable[..., Model]) -> list[Judged]:
     """A version that was fitted is judged as what fitting makes of the other families, the beliefs as they are."""
     return judge(used, fitted if version.seen else lambda known: version.model, rival=())
@@ -150,3 +159,7 @@ def _plain(value: Any, digits: int = 17) -> Any:
     if isinstance(value, float):
         return round(value, digits) if np.isfinite(value) else None
     return value
+
+
+if __name__ == "__main__":
+    main()

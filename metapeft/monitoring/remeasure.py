@@ -8,10 +8,11 @@ the first time, and then every task at hand is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapeft.data.task import Task
@@ -32,12 +33,14 @@ Find = Callable[[dict[str, Any]], Task | None]
 
 @dataclass(frozen=True)
 class Remeasured:
-    """moved: the features that differ by more than the tolerance, the most first, in usual spreads; none: as kept."""
+    """moved: the features that differ by more than the tolerance, the most first, in usual spreads; none: as kept.
+    made: files that were made of the kept profile."""
 
     task: Task
     measured: Profile
     moved: dict[str, float]
     at: str
+    made: tuple[Path, ...] = ()
 
     @property
     def place(self) -> str:
@@ -49,19 +52,20 @@ class Remeasured:
 
         Raises UserError when METAPEFT_HOME cannot be written.
         """
-        from metapeft.stages.files import folders_of
-
         if self.moved:
-            for folder in folders_of(self.task.version):
-                (folder / "profile" / "profile.json").unlink(missing_ok=True)
+            for path in self.made:
+                path.unlink(missing_ok=True)
             profiles.keep(self.measured, self.task)
 
 
-def run(count: int, find: Find, backbone: Callable[[str], Backbone]) -> list[Remeasured]:
+def run(
+    count: int, find: Find, backbone: Callable[[str], Backbone], made: Callable[[str], Iterable[Path]]
+) -> list[Remeasured]:
     """Measure `count` tasks of recommendations again, those first that never were; all at hand where one differs.
     Nothing is written.
 
-    find: the task of a decision, None where its rows are no longer here. backbone: loads one by its id.
+    find: the task of a decision, None where its rows are no longer here. backbone: loads one by its id. made: files that
+    were made of a task's profile, by the task's version.
     """
     load = cache(backbone)
     found: list[Remeasured] = []
@@ -78,7 +82,8 @@ def run(count: int, find: Find, backbone: Callable[[str], Backbone]) -> list[Rem
             say(f"the profile of {entry['task']} was not measured again: {error}")
             continue
         moved = differences(_embedded(before), _embedded(measured))
-        found.append(Remeasured(task, measured, moved, datetime.now(UTC).isoformat(timespec="seconds")))
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        found.append(Remeasured(task, measured, moved, at, tuple(made(task.version))))
         say(f"the profile of {task.name} was measured again: {said(moved) or 'as before'}")
     return found
 

@@ -13,7 +13,7 @@ from metapeft.meta import versions
 from metapeft.meta.evaluate import LEAST, LEAST_JUDGED
 from metapeft.meta.experience import SHIPPED, Experience
 from metapeft.meta.fitting import groups
-from metapeft.meta.knowledge import Knowledge, knowledge
+from metapeft.meta.knowledge import knowledge
 from metapeft.meta.model import Model
 from metapeft.meta.plan import configurations
 from metapeft.monitoring import promise
@@ -134,7 +134,8 @@ def test_what_is_fitted_ships_with_what_it_promises(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(versions, "SHIPPED", tmp_path)
     monkeypatch.setattr(promise, "SHIPPED", tmp_path)
     assert versions.shipped() == version
-    observations = Knowledge(tuple(made.trials), profiles).observations()  # type: ignore[arg-type]
+    observations = module.shipped(tmp_path).observations()
+    promise.ship(version, observations, tmp_path / "promise.json")
     monkeypatch.setattr(promise, "judge", pytest.fail)
     assert {j.task for j in promise.promised(version, observations).judged} == {t.task for t in made.trials}
 

@@ -167,11 +167,11 @@ def test_tasks_of_airflow_are_at_hand_too(params: Path, home: Path) -> None:
 
 def test_tasks_that_cannot_be_measured_are_left(params: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(kept(home)["second"])
-    gone = remeasure.run(5, lambda entry: None, pytest.fail)
+    gone = remeasure.run(5, lambda entry: None, pytest.fail, pytest.fail)
     assert gone == []
 
     def broken(name: str) -> Any:
         raise metapeft.UserError(f"no backbone {name} here")
 
-    assert remeasure.run(5, decided, broken) == [] and "no backbone" in capsys.readouterr().err
+    assert remeasure.run(5, decided, broken, pytest.fail) == [] and "no backbone" in capsys.readouterr().err
     assert monitor(load_settings()).healthy and len(decisions.read()) == 2
