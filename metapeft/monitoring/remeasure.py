@@ -64,8 +64,8 @@ def run(
     """Measure `count` tasks of recommendations again, those first that never were; all at hand where one differs.
     Nothing is written.
 
-    find: the task of a decision, None where its rows are no longer here. backbone: loads one by its id. made: files that
-    were made of a task's profile, by the task's version.
+    find: the task of a decision, None where its rows are no longer here. backbone: loads one by its id. made: files
+    that were made of a task's profile, by the task's version.
     """
     load = cache(backbone)
     found: list[Remeasured] = []
