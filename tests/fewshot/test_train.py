@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from metapeft.errors import UserError
+from metapeft.fewshot.choose import AT, Strategy, fitted
+from metapeft.fewshot.measure import Answers
 from metapeft.fewshot.train import digest, train
 from metapeft.peft import adapters
 from metapeft.peft.base import Adapter
@@ -49,6 +51,22 @@ def test_it_goes_on_from_a_start(at: Session, method: str) -> None:
     assert digest(again[2]) != digest(kept[6])
     fresh, _ = trained(at, method, [0, 2])
     assert digest(fresh[0]) == digest(kept[0]) and digest(fresh[2]) == digest(kept[2]), "the same steps, the same end"
+
+
+def test_what_is_validated_at_a_step_is_what_a_training_until_there_leaves(at: Session) -> None:
+    way = Strategy("cold lora", CONFIGURATIONS["lora"])
+    seen: dict[int, str] = {}
+    nothing = Answers(np.zeros(1), np.zeros(1), np.zeros(1))
+
+    def keep(step: int, adapter: Adapter) -> None:
+        seen[step] = digest(adapters.take(adapter, {}))
+
+    everything = range(len(at.encoded["train"]))
+    fitted(way, at, everything, AT, lambda s, a: nothing, keep)
+    validated = dict(seen)
+    for step in AT[:2]:
+        fitted(way, at, everything, [step], lambda s, a: nothing, keep)
+        assert seen[step] == validated[step]
 
 
 def test_the_end_of_the_schedule_is_that_of_an_ordinary_trial(at: Session, tmp_path: object) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ def store(tmp_path: Path) -> Experience:
 
 def asked(store: Experience, measured: Profile | None = None, **wanted: Any) -> Recommendation:
     return recommend(task(), measured or profile(), load_settings(recommend=wanted), store, SPEED)
+
+
+def test_a_process_predicts_by_the_profiles_that_are_kept_now() -> None:
+    """Observations are equal whatever their features are; what is predicted from them is not."""
+    known = world(8, seed=3).observations()
+    model = fit(known)
+    other = [replace(o, task=replace(o.task, features={k: v + 1 for k, v in o.task.features.items()})) for o in known]  # type: ignore[union-attr]
+    assert known == other
+    first = module._conditioned(model, known)
+    assert module._conditioned(model, list(known)) is first
+    assert module._conditioned(model, other) is not first
 
 
 def test_without_experience_it_is_the_portfolio_and_says_so(store: Experience) -> None:

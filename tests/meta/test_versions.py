@@ -12,11 +12,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from metapeft.errors import UserError
 from metapeft.meta import versions
 from metapeft.meta.embedding import plain
+from metapeft.meta.evaluate import OURS, Judged
 from metapeft.meta.evidence import Observation
 from metapeft.meta.fitting import fit
 from metapeft.meta.model import Model
@@ -35,6 +37,22 @@ def test_nothing_trained_means_what_ships() -> None:
         versions.rollback()
     with pytest.raises(UserError, match="no readable version 7"):
         versions.promote(7)
+
+
+def test_families_are_the_witnesses_when_versions_are_compared() -> None:
+    """More places of the same families do not make a difference surer."""
+
+    def judged(regret: float, family: int) -> Judged:
+        return Judged("t", "v", f"family{family}", 40, 600, 5, 0.9, 0.1, regret={OURS: regret}, crps=[0.1])
+
+    random = np.random.default_rng(0)
+    differences = random.normal(0.01, 0.03, size=8)
+    once = [judged(0.1 + d, n) for n, d in enumerate(differences)], [judged(0.1, n) for n in range(8)]
+    (worse, why), (again, said) = versions.compared(*once), versions.compared(5 * once[0], 5 * once[1])
+    assert (again, said) == (worse, why)
+    naive = differences.std(ddof=1) / np.sqrt(8)
+    sure = [judged(0.1 + 1.5 * naive, n) for n in range(8)]
+    assert versions.compared(sure, once[1])[0], "where all families say so it is worse"
 
 
 def test_too_few_tasks_are_refused(observations: list[Observation]) -> None:

@@ -105,6 +105,16 @@ def test_ties_and_useless_points() -> None:
     assert pareto.named([]) == {}
 
 
+def test_test_scores_choose_no_names() -> None:
+    """Only points with a name are tested: a bad score there must not hand the name on."""
+    untuned = Score("accuracy", 0.55, 0.03, 300, 1.0)
+    values = (("a", 0.66, 9), ("b", 0.625, 5), ("c", 0.57, 2))
+    trials = [trial(name, value, seconds, seconds, untuned_score=untuned) for name, value, seconds in values]
+    before = {name: t.id for name, t in pareto.named(trials).items()}
+    trials[0].score = Score("accuracy", 0.54, 0.03, 300, 1.0)
+    assert {name: t.id for name, t in pareto.named(trials).items()} == before and before["most accurate"] == "a"
+
+
 @given(st.lists(grid, min_size=1, max_size=20))
 @settings(max_examples=100, deadline=None)
 def test_named_points_are_on_the_front_and_are_extreme(points: list[tuple[int, int, int]]) -> None:
