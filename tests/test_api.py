@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock, Timeout
 
 import metapeft
-from metapeft import api, stages
+from metapeft import api
 from metapeft.settings import DataSettings, load_settings
 from tests.backbones.tiny import tiny_folder
 from tests.stages.made import spam_file
@@ -94,20 +94,22 @@ def test_a_task_has_one_work_folder_per_backbone_and_data_settings(tmp_path: Pat
 
 @pytest.mark.parametrize("command", ["train", "sweep"])
 def test_others_are_kept_out_until_the_results_are_read(command: str, tmp_path: Path, monkeypatch: Any) -> None:
+    work, seen = tmp_path / "work", []
+
     def held() -> bool:
         with ThreadPoolExecutor() as other:
-            lock = FileLock(tmp_path / ".stages" / "pipeline.lock")
+            lock = FileLock(work / ".stages" / "pipeline.lock")
             return isinstance(other.submit(lock.acquire, timeout=0).exception(), Timeout)
 
-    def read(work: Path) -> None:
-        raise InterruptedError(f"held: {held()}")
-
-    monkeypatch.setattr(stages, "run", lambda *_: {"sweep": held()})
-    monkeypatch.setattr(api, "read_trial", read)
-    monkeypatch.setattr(api, "read_sweep", read)
-    with pytest.raises(InterruptedError, match="held: True"):
-        getattr(api, command)("sms_spam", work=tmp_path)
-    assert not held()
+    name = {"train": "read_trial", "sweep": "read_sweep"}[command]
+    read = getattr(api, name)
+    monkeypatch.setattr(api, name, lambda folder: (seen.append(held()), read(folder))[1])
+    params = tmp_path / "params.yaml"
+    params.write_text(
+        "data: {max_train: 24, max_validation: 8, max_test: 16}\nsweep: {trials: 1, steps: 1}\ntrain: {steps: 1}\n"
+    )
+    found = getattr(api, command)(spam_file(tmp_path), backbone=str(tiny_folder("llama")), work=work, params=params)
+    assert found is not None and seen == [True] and not held()
 
 
 def test_settings_come_from_the_folders_params_file(tmp_path: Path, monkeypatch: Any) -> None:

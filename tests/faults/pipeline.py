@@ -132,8 +132,8 @@ def _acknowledge(acks: str) -> None:
         for one in records:
             os.write(file, f"trial {one['id']} {one['score'] is not None}\n".encode())
 
-    def recorded(found: Any) -> str:
-        id = record(found)
+    def recorded(*arguments: Any) -> str:
+        id = record(*arguments)
         os.write(file, f"decision {id}\n".encode())
         return id
 
