@@ -231,7 +231,8 @@ def read() -> list[dict[str, Any]]:
 
 def cell(name: str, count: int, draw: int, learned_from: Sequence[str], fill: bool = False) -> None:
     """All strategies on one draw of shots; appends what was found. fill: only those that a finished cell lacks."""
-    from metapeft.fewshot import reptile, shots
+    from metapeft.data import shots
+    from metapeft.fewshot import reptile
     from metapeft.fewshot.adapt import NEIGHBOURS
     from metapeft.fewshot.measure import answers
     from metapeft.fewshot.strategies import METHODS, strategies

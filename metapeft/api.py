@@ -174,17 +174,18 @@ def adapt(
     strategies: Sequence[str] = (),
     **options: Any,
 ) -> Adapted:
-    """Learn a task from a few examples, in the way that suits them best; leaves an adapter in METAPEFT_HOME/adapters.
+    """Learn a task from a few examples, in the way that suits them best; leaves an adapter in METAPEFT_HOME/adapters
+    and registers it.
 
     shots: how many training examples, drawn evenly from all labels; None (or as many as there are): every row of a
     file, none held out for a test. max_seconds: for trying. strategies: to try only these. options: backbone, seed,
     params.
     """
-    from metapeft import backbones
-    from metapeft.data.load import cuts, load_task
+    from metapeft import backbones, tracking
+    from metapeft.data.shots import load_shots
     from metapeft.fewshot import STRATEGIES
-    from metapeft.fewshot import shots as few
     from metapeft.fewshot.adapt import adapt as adapted
+    from metapeft.fewshot.register import register
     from metapeft.progress import progress, say
 
     some_time(max_seconds)
@@ -192,23 +193,17 @@ def adapt(
         if name not in STRATEGIES:
             raise UserError(f"unknown strategy {brief(repr(name), 60)}; choose from {', '.join(STRATEGIES)}")
     settings = settings_for(task, **options)
-    path, left_out = Path(settings.task).expanduser(), list[str]()
-    if path.is_file() and (shots is None or few.rows(path) <= shots):
-        chosen = few.read(path, settings.data)
-    elif shots is None:
-        raise UserError(f"say how many examples of {settings.task} to learn from: --shots K")
-    else:
-        whole = load_task(settings.task, settings.data)
-        chosen, left_out = few.draw(whole, shots, settings.seed), cuts(whole)
+    chosen, left_out = load_shots(settings.task, shots, settings.data, settings.seed)
     base = backbones.load(settings.backbone)
     for note in left_out:
         say(f"adapt: {note}")
-    with progress("adapt", 1.0) as advance:
+    with tracking.run(settings, f"adapt {chosen.name}") as tracker, progress("adapt", 1.0) as advance:
 
         def report(what: str, done: int, total: int) -> None:
             advance(done / max(1, total), f"{done} of {total} tried; {what}", line=True)
 
-        return adapted(chosen, base, seed=settings.seed, max_seconds=max_seconds, only=strategies, report=report)
+        limits: dict[str, Any] = {"max_seconds": max_seconds, "only": strategies}
+        return register(tracker, chosen, adapted(chosen, base, seed=settings.seed, **limits, report=report))
 
 
 def learn_starts(

@@ -261,7 +261,7 @@ def adapt(
     params: Params = None,
     as_json: Json = False,
 ) -> None:
-    """Learn a task from a few examples, starting from what other tasks have taught."""
+    """Learn a task from a few examples, starting from what other tasks have taught; registers the adapter."""
     from metapeft import api
 
     options: dict[str, Any] = {"backbone": backbone, "seed": seed, "params": params}
@@ -288,6 +288,10 @@ def adapt(
     if found.untuned_score and found.score:
         print(f"test split: {score_text(found.score)}, untuned {score_text(found.untuned_score)}")
     print(f"{found.seconds:.0f} seconds; " + (f"adapter: {found.adapter}" if found.adapter else "no adapter is needed"))
+    if "model" in found.registered:
+        print("model:   {model} version {version}, {alias} ({reason})".format(**found.registered))
+    elif found.adapter:
+        print("not registered: nothing has measured it")
 
 
 @app.command()

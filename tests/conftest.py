@@ -39,6 +39,19 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database, made once: its migrations take seconds."""
+    from metapeft.settings import load_settings
+    from metapeft.tracking.client import connect
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAPEFT_HOME", str(path.parent))
+        connect(load_settings(tracking={"uri": f"sqlite:///{path}"}).tracking)
+    return path
+
+
+@pytest.fixture(scope="session")
 def smollm() -> Iterator[Backbone]:
     """The packaged backbone, converted once per checkout and loaded once per session. Leave it as you found it."""
     from metapeft.backbones import load

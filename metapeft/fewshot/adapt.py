@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from metapeft.fewshot.choose import (
     measured,
     sessions,
 )
-from metapeft.fewshot.measure import answers
+from metapeft.fewshot.measure import Answers, answers
 from metapeft.fewshot.strategies import METHODS, strategies
 from metapeft.fewshot.train import digest
 from metapeft.peft import adapters, checkpoints
@@ -31,7 +31,7 @@ from metapeft.peft.base import Adapter
 from metapeft.peft.saved import Saved
 from metapeft.settings import home
 from metapeft.training.configuration import full
-from metapeft.training.evaluation import evaluate, untuned
+from metapeft.training.evaluation import evaluate, proportion_error, untuned
 from metapeft.training.session import Session
 from metapeft.training.trial import Score, Trial, trial_id
 
@@ -49,7 +49,8 @@ class Adapted:
 
     held_out_untuned: the untuned backbone's answers to the shots, between 0 and 1. score, untuned_score: on the task's
     test split, where it has one. prompt: where the shots in the context are best, what to put before every question.
-    skipped: strategies that were not tried: there was no time, or one shot only, which cannot be held out.
+    skipped: strategies that were not tried: there was no time, or one shot only, which cannot be held out. registered:
+    the adapter in the registry, and the MLflow run ({} where it is in none).
     """
 
     task: str
@@ -65,6 +66,7 @@ class Adapted:
     seconds: float
     skipped: tuple[str, ...] = ()
     prompt: str = ""
+    registered: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -110,7 +112,9 @@ def adapt(
     if report is not None:
         report(f"training: {choice.chosen.strategy}" if choice.chosen else "measuring", len(held), len(found))
     strategy = next((s for s in found if choice.chosen and s.name == choice.chosen.strategy), None)
-    trial, folder = (None, "") if strategy is None else _leave(session, task, strategy, choice, seed, before)
+    trial, folder = None, ""
+    if strategy is not None:
+        trial, folder = _leave(session, task, strategy, choice, seed, before, held.get(strategy.name))
     return Adapted(
         task=task.name,
         shots=len(task.train),
@@ -172,9 +176,16 @@ def explained(choice: Choice) -> str:
 
 
 def _leave(
-    session: Session, task: Task, strategy: Strategy, choice: Choice, seed: int, before: Score | None
+    session: Session,
+    task: Task,
+    strategy: Strategy,
+    choice: Choice,
+    seed: int,
+    before: Score | None,
+    held: Held | None,
 ) -> tuple[Trial, str]:
-    """Learns from all shots, scores and saves; the trial's record and its adapter's folder."""
+    """Learns from all shots, scores and saves; the trial's record and its adapter's folder. What the trial calls its
+    validation are the answers to shots that were held out."""
     assert choice.chosen is not None
     steps = choice.chosen.steps
     kept: dict[int, Saved] = {}
@@ -199,7 +210,6 @@ def _leave(
     adapter = adapters.build(saved, session.model)
     adapter.attach(session.model)
     try:
-        held = evaluate(session, adapter, "train")
         score = evaluate(session, adapter, "test") if task.test else None
     finally:
         adapter.detach(session.model)
@@ -214,7 +224,7 @@ def _leave(
         budget=steps,
         status="ok",
         score=score,
-        validation=held,
+        validation=None if held is None else _held_out(task, held.answers[steps]),
         untuned_score=before,
         seconds=train_seconds,
         train_seconds=train_seconds,
@@ -233,6 +243,13 @@ def _leave(
     checkpoints.write(folder, replace(saved, metadata=saved.metadata | metadata))
     trial.adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
     return trial, str(folder)
+
+
+def _held_out(task: Task, found: Answers) -> Score:
+    """Answers to held-out shots as a score; of macro F1 only the accuracy is known. The loss is per example."""
+    metric = "accuracy" if task.kind == "classification" else task.metric
+    right, n = float(found.hit.mean()), len(found.hit)
+    return Score(metric, right, proportion_error(right, n), n, float(found.loss.mean()))
 
 
 def _prompt(session: Session) -> str:

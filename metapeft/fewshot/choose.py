@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from metapeft.data import shots
 from metapeft.data.task import Kind, Task
-from metapeft.fewshot import context, shots
+from metapeft.fewshot import context
 from metapeft.fewshot.measure import Answers, answers
 from metapeft.fewshot.train import train
 from metapeft.peft import adapters

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from metapeft.backbones import Backbone
+from metapeft.data.shots import spelled
 from metapeft.data.task import Task
 from metapeft.errors import UserError
-from metapeft.fewshot.shots import spelled
 from metapeft.fewshot.train import train
 from metapeft.peft import adapters, checkpoints
 from metapeft.peft.base import Adapter

@@ -33,7 +33,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     from metapeft.meta import library
     from metapeft.meta.experience import Experience
     from metapeft.profiling import Profile
-    from metapeft.stages.tracked import pipeline_run, run_url
+    from metapeft.stages.tracked import pipeline_run
 
     task = read_task(work / "version")
     profile = Stored(read_json(work / "profile" / "profile.json"))
@@ -57,16 +57,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         if (work / "train" / "switching.json").exists():
             tracker.log_json(read_json(work / "train" / "switching.json"), "switching.json")
         registration = tracker.register(work / "train" / "adapter", trial, task, recommendation)
-        url = run_url(settings, tracker)
-    model = registration.model
-    summary = {
-        "model": model.name,
-        "version": model.version,
-        "alias": registration.alias,
-        "reason": registration.reason,
-        "run_id": tracker.run_id,
-        "run_url": url,
-    }
+        summary = registration.to_json() | {"run_id": tracker.run_id, "run_url": tracker.url()}
     write_json(out / "model.json", summary)
     return summary
 

@@ -32,15 +32,6 @@ def pipeline_run(settings: Settings, work: Path, task: Task) -> Iterator[Tracker
         yield tracker
 
 
-def run_url(settings: Settings, tracker: Tracker) -> str:
-    """Where a browser finds the run ("" for a database without a server)."""
-    where = uri(settings.tracking)
-    if not where.startswith(("http://", "https://")):
-        return ""
-    experiment = tracker.client.get_run(tracker.run_id).info.experiment_id
-    return f"{where.rstrip('/')}/#/experiments/{experiment}/runs/{tracker.run_id}"
-
-
 def _known(settings: Settings, record: Path, key: str) -> str | None:
     """The run that the record names, if it is this pipeline's and still there."""
     from mlflow.exceptions import MlflowException

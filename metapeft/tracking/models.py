@@ -77,6 +77,10 @@ class Registration:
     alias: str
     reason: str
 
+    def to_json(self) -> dict[str, Any]:
+        """What people and programs are told of it."""
+        return {"model": self.model.name, "version": self.model.version, "alias": self.alias, "reason": self.reason}
+
 
 def registered_name(task: str, backbone: str) -> str:
     """`task-TASK--BACKBONE`. MLflow forbids "/" and ":"; a name that had to change ends in a hash of the original."""

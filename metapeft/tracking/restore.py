@@ -5,7 +5,7 @@
     FOLDER/data/…          the task's file, by its content id from where it lay, DVC's cache or its remote
     FOLDER/model/          the adapter
 
-`dvc repro` in the folder then makes the model again.
+`dvc repro` in the folder then makes the model again, of one that `metapeft adapt` left the same command there.
 """
 
 from __future__ import annotations
@@ -63,12 +63,18 @@ def restore(settings: Settings, reference: str, folder: Path) -> Restored:
     warnings = []
     if tags.get("git_dirty") == "true":
         warnings.append("the code had changes that were in no commit; they are not here")
+    shots = tags.get("shots")
     commit = tags.get("git_commit", "")
     code = _check_out(commit, folder)
     try:
         wanted["task"], origin = _data(model, wanted["task"], folder)
         wanted["tracking"]["uri"] = None  # of the machine that runs it
-        _check_data(model, wanted, folder)
+        if shots is not None:
+            again = f"metapeft adapt {wanted['task']} --shots {shots}"
+            warnings.append(
+                f"it was learned from {shots} shots: `{again}` in the folder makes it again, not `dvc repro`"
+            )
+        _check_data(model, wanted, folder, None if shots is None else int(shots))
         import yaml
 
         (folder / "params.yaml").write_text(yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True), "utf-8")
@@ -132,13 +138,17 @@ def _data(model: Model, task: str, folder: Path) -> tuple[str, str]:
     return f"data/{source.name}", f"DVC, {root}"
 
 
-def _check_data(model: Model, wanted: dict[str, Any], folder: Path) -> None:
-    """The rows, split as they were, have the version that the model was trained on."""
+def _check_data(model: Model, wanted: dict[str, Any], folder: Path, shots: int | None) -> None:
+    """The rows, split (or drawn, where it learned from shots) as they were, have the version that the model was trained
+    on."""
     from metapeft.data import load_task
+    from metapeft.data.shots import load_shots
     from metapeft.settings import DataSettings
 
-    name = wanted["task"]
-    task = load_task(str(folder / name) if name.startswith("data/") else name, DataSettings(**wanted["data"]))
+    name, data = wanted["task"], DataSettings(**wanted["data"])
+    if name.startswith("data/"):
+        name = str(folder / name)
+    task = load_task(name, data) if shots is None else load_shots(name, shots, data, wanted["seed"])[0]
     if task.version != model.task_version:
         raise UserError(
             f"the data's rows are another version ({task.version}, the model was trained on {model.task_version}):"

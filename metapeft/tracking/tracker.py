@@ -22,7 +22,7 @@ from metapeft.data.task import Task
 from metapeft.errors import UserError
 from metapeft.settings import Settings
 from metapeft.tracking import exchange
-from metapeft.tracking.client import connect, experiment_id, failures
+from metapeft.tracking.client import connect, experiment_id, failures, uri
 from metapeft.tracking.decision import joined
 from metapeft.training.trial import Score, Trial
 
@@ -156,10 +156,22 @@ class Tracker:
             if not held:
                 self.log_trial(trial, task)
 
-    def log_outcome(self, trial: Trial) -> None:
-        """What this run came to: the trial's configuration, curve and scores, on the run itself."""
+    def url(self) -> str:
+        """Where a browser finds the run ("" for a database without a server)."""
+        where = uri(self.settings.tracking)
+        if not where.startswith(("http://", "https://")):
+            return ""
         with failures(self.settings.tracking):
-            _write_outcome(self.client, self.run_id, trial)
+            experiment = self.client.get_run(self.run_id).info.experiment_id
+        return f"{where.rstrip('/')}/#/experiments/{experiment}/runs/{self.run_id}"
+
+    def log_outcome(self, trial: Trial, *, experience: bool = True) -> None:
+        """What this run came to: the trial's configuration, curve and scores, on the run itself.
+
+        experience: whether others may learn from it; not where a configuration alone does not make this outcome again.
+        """
+        with failures(self.settings.tracking):
+            _write_outcome(self.client, self.run_id, trial, experience)
 
     def log_decision(self, recommendation: Json, profile: Json, trial: Trial) -> None:
         """`decision.json` (see `metapeft.tracking.decision`), and what search needs of it as metrics `decision.…`."""
@@ -274,7 +286,7 @@ def _log_input(client: MlflowClient, run_id: str, task: Task) -> None:
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
-def _write_outcome(client: MlflowClient, run_id: str, trial: Trial) -> None:
+def _write_outcome(client: MlflowClient, run_id: str, trial: Trial, experience: bool = True) -> None:
     params = {**trial.configuration, "method": trial.method, "seed": trial.seed, "budget": trial.budget}
     params |= {"train_examples": trial.train_examples, "device": trial.device}
     metrics: dict[str, float] = {name: getattr(trial, name) for name in _OUTCOME}
@@ -290,7 +302,8 @@ def _write_outcome(client: MlflowClient, run_id: str, trial: Trial) -> None:
         "error": trial.error,
         "metric": trial.score.metric if trial.score else "",
     }
-    tags |= exchange.tags(trial)
+    if experience:
+        tags |= exchange.tags(trial)
     _write(client, run_id, metrics=metrics, params=params, tags=tags)
     _write_curve(client, run_id, trial.curve, _milliseconds(trial.started))
 

@@ -12,7 +12,8 @@ Status = Literal["ok", "diverged", "out_of_memory", "failed", "stopped"]
 
 @dataclass
 class Score:
-    """A metric with its standard error, over `n` examples; `loss` is the mean token-level cross-entropy in nats."""
+    """A metric with its standard error, over `n` examples; `loss` is the mean cross-entropy in nats, per token (of
+    shots that `adapt` held out: per example)."""
 
     metric: str
     value: float

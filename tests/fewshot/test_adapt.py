@@ -11,8 +11,9 @@ import pytest
 
 import metapeft
 from metapeft import cli
+from metapeft.data import shots
 from metapeft.errors import UserError
-from metapeft.fewshot import STRATEGIES, reptile, shots
+from metapeft.fewshot import STRATEGIES, reptile
 from metapeft.fewshot.adapt import adapt, explained, starts_of
 from metapeft.fewshot.choose import Held, Prior, Strategy, choose
 from metapeft.fewshot.measure import Answers

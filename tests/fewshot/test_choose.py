@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metapeft.fewshot import choose, shots
+from metapeft.data import shots
+from metapeft.fewshot import choose
 from metapeft.fewshot.choose import Held, Prior, Strategy
 from metapeft.fewshot.measure import Answers, answers
 from tests.backbones.tiny import tiny

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metapeft.fewshot import context, shots
+from metapeft.data import shots
+from metapeft.fewshot import context
 from metapeft.fewshot.choose import AT, Strategy, fitted
 from metapeft.fewshot.measure import answers
 from metapeft.fewshot.strategies import strategies, tuned_context

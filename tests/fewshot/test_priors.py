@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import get_args
 
+from metapeft.data import shots
 from metapeft.data.task import Kind
-from metapeft.fewshot import choose, shots
+from metapeft.fewshot import choose
 from metapeft.fewshot.strategies import METHODS, strategies
 from metapeft.training.session import Session
 from tests.backbones.tiny import tiny

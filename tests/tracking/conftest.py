@@ -7,17 +7,6 @@ import pytest
 
 from metapeft.data.task import Example, Task
 from metapeft.settings import Settings, home, load_settings
-from metapeft.tracking.client import connect
-
-
-@pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database, made once: its migrations take seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METAPEFT_HOME", str(path.parent))
-        connect(load_settings(tracking={"uri": f"sqlite:///{path}"}).tracking)
-    return path
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metapeft.data import shots
 from metapeft.errors import UserError
-from metapeft.fewshot import shots
 from metapeft.settings import DataSettings
 from tests.training import made
 

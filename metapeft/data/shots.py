@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metapeft.data import formats, load
+from metapeft.data import formats, load, versions
 from metapeft.data.rows import Row
 from metapeft.data.task import Example, Kind, Task
 from metapeft.data.templates import check_template, default_template, render
@@ -17,6 +17,21 @@ from metapeft.errors import UserError
 from metapeft.settings import DataSettings
 
 MOST = 1000
+
+
+def load_shots(task: str, count: int | None, settings: DataSettings, seed: int) -> tuple[Task, list[str]]:
+    """A task with `count` shots as its training split, and notes on rows that only the settings' limits left out.
+
+    A file with no more rows than that (None: any file) is learned from whole, with none held out for a test. Raises
+    UserError as `load_task` does, and where a task that is no file comes without a number.
+    """
+    path = Path(task).expanduser()
+    if path.is_file() and (count is None or rows(path) <= count):
+        return read(path, settings), []
+    if count is None:
+        raise UserError(f"say how many examples of {task} to learn from: --shots K")
+    whole = load.load_task(task, settings)
+    return draw(whole, count, seed), load.cuts(whole)
 
 
 def draw(task: Task, count: int, seed: int) -> Task:
@@ -86,5 +101,6 @@ def read(path: Path, settings: DataSettings) -> Task:
         test=(),
         labels=labels,
         source=str(path),
+        dvc_id=versions.content_id(path),
         template=template,
     )
