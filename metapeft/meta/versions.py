@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Sequence
@@ -153,7 +154,9 @@ def compared(challenger: Sequence[Judged], champion: Sequence[Judged]) -> tuple[
         if len(values) < 2:
             continue
         difference = np.array([a - b for a, b in values], dtype=float)
-        error = float(standard_errors(difference[None], [j.family for j in champion])[0])
+        families = [j.family for j in champion]
+        few = len(set(families)) / max(1, len(set(families)) - 1)  # of few families the scatter looks too small
+        error = math.sqrt(few) * float(standard_errors(difference[None], families)[0])
         if difference.mean() > TOLERANCE * error + 1e-12:
             return True, f"{name} is worse by {difference.mean():.4f} ± {error:.4f} on tasks left out"
     return False, "no worse than the champion on tasks left out"

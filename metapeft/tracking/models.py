@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlparse
 
 from metapeft.data.task import Task
 from metapeft.errors import UserError
-from metapeft.settings import Settings, home
+from metapeft.settings import Settings, brief, home
 from metapeft.tracking import servers
 from metapeft.tracking.client import connect, failures, lock
 from metapeft.tracking.decision import advised
@@ -329,14 +329,17 @@ def _find(client: MlflowClient, name: str) -> str:
 
 def _version(client: MlflowClient, name: str, which: str) -> MlflowVersion:
     versions = {int(v.version): v for v in _versions(client, name)}
-    number = which.removeprefix("v")
-    if number.isdigit() and int(number) in versions:
-        return versions[int(number)]
-    found = None if number.isdigit() else _by_alias(client, name, which)
+    digits = which.removeprefix("v")
+    number = int(digits) if digits.isdecimal() and len(digits) < 19 else None  # Python does not read thousands of them
+    if number in versions:
+        return versions[number]
+    found = None if digits.isdecimal() else _by_alias(client, name, which)
     if found is None:
         aliases = ", ".join(sorted(client.get_registered_model(name).aliases)) or "none"
         numbers = ", ".join(map(str, sorted(versions))) or "none"
-        raise UserError(f"{name} has no version or alias {which!r}; versions: {numbers}; aliases: {aliases}")
+        raise UserError(
+            f"{name} has no version or alias {brief(repr(which), 60)}; versions: {numbers}; aliases: {aliases}"
+        )
     return found
 
 

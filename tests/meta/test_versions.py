@@ -51,6 +51,9 @@ def test_families_are_the_witnesses_when_versions_are_compared() -> None:
     (worse, why), (again, said) = versions.compared(*once), versions.compared(5 * once[0], 5 * once[1])
     assert (again, said) == (worse, why)
     naive = differences.std(ddof=1) / np.sqrt(8)
+    scattered = [judged(0.2 + d, n) for n, d in enumerate(differences)]
+    worse, why = versions.compared(scattered, once[1])
+    assert worse and f"± {naive:.4f}" in why, "with one place each it is the standard error of a mean"
     sure = [judged(0.1 + 1.5 * naive, n) for n in range(8)]
     assert versions.compared(sure, once[1])[0], "where all families say so it is worse"
 

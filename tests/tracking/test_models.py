@@ -129,6 +129,9 @@ def test_references(settings: Settings, task: Task) -> None:
         UserError, match=r"no version or alias '9'; versions: 1, 2, 3; aliases: blue, challenger, champion"
     ):
         resolve(settings, "sms_spam@9")
+    for number in ("9" * 5000, "²"):
+        with pytest.raises(UserError, match="no version or alias"):
+            resolve(settings, f"sms_spam@{number}")
     with pytest.raises(UserError, match=f"no registered model 'nothing'; registered: {NAME}"):
         resolve(settings, "nothing")
     register(settings, task, make_trial(4, backbone="other/model:7"))
