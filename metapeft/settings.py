@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -178,6 +179,11 @@ def brief(text: object, most: int = 200) -> str:
     line = " ".join(str(text).split())
     shown = line if len(line) <= most else f"{line[:most]}…"
     return shown.encode("utf-8", "backslashreplace").decode()
+
+
+def shown(url: str) -> str:
+    """A database's address that may be printed: without its password."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1@", url)
 
 
 def unknown(place: tuple[int | str, ...]) -> str:

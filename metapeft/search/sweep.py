@@ -41,7 +41,7 @@ from metapeft.progress import say
 from metapeft.search import pareto, spaces
 from metapeft.search.locks import DatabaseLocks, FileLocks, Locks
 from metapeft.search.stopping import Forecast, StopRule
-from metapeft.settings import Settings, brief, home
+from metapeft.settings import Settings, brief, home, shown
 from metapeft.training.configuration import full
 from metapeft.training.trial import Trial, trial_id
 
@@ -830,11 +830,6 @@ def _quicken(connection: Any, _: Any) -> None:
     """A log instead of a synced journal: commits take a fifth of the time, and no kill or power cut breaks the file."""
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
-
-
-def shown(url: str) -> str:
-    """A storage URL that may be printed: without its password."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1@", url)
 
 
 def _url(storage: str | None, study: str) -> str:

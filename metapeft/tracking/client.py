@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metapeft.errors import MetapeftError, UserError, disk
-from metapeft.settings import TrackingSettings, home
+from metapeft.settings import TrackingSettings, home, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 SERVERS = ("http", "https", "databricks")
+# What PostgreSQL and MySQL say to a wrong name, password or database: trying again does not help.
+_REFUSED = ("authentication failed", "does not exist", "Access denied", "Unknown database")
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -49,15 +51,17 @@ def connect(settings: TrackingSettings) -> MlflowClient:
     scheme = where.split(":", 1)[0].split("+", 1)[0]
     if scheme not in DATABASES + SERVERS:
         raise UserError(
-            f"tracking uri {where!r} is not supported; use sqlite:///FILE, postgresql://… or an http(s) server"
+            f"tracking uri {shown(where)!r} is not supported; use sqlite:///FILE, postgresql://… or an http(s) server"
         )
     if scheme == "sqlite":
         _create_database(Path(where.removeprefix("sqlite:///")))
     try:
+        if scheme != "sqlite" and scheme in DATABASES:
+            _log_in(where)
         return _client(where)
     except Exception as error:
         kind = MetapeftError if scheme != "sqlite" and _away(error) else UserError
-        raise kind(f"cannot use the tracking store {where}: {_reason(error, where)}") from error
+        raise kind(f"cannot use the tracking store {shown(where)}: {_reason(error, where)}") from error
 
 
 def experiment_id(client: MlflowClient, settings: TrackingSettings) -> str:
@@ -91,8 +95,8 @@ def failures(settings: TrackingSettings) -> Iterator[None]:
     except MlflowException as error:
         where = uri(settings)
         if (reason := disk(error)) is not None:
-            raise MetapeftError(f"MLflow at {where}: {reason}") from error
-        raise MetapeftError(f"MLflow at {where} refused: {_reason(error, where)}") from error
+            raise MetapeftError(f"MLflow at {shown(where)}: {reason}") from error
+        raise MetapeftError(f"MLflow at {shown(where)} refused: {_reason(error, where)}") from error
 
 
 @contextmanager
@@ -113,6 +117,24 @@ def lock(name: str) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def _log_in(where: str) -> None:
+    """Raises what the database says to a wrong name or password: MLflow would try it ten times, for 100 seconds.
+
+    For one that is away MLflow's patience is right.
+    """
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import OperationalError
+
+    engine = create_engine(where)
+    try:
+        engine.connect().close()
+    except OperationalError as error:
+        if not _away(error):
+            raise
+    finally:
+        engine.dispose()
 
 
 def _client(where: str) -> MlflowClient:
@@ -164,6 +186,8 @@ def _away(error: BaseException | None) -> bool:
     from sqlalchemy.exc import OperationalError
 
     while error is not None:
+        if isinstance(error, OperationalError) and any(word in str(error) for word in _REFUSED):
+            return False
         if isinstance(error, OperationalError) or (isinstance(error, OSError) and not isinstance(error, ValueError)):
             return True  # what requests raises is an OSError; for an address that is none also a ValueError
         error = error.__cause__ or error.__context__
@@ -173,7 +197,7 @@ def _away(error: BaseException | None) -> bool:
 def _reason(error: Exception, where: str) -> str:
     text = " ".join(str(error).split())
     if "out-of-date database schema" in text:
-        return f"it was made by another MLflow version; copy it, then run: mlflow db upgrade {where}"
+        return f"it was made by another MLflow version; copy it, then run: mlflow db upgrade {shown(where)}"
     if "Max retries exceeded" in text or "Connection refused" in text:
         return "the server does not answer; start it or set tracking.uri"
     with suppress(ValueError, KeyError, TypeError):
