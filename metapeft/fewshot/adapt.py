@@ -29,6 +29,7 @@ from metapeft.fewshot.train import digest
 from metapeft.peft import adapters, checkpoints
 from metapeft.peft.base import Adapter
 from metapeft.peft.saved import Saved
+from metapeft.runtime import MB, mx
 from metapeft.settings import home
 from metapeft.training.configuration import full
 from metapeft.training.evaluation import evaluate, proportion_error, untuned
@@ -198,6 +199,7 @@ def _leave(
     at = [steps] if steps else []
     if strategy.configuration is not None and not steps:  # a start that no step made better
         strategy = replace(strategy, configuration=None)
+    mx.reset_peak_memory()
     fitted(strategy, session, everything, at, lambda s, a: answers(s, a, "train", [0]), keep)
     train_seconds = time.perf_counter() - begin
     saved = kept[steps]
@@ -228,6 +230,7 @@ def _leave(
         untuned_score=before,
         seconds=train_seconds,
         train_seconds=train_seconds,
+        peak_memory_mb=mx.get_peak_memory() / MB,
         trained_parameters=sum(int(value.size) for value in saved.tensors.values()),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         train_examples=len(task.train),

@@ -49,6 +49,7 @@ def test_a_file_of_shots_is_registered_served_and_restored(home: Path, tmp_path:
     assert version.trial == found.trial.id and version.dvc_id and version.task == "mail"
     run = mlflow.MlflowClient(uri(settings.tracking)).get_run(found.registered["run_id"])
     assert run.info.status == "FINISHED" and run.data.tags["strategy"] == "context" and run.data.tags["shots"] == "6"
+    assert run.data.metrics["peak_memory_mb"] > 0
     assert run.data.metrics["adapt.gain"] == pytest.approx(found.chosen.gain if found.chosen else 0)
     assert exchange.collect(settings) == [], "no experience: the configuration alone does not make it again"
 
