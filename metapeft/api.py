@@ -262,16 +262,18 @@ def train_sequence(
     steps: int | None = None,
     **options: Any,
 ) -> Learned:
-    """Train tasks one after another, and measure what is left of the earlier ones (docs/switching.md).
+    """Train tasks one after another, and measure what is left of the earlier ones (docs/switching.md). Where each has
+    an adapter of its own, these are registered.
 
     keep: how earlier tasks are kept; buffer: examples of each that "replay" mixes in; strength: of the penalty of "ewc"
     and "l2". method: of all tasks (default: lora). options: backbone, seed, params. The same call again continues, or
     reads what is there.
     """
-    from metapeft import backbones
+    from metapeft import backbones, tracking
     from metapeft.data import load_task
     from metapeft.progress import progress
     from metapeft.switching import sequence
+    from metapeft.switching.register import register
 
     if not tasks:
         raise UserError("a sequence needs at least one task")
@@ -281,10 +283,14 @@ def train_sequence(
             raise UserError(f"the sequence names {brief(tasks[number], 60)} twice; name each of its tasks once")
     one_method(method, configuration or {})
     kept = sequence.Keep(keep, buffer, strength)
-    settings = settings_for(tasks[0], train={"steps": steps}, **options)
+    wanted = {"method": method or "lora"} | (configuration or {})
+    alone = {"method": wanted["method"], "configuration": wanted, "steps": steps}
+    every = [settings_for(task, train=alone, **options) for task in tasks]
+    settings = every[0]
     loaded = [load_task(str(task), settings.data) for task in tasks]
     base, budget = backbones.load(settings.backbone), settings.train.steps
-    with progress("train-sequence", len(loaded) * budget) as advance:
+    name = f"sequence of {len(loaded)} tasks"
+    with tracking.run(settings, name) as tracker, progress("train-sequence", len(loaded) * budget) as advance:
 
         def on_event(number: int, event: dict[str, Any]) -> None:
             score = event.get("validation_score")
@@ -292,15 +298,9 @@ def train_sequence(
             note += f", validation {score:.3f}" if score is not None else ""
             advance(number * budget + event["step"], note, line=score is not None)
 
-        return sequence.train_sequence(
-            base,
-            loaded,
-            {"method": method or "lora"} | (configuration or {}),
-            kept,
-            steps=budget,
-            seed=settings.seed,
-            progress=on_event,
-        )
+        found = sequence.train_sequence(base, loaded, wanted, kept, steps=budget, seed=settings.seed, progress=on_event)
+        register(tracker, loaded, every, found)
+        return found
 
 
 def grow(

@@ -246,6 +246,8 @@ def train_sequence(
     if not as_json:
         measures = ("average_accuracy", "backward_transfer", "forgetting", "drift")
         print(", ".join(f"{name.replace('_', ' ')} {found[name]:.3f}" for name in measures))
+        for each in found["models"]:
+            print("model: {model} version {version}, {alias} ({reason})".format(**each))
 
 
 @app.command()

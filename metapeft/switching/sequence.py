@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 Kind = Literal["naive", "replay", "ewc", "l2", "adapters"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 FISHER = 32  # examples that tell which parameters matter
-FORMAT = 1
+FORMAT = 2
 # What a backbone should still be able to read after it was tuned.
 TEXT = """The harbour lies at the mouth of a slow river, and for most of the year the wind comes from the west. Small
 boats leave before dawn and return around noon, when the market on the quay is already half empty. A lighthouse was
@@ -79,7 +79,7 @@ class Keep:
 @dataclass
 class Learned:
     """The outcome. scores[i][j]: test score of task j after task i, for j up to i. perplexity: of the bare backbone on
-    TEXT, then after each task."""
+    TEXT, then after each task. trials: of each task, scored when it was learned. models: what `register` made of it."""
 
     id: str
     keep: dict[str, Any]
@@ -89,6 +89,7 @@ class Learned:
     perplexity: list[float] = field(default_factory=list)
     trials: list[dict[str, Any]] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)  # folders
+    models: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def average_accuracy(self) -> float:
@@ -286,10 +287,12 @@ class _Task:
             adapter = self.load(number if own else self.number)
             adapter.attach(session.model)
             try:
-                row.append(evaluate(session, adapter, "test").value)
+                score = evaluate(session, adapter, "test")
             finally:
                 adapter.detach(session.model)
+            row.append(score.value)
         found.scores.append(row)
+        found.trials[-1] |= {"score": asdict(score), "untuned_score": asdict(untuned(session, "test"))}
         # Text that belongs to no task meets the backbone alone where every task has an adapter of its own.
         found.perplexity.append(perplexity(self.sessions[0], None if own else self.load(self.number)))
 
@@ -318,7 +321,7 @@ def _hash(value: Any) -> str:
 def _read(folder: Path, name: str) -> Learned | None:
     try:
         found = json.loads((folder / "sequence.json").read_text(encoding="utf-8"))
-        fields = {k: found[k] for k in Learned.__dataclass_fields__}
+        fields = {k: found[k] for k in Learned.__dataclass_fields__ if k != "models"}
     except (OSError, ValueError, KeyError):
         return None
     return Learned(**fields) if (found["format"], found["id"]) == (FORMAT, name) else None

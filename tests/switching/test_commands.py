@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import mlflow
 import pytest
+import yaml
 
 from metapeft import api, stages
 from metapeft.errors import UserError
+from metapeft.settings import load_settings
 from metapeft.switching.decide import differing
+from metapeft.tracking import models
+from metapeft.tracking.client import uri
+from metapeft.tracking.restore import restore
 from tests.backbones.tiny import tiny_folder
 from tests.stages.made import spam_file
 
 START = {"learning_rate": 1e-4, "tokens": 4, "width": 16}
 
 
-def test_tasks_one_after_another(tmp_path: Path) -> None:
+def test_tasks_one_after_another(home: Path, database: Path, tmp_path: Path) -> None:
+    shutil.copy(database, home / "mlflow.db")
     files = []
     for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        files.append(spam_file(tmp_path / name, 60))
+        files.append(spam_file(tmp_path, 60).rename(tmp_path / f"{name}.jsonl"))
     found = api.train_sequence(files, keep="l2", steps=4, backbone=str(tiny_folder("llama")), configuration={"rank": 2})
     assert [len(row) for row in found.scores] == [1, 2] and all(Path(a).is_dir() for a in found.adapters)
+    assert found.models == [] and models.list_models(load_settings()) == [], "one adapter for both is nobody's model"
+    for _ in range(2):  # the second time it is read, and nothing is registered again
+        own = api.train_sequence(files, steps=4, backbone=str(tiny_folder("llama")), configuration={"rank": 2})
+        registered = models.list_models(load_settings())
+        assert [(m.task, m.version, m.aliases) for m in registered] == [(n, 1, ("champion",)) for n in ("one", "two")]
+        assert [m.score for m in registered] == [row[-1] for row in own.scores]
+    client = mlflow.MlflowClient(uri(load_settings().tracking))
+    [run] = client.search_runs(["1"], "tags.keep = 'l2'")
+    assert run.data.metrics["sequence.forgetting"] == found.forgetting
+    back = restore(load_settings(), "two", tmp_path / "back")
+    assert yaml.safe_load((tmp_path / "back" / "params.yaml").read_text())["train"]["configuration"]["rank"] == 2
+    assert back.task_version == registered[1].task_version
     with pytest.raises(UserError, match="at least one task"):
         api.train_sequence([])
     with pytest.raises(UserError, match="twice"):
