@@ -174,3 +174,18 @@ def recovered(name: str, words: list[str]) -> dict[str, Any]:
     before = known()
     code = stages.get(name).main(words)
     return {"before": before, "code": code, "after": known()}
+
+
+def command(words: list[str], acks: str | None = None) -> int:
+    """A command, with what is promised noted as for a stage."""
+    from metapeft import cli
+
+    if acks:
+        _acknowledge(acks)
+    return cli.main(words)
+
+
+def command_again(words: list[str]) -> dict[str, Any]:
+    before = known()
+    code = command(words)
+    return {"before": before, "code": code, "after": known()}
