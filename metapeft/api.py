@@ -274,6 +274,7 @@ def train_sequence(
     from metapeft.progress import progress
     from metapeft.switching import sequence
     from metapeft.switching.register import register
+    from metapeft.training.configuration import full
 
     if not tasks:
         raise UserError("a sequence needs at least one task")
@@ -283,11 +284,14 @@ def train_sequence(
             raise UserError(f"the sequence names {brief(tasks[number], 60)} twice; name each of its tasks once")
     one_method(method, configuration or {})
     kept = sequence.Keep(keep, buffer, strength)
-    wanted = {"method": method or "lora"} | (configuration or {})
-    alone = {"method": wanted["method"], "configuration": wanted, "steps": steps}
-    every = [settings_for(task, train=alone, **options) for task in tasks]
-    settings = every[0]
+    wanted = full({"method": method or "lora"} | (configuration or {}))
+    settings = settings_for(tasks[0], train={"steps": steps}, **options)
+    alone = {"method": wanted["method"], "configuration": wanted, "switch": False}  # what made each, and nothing else
+    train = settings.train.model_copy(update=alone)
+    every = [settings.model_copy(update={"task": str(task), "train": train}) for task in tasks]
     loaded = [load_task(str(task), settings.data) for task in tasks]
+    if keep == "adapters":
+        one_name([task.name for task in loaded])
     base, budget = backbones.load(settings.backbone), settings.train.steps
     name = f"sequence of {len(loaded)} tasks"
     with tracking.run(settings, name) as tracker, progress("train-sequence", len(loaded) * budget) as advance:
@@ -399,6 +403,16 @@ def one_method(method: str | None, configuration: dict[str, Any]) -> None:
             f"two methods are named, {brief(method, 60)} (--method, or train.method) and {brief(other, 60)} (--set"
             " method=…, or train.configuration); keep one"
         )
+
+
+def one_name(names: Sequence[str]) -> None:
+    """Raises UserError where two tasks have one name: their adapters would be versions of one model."""
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"two tasks of the sequence are called {brief(name, 60)}, and their adapters would be versions of one"
+                " model; rename one of the files"
+            )
 
 
 def settings_for(task: str | Path, *, params: Path | None = None, **given: Any) -> Settings:

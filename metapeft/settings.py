@@ -182,8 +182,8 @@ def brief(text: object, most: int = 200) -> str:
 
 
 def shown(url: str) -> str:
-    """A database's address that may be printed: without its password."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1@", url)
+    """An address, or a text with addresses in it, that may be printed: without passwords."""
+    return re.sub(r"([?&]password=)[^&\s]*", r"\1…", re.sub(r"(://[^:/@\s]*):[^/\s]*@", r"\1@", url))
 
 
 def unknown(place: tuple[int | str, ...]) -> str:

@@ -204,10 +204,10 @@ def _leave(
     train_seconds = time.perf_counter() - begin
     saved = kept[steps]
     configuration = full((strategy.configuration or {}) | saved.config.to_json())
-    start = digest(saved) if strategy.configuration is None else strategy.name
     backbone = session.backbone
     identity = trial_id(
-        task.name, task.version, backbone.id, configuration, seed, steps, len(task.train), f"few shots, {start}"
+        *(task.name, task.version, backbone.id, configuration, seed, steps, len(task.train)),
+        f"few shots, {strategy.name}, {digest(saved)}",  # the library, and so a start, may be another the next time
     )
     adapter = adapters.build(saved, session.model)
     adapter.attach(session.model)

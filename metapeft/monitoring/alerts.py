@@ -14,6 +14,7 @@ from metapeft.monitoring.feedback import Served
 from metapeft.monitoring.outcomes import Decision
 from metapeft.monitoring.served import Health
 from metapeft.monitoring.watches import Finding
+from metapeft.tracking.models import HELD_OUT
 
 if TYPE_CHECKING:
     from metapeft.monitoring.remeasure import Remeasured
@@ -160,16 +161,16 @@ def kinds(worse: Sequence[Decision], name: str) -> tuple[str, ...]:
     return tuple(f"{kind} ({len(sums[kind])})" for kind in order[:KINDS])
 
 
-def of_feedback(found: Served, since: str, before: str | None) -> Alert | None:
-    """before: how to give the version before back, where there is one."""
+def of_feedback(found: Served, since: str, before: str | None, metric: str) -> Alert | None:
+    """before: how to give the version before back, where there is one. metric: of its score."""
     if found.fired is None:
         return None
     return Alert(
         key=f"feedback:{found.model}",
         severity="critical",
-        title=f"{found.model} is right less often than its test score promises",
+        title=f"{found.model} is right less often than its score promises",
         text=f"{found.accuracy:.1%} of the last {min(100, found.answers)} judged answers were right;"
-        f" {found.promised:.1%} on the test split.",
+        f" {found.promised:.1%} {'of the held-out shots' if metric.endswith(HELD_OUT) else 'on the test split'}.",
         do=(f"look at what is asked of it: is it still the task that it was trained on? {before or ''}".strip())
         + " Then train it again on newer rows (`metapeft train`). Callers may report mistakes more often than what went"
         " well: if so, let them judge a random share of the answers.",

@@ -288,5 +288,5 @@ def _adapters(settings: Settings) -> list[tuple[dict[str, Any], Alert | None]]:
             "fires": seen.fired is not None,
             "known": "",
         }
-        found.append((row, told.of_feedback(seen, since, back)))
+        found.append((row, told.of_feedback(seen, since, back, model.metric)))
     return found

@@ -53,7 +53,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         tracker.log_outcome(trial)
         tracker.log_decision(recommendation, profile, trial)
         tracker.set_tags({"selection": selection(settings, work, recommendation.record["basis"])})
-        tracker.log_json(settings.model_dump(mode="json"), "settings.json")
+        tracker.log_settings()
         if (work / "train" / "switching.json").exists():
             tracker.log_json(read_json(work / "train" / "switching.json"), "switching.json")
         registration = tracker.register(work / "train" / "adapter", trial, task, recommendation)

@@ -30,6 +30,6 @@ def register(tracker: Tracker, tasks: Sequence[Task], settings: Sequence[Setting
     for task, own, record, folder in zip(tasks, settings, found.trials, found.adapters, strict=True):
         trial = Trial.from_json(record)
         alone = Tracker(tracker.client, own, tracker.log_trial(trial, task))
-        alone.log_json(own.model_dump(mode="json"), "settings.json")
+        alone.log_settings()
         registered = alone.register(Path(folder), trial, task).to_json()
         found.models.append(registered | {"run_id": alone.run_id, "run_url": alone.url()})

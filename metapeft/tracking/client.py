@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 SERVERS = ("http", "https", "databricks")
 # What PostgreSQL and MySQL say to a wrong name, password or database: trying again does not help.
-_REFUSED = ("authentication failed", "does not exist", "Access denied", "Unknown database")
+_REFUSED = (
+    *("authentication failed", "no password supplied", "no pg_hba.conf entry", "does not exist"),
+    *("Access denied", "Unknown database"),
+)
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -202,4 +205,4 @@ def _reason(error: Exception, where: str) -> str:
         return "the server does not answer; start it or set tracking.uri"
     with suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["message"]
-    return text[:300]
+    return shown(text)[:300]

@@ -37,11 +37,15 @@ def compare(settings: Settings, runs: Sequence[str] = ()) -> list[dict[str, Any]
     """
     client = connect(settings.tracking)
     rows: dict[str, dict[str, Any]] = {}
+
+    def order(row: dict[str, Any]) -> tuple[bool, str]:
+        return not row["status"], row["started"]  # a kill leaves a run without an outcome
+
     for run in chosen(settings, client, runs):
         if "trial_id" in run.data.tags:
             row = _row(run)
             known = rows.get(row["trial"])
-            if known is None or known["started"] > row["started"]:
+            if known is None or order(known) > order(row):
                 rows[row["trial"]] = row
     return sorted(rows.values(), key=lambda r: (r["task"], r["task_version"], -_measured(r), r["seconds"] or 0))
 

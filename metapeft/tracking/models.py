@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from urllib.parse import unquote, urlparse
 
 from metapeft.data.task import Task
 from metapeft.errors import UserError
+from metapeft.peft.folder import stable
 from metapeft.settings import Settings, brief, home
 from metapeft.tracking import servers
 from metapeft.tracking.client import connect, failures, lock
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from metapeft.tracking.tracker import Json
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+HELD_OUT = " of held-out shots"  # ends the metric of a score that is not of a test split
 DATA_ONLY = {".safetensors", ".json", ".md", ".txt", ".jinja"}
 _HISTORY = "champions"
 _SETTLED = "first_alias"  # written last: a version without it was interrupted before it got its alias
@@ -111,17 +114,19 @@ def register(
         )
     _check_folder(adapter)
     name = registered_name(task.name, trial.backbone)
-    tags = {**_tags(trial, task, recommendation), "weights": weights_digest(adapter)}
-    with failures(settings.tracking), lock("registry"):
+    with failures(settings.tracking), lock("registry"), tempfile.TemporaryDirectory() as place:
+        files = Path(place) / "adapter"
+        stable(adapter, lambda at: _copy(at, files))  # another process may be replacing the folder
+        tags = {**_tags(trial, task, recommendation), "weights": weights_digest(files)}
         same = ("trial", "weights", "score")
         version = next((v for v in _versions(client, name) if all(v.tags.get(key) == tags[key] for key in same)), None)
         if version is not None and _SETTLED in version.tags:
             known = _model(client, version)
             return Registration(known, (*known.aliases, "")[0], f"registered before as version {known.version}")
         if version is None:
-            place = f"adapters/{trial.id}"
-            client.log_artifacts(run_id, str(adapter), place)
-            source = f"{client.get_run(run_id).info.artifact_uri.rstrip('/')}/{place}"
+            stored = f"adapters/{trial.id}"
+            client.log_artifacts(run_id, str(files), stored)
+            source = f"{client.get_run(run_id).info.artifact_uri.rstrip('/')}/{stored}"
             _ensure_registered(client, name, task, trial.backbone)
             version = client.create_model_version(name, source, run_id, tags)
         reason = "asked for"
@@ -206,6 +211,14 @@ def _check_folder(adapter: Path) -> None:
         raise UserError(f"{adapter} holds no weights (.safetensors); give the folder that training wrote")
 
 
+def _copy(adapter: Path, to: Path) -> None:
+    shutil.rmtree(to, ignore_errors=True)
+    try:
+        shutil.copytree(adapter, to)
+    except OSError as error:  # shutil.Error too
+        raise UserError(f"cannot copy the adapter folder {adapter} ({brief(error)}); check it and the disk") from error
+
+
 def weights_digest(adapter: Path) -> str:
     """sha256 of all weights in an adapter folder."""
     digest = hashlib.sha256()
@@ -235,6 +248,7 @@ def _tags(trial: Trial, task: Task, recommendation: Json | None) -> dict[str, st
         "metric": trial.score.metric,
         "score": repr(float(trial.score.value)),
         "standard_error": repr(float(trial.score.standard_error)),
+        "examples": str(trial.score.n),
         "untuned_score": repr(float(trial.untuned_score.value)) if trial.untuned_score else "",
         "trial": trial.id,
         "dvc_id": task.dvc_id,
@@ -251,13 +265,23 @@ def _tags(trial: Trial, task: Task, recommendation: Json | None) -> dict[str, st
 
 
 def _decide(trial: Trial, task: Task, present: MlflowVersion | None) -> tuple[str, str]:
-    """The alias of a new version, and why. Equal scores count as not worse."""
+    """The alias of a new version, and why. Equal scores count as not worse.
+
+    A score of held-out shots gives way to one of a test split, and to one of more shots: other shots are another test.
+    """
     assert trial.score is not None
     score = trial.score
     if present is None:
         weak = trial.untuned_score is not None and score.value < trial.untuned_score.value
         return CHAMPION, "first version" + (", though it scores below the untuned backbone" if weak else "")
     old = present.tags
+    before, now = (metric.endswith(HELD_OUT) for metric in (old.get("metric", ""), score.metric))
+    if before and not now:
+        return CHAMPION, f"scored on a test split, version {present.version} on held-out shots alone"
+    if before and now and score.n != int(old.get("examples") or 0):
+        more = score.n > int(old.get("examples") or 0)
+        said = f"learned from {score.n} shots, champion version {present.version} from {old.get('examples')}"
+        return (CHAMPION if more else CHALLENGER), said
     if old.get("metric") != score.metric:
         return CHALLENGER, f"scored by {score.metric}, version {present.version} by {old.get('metric')}: not comparable"
     other = "" if old.get("task_version") == task.version else " (on another version of the data)"

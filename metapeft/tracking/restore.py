@@ -5,7 +5,7 @@
     FOLDER/data/…          the task's file, by its content id from where it lay, DVC's cache or its remote
     FOLDER/model/          the adapter
 
-`dvc repro` in the folder then makes the model again, of one that `metapeft adapt` left the same command there.
+`dvc repro` in the folder then makes the model again; for one that `metapeft adapt` left a warning says how.
 """
 
 from __future__ import annotations
@@ -70,10 +70,7 @@ def restore(settings: Settings, reference: str, folder: Path) -> Restored:
         wanted["task"], origin = _data(model, wanted["task"], folder)
         wanted["tracking"]["uri"] = None  # of the machine that runs it
         if shots is not None:
-            again = f"metapeft adapt {wanted['task']} --shots {shots}"
-            warnings.append(
-                f"it was learned from {shots} shots: `{again}` in the folder makes it again, not `dvc repro`"
-            )
+            warnings.append(_again(wanted["task"], shots, tags.get("strategy", "")))
         _check_data(model, wanted, folder, None if shots is None else int(shots))
         import yaml
 
@@ -85,6 +82,16 @@ def restore(settings: Settings, reference: str, folder: Path) -> Restored:
     return Restored(
         *(model.name, model.version, str(folder), commit, code),
         *(wanted["task"], model.task_version, model.dvc_id, origin, tuple(warnings)),
+    )
+
+
+def _again(task: str, shots: str, strategy: str) -> str:
+    """How to make again what `metapeft adapt` left."""
+    library = " and the library and starts of then in METAPEFT_HOME"
+    needed = library if strategy.startswith(("nearest", "mix", "reptile")) else ""
+    return (
+        f"it was learned from a few shots: not `dvc repro` but `metapeft adapt {task} --shots {shots} --strategy"
+        f" '{strategy}'` in the folder makes it again, with this params.yaml{needed}"
     )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from metapeft.data.task import Task
 from metapeft.errors import UserError
-from metapeft.settings import Settings
+from metapeft.settings import Settings, shown
 from metapeft.tracking import exchange
 from metapeft.tracking.client import connect, experiment_id, failures, uri
 from metapeft.tracking.decision import joined
@@ -122,10 +122,11 @@ class Tracker:
         with failures(self.settings.tracking):
             _write(self.client, self.run_id, metrics=metrics, tags=tags)
 
-    def log_trial(self, trial: Trial, task: Task | None = None) -> str:
+    def log_trial(self, trial: Trial, task: Task | None = None, *, experience: bool = True) -> str:
         """A nested run with the configuration, the learning curve and the outcome; returns its run id.
 
-        A trial that this run holds already is not recorded twice.
+        A trial that this run holds already is not recorded twice. experience: whether others may learn from it; not
+        where a configuration alone does not make this outcome again.
         """
         with failures(self.settings.tracking):
             parent = self.client.get_run(self.run_id).info
@@ -141,7 +142,7 @@ class Tracker:
             if task is not None:
                 _log_input(self.client, run_id, task)
                 _write(self.client, run_id, tags=identity(task))
-            _write_outcome(self.client, run_id, trial)
+            _write_outcome(self.client, run_id, trial, experience)
             ended = int(started + 1000 * trial.seconds)
             self.client.set_terminated(run_id, STATUS[trial.status], ended)
             return run_id
@@ -158,20 +159,23 @@ class Tracker:
 
     def url(self) -> str:
         """Where a browser finds the run ("" for a database without a server)."""
-        where = uri(self.settings.tracking)
+        where = shown(uri(self.settings.tracking))
         if not where.startswith(("http://", "https://")):
             return ""
         with failures(self.settings.tracking):
             experiment = self.client.get_run(self.run_id).info.experiment_id
         return f"{where.rstrip('/')}/#/experiments/{experiment}/runs/{self.run_id}"
 
-    def log_outcome(self, trial: Trial, *, experience: bool = True) -> None:
-        """What this run came to: the trial's configuration, curve and scores, on the run itself.
+    def log_settings(self) -> None:
+        """`settings.json`: what the run was asked for, as `metapeft models restore` reads it."""
+        record = self.settings.model_dump(mode="json")
+        record["tracking"]["uri"] = None  # it may hold a password, and is this machine's
+        self.log_json(record, "settings.json")
 
-        experience: whether others may learn from it; not where a configuration alone does not make this outcome again.
-        """
+    def log_outcome(self, trial: Trial) -> None:
+        """What this run came to: the trial's configuration, curve and scores, on the run itself."""
         with failures(self.settings.tracking):
-            _write_outcome(self.client, self.run_id, trial, experience)
+            _write_outcome(self.client, self.run_id, trial)
 
     def log_decision(self, recommendation: Json, profile: Json, trial: Trial) -> None:
         """`decision.json` (see `metapeft.tracking.decision`), and what search needs of it as metrics `decision.…`."""

@@ -10,7 +10,7 @@ import mlflow
 import pytest
 
 import metapeft
-from metapeft import cli
+from metapeft import cli, tracking
 from metapeft.fewshot.choose import Prior
 from metapeft.settings import load_settings
 from metapeft.tracking import exchange, models
@@ -61,7 +61,8 @@ def test_a_file_of_shots_is_registered_served_and_restored(home: Path, tmp_path:
         assert asked.status_code == 200 and asked.json()["data"][0]["probabilities"].keys() == {"ham", "spam"}
 
     back = restore(settings, "mail", tmp_path / "back")
-    assert any("metapeft adapt" in warning and "--shots 6" in warning for warning in back.warnings)
+    [told] = [warning for warning in back.warnings if "adapt" in warning]
+    assert f"metapeft adapt {back.task} --shots 6 --strategy 'context'" in told and "library" not in told
     assert back.task_version == version.task_version and (tmp_path / "back" / "model").is_dir()
 
 
@@ -80,6 +81,35 @@ def test_beside_a_model_of_the_whole_task(home: Path, tmp_path: Path, capsys: py
     assert one["trial"]["validation"] is None and one["registered"]["version"] == 2
     assert cli.main(["compare", "--params", str(params), "--json"]) == 0
     assert {row["trial"] for row in json.loads(capsys.readouterr().out)} == {first["trial"]["id"], one["trial"]["id"]}
+
+
+def test_more_shots_and_a_test_split_go_before(home: Path, tmp_path: Path) -> None:
+    """A score of held-out shots is no reason to keep a version that learned from fewer."""
+    model = str(tiny_folder("llama"))
+    names = [metapeft.adapt(file_of(tmp_path, n), backbone=model, strategies=["context"]) for n in (6, 10, 8)]
+    assert [f.registered["alias"] for f in names] == ["champion", "champion", "challenger"]
+    assert "learned from 10 shots, champion version 1 from 6" in names[1].registered["reason"]
+    task = file_of(tmp_path, 60)
+    tested = metapeft.adapt(task, backbone=model, strategies=["context"], shots=2)
+    assert tested.score and tested.registered["alias"] == "champion" and tested.registered["version"] == 4
+    again = metapeft.adapt(file_of(tmp_path, 12), backbone=model, strategies=["context"])
+    assert again.registered["alias"] == "challenger" and "not comparable" in again.registered["reason"]
+
+
+def test_a_run_that_others_began_is_not_written_over(home: Path, tmp_path: Path) -> None:
+    model = str(tiny_folder("llama"))
+    settings = load_settings(backbone=model)
+    with tracking.run(settings, "of somebody") as tracker, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(tracking.RUN_ID, tracker.run_id)
+        for count in (4, 6):
+            metapeft.adapt(file_of(tmp_path, count), backbone=model, strategies=["context"])
+            path = tmp_path / f"of-{count}"
+            path.mkdir()
+            shutil.copy(tmp_path / "mail.jsonl", path / "mail.jsonl")
+    for version, count in ((1, 4), (2, 6)):
+        shutil.copy(tmp_path / f"of-{count}" / "mail.jsonl", tmp_path / "mail.jsonl")
+        back = restore(settings, f"mail@{version}", tmp_path / f"back-{version}")
+        assert any(f"--shots {count}" in warning for warning in back.warnings)
 
 
 def test_what_nothing_has_measured_is_not_registered(

@@ -17,6 +17,7 @@ from metapeft.switching.decide import differing
 from metapeft.tracking import models
 from metapeft.tracking.client import uri
 from metapeft.tracking.restore import restore
+from metapeft.training.configuration import full
 from tests.backbones.tiny import tiny_folder
 from tests.stages.made import spam_file
 
@@ -31,8 +32,11 @@ def test_tasks_one_after_another(home: Path, database: Path, tmp_path: Path) -> 
     found = api.train_sequence(files, keep="l2", steps=4, backbone=str(tiny_folder("llama")), configuration={"rank": 2})
     assert [len(row) for row in found.scores] == [1, 2] and all(Path(a).is_dir() for a in found.adapters)
     assert found.models == [] and models.list_models(load_settings()) == [], "one adapter for both is nobody's model"
+    params = tmp_path / "params.yaml"  # what it says of `metapeft train` is not what makes these
+    of_train = {"method": "prompt", "configuration": {"tokens": 8, "learning_rate": 0.1}, "switch": True}
+    params.write_text(yaml.safe_dump({"backbone": str(tiny_folder("llama")), "train": of_train}))
     for _ in range(2):  # the second time it is read, and nothing is registered again
-        own = api.train_sequence(files, steps=4, backbone=str(tiny_folder("llama")), configuration={"rank": 2})
+        own = api.train_sequence(files, steps=4, configuration={"rank": 2}, params=params)
         registered = models.list_models(load_settings())
         assert [(m.task, m.version, m.aliases) for m in registered] == [(n, 1, ("champion",)) for n in ("one", "two")]
         assert [m.score for m in registered] == [row[-1] for row in own.scores]
@@ -40,8 +44,13 @@ def test_tasks_one_after_another(home: Path, database: Path, tmp_path: Path) -> 
     [run] = client.search_runs(["1"], "tags.keep = 'l2'")
     assert run.data.metrics["sequence.forgetting"] == found.forgetting
     back = restore(load_settings(), "two", tmp_path / "back")
-    assert yaml.safe_load((tmp_path / "back" / "params.yaml").read_text())["train"]["configuration"]["rank"] == 2
+    train = yaml.safe_load((tmp_path / "back" / "params.yaml").read_text())["train"]
+    assert train["configuration"] == full({"method": "lora", "rank": 2}) == registered[1].configuration
+    assert (train["method"], train["steps"], train["switch"]) == ("lora", 4, False)
     assert back.task_version == registered[1].task_version
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="two tasks of the sequence are called one"):
+        api.train_sequence([files[0], spam_file(tmp_path / "other", 50).rename(tmp_path / "other" / "one.jsonl")])
     with pytest.raises(UserError, match="at least one task"):
         api.train_sequence([])
     with pytest.raises(UserError, match="twice"):

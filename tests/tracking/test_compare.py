@@ -33,6 +33,18 @@ def test_outcomes_side_by_side(settings: Settings, task: Task) -> None:
         compare(settings, ["nothing"])
 
 
+def test_a_run_that_was_killed_hides_no_outcome(settings: Settings, task: Task) -> None:
+    trial = make_trial(1, 0.8)
+    with tracking.run(settings, "sweep") as whole:
+        done = whole.log_trial(trial, task)
+    with tracking.run(settings, "sweep") as cut:
+        started = whole.client.get_run(done).info
+        for _ in range(6):  # as a kill leaves it: begun at the same moment, and no more known than which trial it was
+            tags = {"mlflow.parentRunId": cut.run_id, "trial_id": trial.id}
+            cut.client.create_run(started.experiment_id, started.start_time, tags, "cut")
+    assert [(row["run"], row["score"]) for row in compare(settings)] == [(done, 0.8)]
+
+
 def test_an_empty_experiment_has_no_rows(settings: Settings) -> None:
     assert compare(settings) == []
     assert compare(load_settings(tracking={"experiment": "other"})) == []

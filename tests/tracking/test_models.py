@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from metapeft import tracking
 from metapeft.data.task import Task
 from metapeft.errors import UserError
 from metapeft.settings import Settings, home
+from metapeft.tracking import models
 from metapeft.tracking.client import connect
 from metapeft.tracking.models import Registration, list_models, promote, registered_name, resolve, rollback
 from metapeft.training.trial import Score, Trial
@@ -116,6 +118,29 @@ def test_rolling_back_survives_deaths_and_deletions(settings: Settings, task: Ta
     promote(settings, NAME, 3)
     client.delete_model_version(NAME, "2")
     assert rollback(settings, NAME).version == 1
+
+
+def test_a_folder_that_is_replaced_meanwhile_is_taken_whole(
+    settings: Settings, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial, copy, swapped = make_trial(1, 0.9), shutil.copytree, []
+
+    def replaced(source: Path, to: Path) -> None:
+        """Half is copied when another process puts its own folder there."""
+        if not swapped:
+            to.mkdir()
+            shutil.copy(source / "adapter_model.safetensors", to)
+            swapped.append(source.rename(source.with_name("gone")))
+            make_adapter(source, content="of another")
+            raise FileNotFoundError(str(source / "adapter_config.json"))
+        copy(source, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models.shutil, "copytree", replaced)
+        done = register(settings, task, trial)
+    folder, _ = resolve(settings, NAME)
+    assert (folder / "adapter_model.safetensors").read_text() == "of another" and swapped
+    assert models.weights_digest(folder) == done.model.weights
 
 
 def test_references(settings: Settings, task: Task) -> None:

@@ -39,6 +39,7 @@ def test_wrong_names_are_bad_input_and_an_outage_is_not(server: Server, monkeypa
         tracker.log_metrics({"score": 0.5})
     wrong = {
         "password": server.url.replace("secret", "forgotten"),
+        "no password": server.url.replace(":secret", ""),
         "database": server.url.replace("/postgres", "/elsewhere"),
         "role": server.url.replace("sweeper", "nobody"),
     }
