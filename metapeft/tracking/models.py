@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from metapeft.data.task import Task
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError, UserError, disk
 from metapeft.peft.folder import stable
 from metapeft.settings import Settings, brief, home
 from metapeft.tracking import servers
@@ -216,6 +216,8 @@ def _copy(adapter: Path, to: Path) -> None:
     try:
         shutil.copytree(adapter, to)
     except OSError as error:  # shutil.Error too
+        if (reason := disk(error)) is not None:
+            raise MetapeftError(f"cannot copy the adapter folder {adapter}: {reason}") from error
         raise UserError(f"cannot copy the adapter folder {adapter} ({brief(error)}); check it and the disk") from error
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from metapeft import tracking
 from metapeft.data.task import Task
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError, UserError
 from metapeft.settings import Settings, home
 from metapeft.tracking import models
 from metapeft.tracking.client import connect
@@ -141,6 +141,17 @@ def test_a_folder_that_is_replaced_meanwhile_is_taken_whole(
     folder, _ = resolve(settings, NAME)
     assert (folder / "adapter_model.safetensors").read_text() == "of another" and swapped
     assert models.weights_digest(folder) == done.model.weights
+
+
+def test_a_full_disk_is_no_bad_input(settings: Settings, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, to: Path) -> None:
+        raise shutil.Error([(str(source), str(to), "[Errno 28] No space left on device")])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models.shutil, "copytree", full)
+        with pytest.raises(MetapeftError, match="the disk is full") as error:
+            register(settings, task, make_trial(1, 0.9))
+    assert error.value.exit_code == 1 and list_models(settings) == []
 
 
 def test_references(settings: Settings, task: Task) -> None:
