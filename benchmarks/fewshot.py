@@ -502,7 +502,8 @@ def speed(cells: list[dict[str, Any]]) -> dict[str, Any]:
     this LoRA itself takes until it first has it (and the share of cells where the choice gets there). Looks are far
     apart, so LoRA is given the fewest steps that it can have taken: one more than at its last look without that score.
     Cells where the untuned backbone is there already tell nothing."""
-    steps, seconds = [], []
+    steps, seconds, from_context = [], [], 0
+    by_task: dict[str, list[float]] = defaultdict(list)
     goal_name = stronger(cells)
     for c in cells:
         goal = c["scores"][goal_name]
@@ -513,14 +514,25 @@ def speed(cells: list[dict[str, Any]]) -> dict[str, Any]:
         assert lora is not None and lora[0] > 0
         fewest = 1 + max((step for step in AT if step < lora[0]), default=0)
         steps.append(math.inf if mine is None else mine[0] / fewest)
+        by_task[c["task"]].append(steps[-1])
+        from_context += steps[-1] == 0 and c["choice"] == "tuned context"
         seconds.append(math.inf if mine is None else mine[1] / max(1e-9, lora[1]))
     return {
         "cells": len(steps),
         "reached": float(np.mean(np.isfinite(steps))) if steps else math.nan,
-        "untrained": float(np.mean(np.array(steps) == 0)) if steps else math.nan,
+        "untrained": int(np.sum(np.array(steps) == 0)),
+        "of_these_from_context": from_context,
+        "a_third_over_other_tasks": elsewhere(list(by_task.values())),
         "median_steps_ratio": float(np.median(steps)) if steps else math.nan,
         "median_seconds_ratio": float(np.median(seconds)) if seconds else math.nan,
     }
+
+
+def elsewhere(ratios: list[list[float]], draws: int = 2000) -> float:
+    """How often the median would be a third or less over as many tasks drawn from these (bootstrap; seeded)."""
+    random = np.random.default_rng(0)
+    drawn = (random.integers(0, len(ratios), len(ratios)) for _ in range(draws if ratios else 0))
+    return float(np.mean([np.median(np.concatenate([ratios[i] for i in each])) <= 1 / 3 for each in drawn] or [0.0]))
 
 
 def begun(c: dict[str, Any], name: str) -> dict[str, Any]:
@@ -593,6 +605,13 @@ def markdown(found: dict[str, Any], done: int, wanted: int) -> str:
     for r in found["tasks"]:
         numbers = " | ".join(f"{r[n]:.3f}" for n in ("untuned", "context", RIVAL, "cold prefix", "adapt"))
         lines.append(f"| {r['task']} | {r['cells']} | {numbers} | {r['difference']:+.3f} ± {r['standard_error']:.3f} |")
+    swift = found["speed"]
+    lines += [
+        "",
+        f"LoRA's final score: {swift['cells']} cells, in {swift['untrained']} before the first step"
+        f" ({swift['of_these_from_context']} from the context), reached in {swift['reached']:.0%}; median of a third or"
+        f" less over other tasks: {swift['a_third_over_other_tasks']:.0%}.",
+    ]
     lines += ["", "Chosen: " + ", ".join(f"{name} {count}" for name, count in found["chosen"].items()) + ".", ""]
     lines += ["| target | value | wanted | met |", "|---|---|---|---|"]
     lines += [

@@ -26,7 +26,8 @@ def load_shots(task: str, count: int | None, settings: DataSettings, seed: int) 
     UserError as `load_task` does, and where a task that is no file comes without a number.
     """
     path = Path(task).expanduser()
-    if path.is_file() and (count is None or rows(path) <= count):
+    named = path.is_file() or path.suffix.lower() in formats.SUFFIXES  # one that is missing is told as such
+    if named and (count is None or rows(path) <= count):
         return read(path, settings), []
     if count is None:
         raise UserError(f"say how many examples of {task} to learn from: --shots K")

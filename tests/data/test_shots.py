@@ -51,6 +51,13 @@ def test_every_shot_is_held_out_once(count: int, folds: int) -> None:
         assert max(spread) - min(spread) <= 1
 
 
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for count in (None, 4):
+        with pytest.raises(UserError, match=r"none\.jsonl") as said:
+            shots.load_shots(str(tmp_path / "none.jsonl"), count, DataSettings(), 0)
+        assert "--shots" not in str(said.value)
+
+
 def test_every_row_of_a_file_is_a_shot(tmp_path: Path) -> None:
     path = tmp_path / "four.jsonl"
     rows = [{"text": f"number {n}", "label": "odd" if n % 2 else "even"} for n in range(4)]
