@@ -167,15 +167,19 @@ def with_repository(root: Path, do: Callable[[Any], T]) -> T:
     Raises UserError when a `dvc` command keeps it locked for a minute.
     """
     from dvc.lock import LockError
+    from dvc.logger import set_loggers_level
     from dvc.repo import Repo
     from filelock import FileLock, Timeout
 
-    logging.getLogger("dvc").setLevel(logging.CRITICAL)  # what goes wrong comes as an exception
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
             # DVC's own lock makes all but one of several commands fail: ours queues them.
-            with FileLock(root / ".dvc" / "tmp" / "metapeft-add.lock", timeout=LOCK_SECONDS), Repo(str(root)) as repo:
+            with (
+                set_loggers_level(logging.CRITICAL),  # what goes wrong comes as an exception
+                FileLock(root / ".dvc" / "tmp" / "metapeft-add.lock", timeout=LOCK_SECONDS),
+                Repo(str(root)) as repo,
+            ):
                 return do(repo)
         except (LockError, Timeout):  # a `dvc` command is at work
             if time.monotonic() > deadline:

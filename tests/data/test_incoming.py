@@ -67,7 +67,9 @@ def test_a_new_version_is_stored_here_and_in_the_remote_and_comes_back(project: 
     assert not incoming.version(file).changed
 
 
-def test_restoring_spares_what_dvc_does_not_have_and_says_what_is_lost(project: Path) -> None:
+def test_restoring_spares_what_dvc_does_not_have_and_says_what_is_lost(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = spam_file(project / "data")
     known = incoming.version(file).dvc_id
     write(file, spam_rows(50))
@@ -78,6 +80,7 @@ def test_restoring_spares_what_dvc_does_not_have_and_says_what_is_lost(project: 
     with pytest.raises(UserError, match="neither DVC's cache nor its remote has"):
         versions.restore(file, "0" * 32)
     assert file.read_bytes() == mine and file.with_name("spam.jsonl.dvc").read_bytes() == record
+    assert not [r.getMessage() for r in caplog.records if r.name.startswith("dvc")]  # one sentence, not two
 
 
 def test_a_broken_file_is_not_versioned(project: Path) -> None:
