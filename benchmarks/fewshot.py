@@ -24,7 +24,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,7 @@ def main() -> int:
     draws, library, rounds = options.draws, options.library.split(","), options.rounds
     if options.quick:
         names, shots, draws, library, rounds = ["name_gender"], [4], 1, QUICK_LIBRARY, 10
-    learned = json.dumps([sorted(library), rounds, DATA.model_dump()])
-    _place.append(home() / "benchmarks" / "fewshot" / hashlib.sha256(learned.encode()).hexdigest()[:8])
-    _records.append(options.records or folder() / "cells.jsonl")
+    place(library, rounds, options.records)
     if options.only in (None, "prepare"):
         prepare(library, rounds, until)
     if options.only in (None, "run"):
@@ -112,6 +110,13 @@ def main() -> int:
         record = {"machine": describe(), "command": command, "cells": len(cells), "of": len(wanted), **found}
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def place(library: Sequence[str], rounds: int, records: Path | None) -> None:
+    """Where what was learned beforehand is, and the finished cells that met it."""
+    learned = json.dumps([sorted(library), rounds, DATA.model_dump()])
+    _place.append(home() / "benchmarks" / "fewshot" / hashlib.sha256(learned.encode()).hexdigest()[:8])
+    _records.append(records or folder() / "cells.jsonl")
 
 
 _place: list[Path] = []
@@ -231,11 +236,9 @@ def read() -> list[dict[str, Any]]:
 
 def cell(name: str, count: int, draw: int, learned_from: Sequence[str], fill: bool = False) -> None:
     """All strategies on one draw of shots; appends what was found. fill: only those that a finished cell lacks."""
-    from metapeft.data import shots
-    from metapeft.fewshot import reptile
     from metapeft.fewshot.adapt import NEIGHBOURS
     from metapeft.fewshot.measure import answers
-    from metapeft.fewshot.strategies import METHODS, strategies
+    from metapeft.fewshot.strategies import strategies
     from metapeft.meta import library
     from metapeft.profiling import profile
 
@@ -243,17 +246,14 @@ def cell(name: str, count: int, draw: int, learned_from: Sequence[str], fill: bo
     if (known is not None) != fill or count > len(task(name).train):
         return
     begin = time.monotonic()
-    few = shots.draw(task(name), count, draw)
-    session = opened(replace(few, validation=few.train[:1]))
+    few, session = met(name, count, draw)
     family = task(name).family
     versions = {task(n).version for n in learned_from}
     near = library.find(profile(few, backbone()), 10**6, without={name, family})
     near = [found for found in near if found.entry.trial.task_version in versions]
     nearest = list(dict.fromkeys(found.entry.trial.task for found in near))[:NEIGHBOURS]
     near = [found for found in near if found.entry.trial.task in nearest]
-    places = {method: reptile.read(start_folder(method, family not in HALF)) for method in METHODS}
-    learned = {method: found.saved for method, found in places.items() if found is not None}
-    ways = strategies(session, near, learned)
+    ways = strategies(session, near, meta_learned(family))
     folds = choose.sessions(backbone(), few, choose.fold_count(count), session)
     record: dict[str, Any] = {"task": name, "family": family, "kind": few.kind, "shots": count, "draw": draw}
     record["learned"] = folder().name
@@ -276,6 +276,23 @@ def cell(name: str, count: int, draw: int, learned_from: Sequence[str], fill: bo
     scores = {n: f"{hits(s['test'][max(s['test'], key=int)]).mean():.2f}" for n, s in record["strategies"].items()}
     say(f"{name} {count} shots, draw {draw}: untuned {hits(record['untuned']['test']).mean():.2f} {scores}")
     say(f"  {record['seconds']:.0f} s")
+
+
+def met(name: str, count: int, draw: int) -> tuple[Any, Any]:
+    """The task with these shots alone, and a session on it."""
+    from metapeft.data import shots
+
+    few = shots.draw(task(name), count, draw)
+    return few, opened(replace(few, validation=few.train[:1]))
+
+
+def meta_learned(family: str) -> dict[str, Any]:
+    """The starts, by method, that were learned from the half of the tasks that this family is not in."""
+    from metapeft.fewshot import reptile
+    from metapeft.fewshot.strategies import METHODS
+
+    found = {method: reptile.read(start_folder(method, family not in HALF)) for method in METHODS}
+    return {method: each.saved for method, each in found.items() if each is not None}
 
 
 def one(way: Strategy, session: Any, folds: Any, count: int) -> dict[str, Any]:
@@ -499,33 +516,71 @@ def chosen_counts(cells: list[dict[str, Any]]) -> dict[str, int]:
 
 def speed(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Steps and seconds until the automatic choice's test score is the stronger cold LoRA's final one, over those that
-    this LoRA itself takes until it first has it (and the share of cells where the choice gets there). Looks are far
-    apart, so LoRA is given the fewest steps that it can have taken: one more than at its last look without that score.
-    Cells where the untuned backbone is there already tell nothing."""
-    steps, seconds, from_context = [], [], 0
+    this LoRA itself takes until it first has it (and the share of cells where the choice gets there). Looks are apart,
+    so LoRA is given the fewest steps that it can have taken: one more than at its last look without that score, and the
+    choice the most. Cells where the untuned backbone is there already tell nothing."""
+    steps, seconds, from_context, closer = [], [], 0, 0
     by_task: dict[str, list[float]] = defaultdict(list)
     goal_name = stronger(cells)
+    looks = closer_looks()
     for c in cells:
         goal = c["scores"][goal_name]
         if c["scores"]["zero-shot"] >= goal:
             continue
-        lora = reached(trained(c, goal_name), goal)
-        mine = reached(begun(c, c["choice"]), goal) if c["choice"] != "zero-shot" else None
-        assert lora is not None and lora[0] > 0
-        fewest = 1 + max((step for step in AT if step < lora[0]), default=0)
-        steps.append(math.inf if mine is None else mine[0] / fewest)
+        lora, mine = approach(c, goal_name, goal), approach(c, c["choice"], goal)
+        if unsettled(lora, mine):
+            both = [looks.get((c["task"], c["shots"], c["draw"], name, goal)) for name in (goal_name, c["choice"])]
+            if both[0] is not None and both[1] is not None and math.isfinite(both[0].step):
+                lora, mine, closer = both[0], both[1], closer + 1
+        steps.append(mine.step / (1 + lora.before))
         by_task[c["task"]].append(steps[-1])
         from_context += steps[-1] == 0 and c["choice"] == "tuned context"
-        seconds.append(math.inf if mine is None else mine[1] / max(1e-9, lora[1]))
+        seconds.append(mine.seconds / max(1e-9, lora.seconds))
     return {
         "cells": len(steps),
         "reached": float(np.mean(np.isfinite(steps))) if steps else math.nan,
         "untrained": int(np.sum(np.array(steps) == 0)),
         "of_these_from_context": from_context,
+        "looked_at_closer": closer,
+        "a_third": float(np.mean(np.array(steps) <= 1 / 3)) if steps else math.nan,
         "a_third_over_other_tasks": elsewhere(list(by_task.values())),
         "median_steps_ratio": float(np.median(steps)) if steps else math.nan,
         "median_seconds_ratio": float(np.median(seconds)) if seconds else math.nan,
     }
+
+
+@dataclass(frozen=True)
+class Approach:
+    """Towards a test score: the first look with it (infinity: none), the last look before, training until then."""
+
+    step: float
+    before: int
+    seconds: float
+
+
+def unsettled(lora: Approach, mine: Approach) -> bool:
+    """Whether the ratio of their steps depends on where the looks fall."""
+    return mine.step > 0 and lora.step > 0
+
+
+def closer_looks() -> dict[tuple[str, int, int, str, float], Approach]:
+    """What benchmarks/fewshot_looks.py found, by task, shots, draw, strategy and the score that was to be reached."""
+    found = {}
+    path = looks_path()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        if line.endswith("}"):  # the last one may have been cut
+            r = json.loads(line)
+            if r["learned"] == folder().name:
+                step = math.inf if r["step"] is None else r["step"]
+                found[r["task"], r["shots"], r["draw"], r["strategy"], r["goal"]] = Approach(
+                    step, r["before"], math.inf if r["step"] is None else r["seconds"]
+                )
+    return found
+
+
+def looks_path() -> Path:
+    """Beside the cells."""
+    return _records[-1].with_name(_records[-1].stem + "_looks.jsonl")
 
 
 def elsewhere(ratios: list[list[float]], draws: int = 2000) -> float:
@@ -545,10 +600,17 @@ def begun(c: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: {**context[key], **record[key]} for key in ("test", "seconds")}
 
 
-def reached(record: dict[str, Any], goal: float) -> tuple[int, float] | None:
-    """Steps and seconds of the first look with at least this test score."""
-    step = next((s for s in sorted(record["test"], key=int) if hits(record["test"][s]).mean() >= goal), None)
-    return None if step is None else (int(step), record["seconds"].get(step, 0.0))
+def approach(c: dict[str, Any], name: str, goal: float) -> Approach:
+    """By the looks of the cell itself."""
+    if name == "zero-shot":
+        return Approach(math.inf, 0, math.inf)
+    record = trained(c, name) if name in c["rivals"] else begun(c, name)
+    before = 0
+    for step in sorted(record["test"], key=int):
+        if hits(record["test"][step]).mean() >= goal:
+            return Approach(int(step), before, record["seconds"].get(step, 0.0))
+        before = int(step)
+    return Approach(math.inf, before, math.inf)
 
 
 def targets(cells: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
@@ -609,8 +671,9 @@ def markdown(found: dict[str, Any], done: int, wanted: int) -> str:
     lines += [
         "",
         f"LoRA's final score: {swift['cells']} cells, in {swift['untrained']} before the first step"
-        f" ({swift['of_these_from_context']} from the context), reached in {swift['reached']:.0%}; median of a third or"
-        f" less over other tasks: {swift['a_third_over_other_tasks']:.0%}.",
+        f" ({swift['of_these_from_context']} from the context), reached in {swift['reached']:.0%}, in a third of LoRA's"
+        f" steps or less in {swift['a_third']:.0%} ({swift['looked_at_closer']} cells looked at closer); median of a"
+        f" third or less over other tasks: {swift['a_third_over_other_tasks']:.0%}.",
     ]
     lines += ["", "Chosen: " + ", ".join(f"{name} {count}" for name, count in found["chosen"].items()) + ".", ""]
     lines += ["| target | value | wanted | met |", "|---|---|---|---|"]
