@@ -99,10 +99,21 @@ def test_uncertainty_grows_with_noise() -> None:
 
 def test_scales_follow_how_wrong_the_model_was() -> None:
     nominal = np.abs(np.random.default_rng(0).standard_normal((60, 20)))
-    assert fitting._scale(list(nominal)) == pytest.approx(1, abs=0.1)
-    assert fitting._scale(list(3 * nominal)) == pytest.approx(2.9, abs=0.3)
-    assert fitting._scale(list(nominal / 3)) == pytest.approx(0.4, abs=0.15)
-    assert fitting._scale([]) == pytest.approx(1, abs=0.02)
+    assert fitting._scale(list(nominal), 60) == pytest.approx(1, abs=0.1)
+    assert fitting._scale(list(3 * nominal), 60) == pytest.approx(2.9, abs=0.3)
+    assert fitting._scale(list(nominal / 3), 60) == pytest.approx(0.4, abs=0.15)
+    assert fitting._scale([], 10**6) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("families", [8, 15, 40])
+def test_intervals_hold_in_families_to_come_however_few_were_seen(families: int) -> None:
+    """Each family surprises by as much as it likes; the scale comes from some of them, others are asked."""
+    random, held = np.random.default_rng(families), []
+    for _ in range(400):
+        spread = np.exp(0.7 * random.standard_normal(families + 20))
+        surprises = list(np.abs(random.standard_normal((families + 20, 20))) * spread[:, None])
+        held.append(np.mean(np.array(surprises[families:]) <= 1.645 * fitting._scale(surprises[:families], families)))
+    assert np.mean(held) == pytest.approx(0.9, abs=0.03)
 
 
 @pytest.mark.parametrize("too", [0.1, 4.0])
