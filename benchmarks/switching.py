@@ -135,6 +135,7 @@ def prepared(name: str) -> Any:
     task = load_task(name, DataSettings(max_train=600, max_validation=64, max_test=300))
     session = Session(backbone(), task)
     untuned(session, "test")
+    untuned(session, "validation")
     return session, profile(task, backbone())
 
 
@@ -184,7 +185,7 @@ def advised(name: str, start: dict[str, Any], steps: int, basis: Any = None) -> 
     from metapeft.switching.advice import advice
 
     session, profile = prepared(name)
-    untuned, family = session.untuned["test"].value, session.task.family
+    untuned, family = session.untuned["validation"].value, session.task.family
     model = fitted_without(family)
     return advice(session.task, profile, start, steps, untuned, basis=basis, without={family}, model=model)
 

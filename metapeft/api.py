@@ -431,8 +431,11 @@ def settings_for(task: str | Path, *, params: Path | None = None, **given: Any) 
 def work_folder(settings: Settings) -> Path:
     """The default place of a task's stage outputs: one per task, backbone and data settings."""
     where = user_path(settings.task)
-    task = str(where.absolute()) if os.path.exists(where) else settings.task  # Path.exists raises where it may not look
-    identity = [task, settings.backbone, settings.data.model_dump(mode="json")]
+    task, backbone = (  # what a relative path names depends on where one is; Path.exists raises where it may not look
+        str(path.absolute()) if os.path.exists(path) else name
+        for path, name in ((where, settings.task), (user_path(settings.backbone), settings.backbone))
+    )
+    identity = [task, backbone, settings.data.model_dump(mode="json")]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     return home() / "work" / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', where.stem).strip('-') or 'task'}-{digest}"
 

@@ -7,6 +7,7 @@ child (`os.fork()` after any `mx.eval` hangs it): start `python -m …` or a spa
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import sys
@@ -91,9 +92,21 @@ def versions() -> dict[str, str]:
     return found
 
 
+def allowed_memory_mb() -> float:
+    """METAPEFT_MEMORY_MB, infinite where it is not set. Raises UserError where it is no number."""
+    text = os.environ.get(MEMORY) or "inf"
+    try:
+        allowed = float(text)
+    except ValueError:
+        allowed = math.nan
+    if not allowed > 0:
+        raise UserError(f"{MEMORY}={text[:40]} is no number of MiB; give one, such as 4096, or unset it")
+    return allowed
+
+
 def total_memory_mb() -> float:
     """Memory of the machine, or of its container, or METAPEFT_MEMORY_MB, whichever is least, in MiB."""
-    own = float(os.environ.get(MEMORY) or "inf")
+    own = allowed_memory_mb()
     if sys.platform == "darwin":
         return min(own, float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / MB)
     limit = _cgroup("memory.max")
@@ -105,16 +118,14 @@ def free_memory_mb() -> float:
     if device() == "cuda":
         return float(mx.get_memory_limit() - mx.get_active_memory()) / MB
     if sys.platform == "darwin":
-        free = _darwin_free_mb()
-        own = os.environ.get(MEMORY)
-        return min(free, float(own) - mx.get_active_memory() / MB) if own else free
+        return min(_darwin_free_mb(), allowed_memory_mb() - mx.get_active_memory() / MB)
     free = _proc("/proc/meminfo", "MemAvailable")
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     if limit is not None and used is not None:
         reclaimable = _cgroup_reclaimable_mb()
         free = min(free, limit - used + reclaimable)
-    if own := os.environ.get(MEMORY):  # what MLX holds unused it will use first
-        free = min(free, float(own) - _proc("/proc/self/status", "VmRSS") + mx.get_cache_memory() / MB)
+    if (own := allowed_memory_mb()) < math.inf:  # what MLX holds unused it will use first
+        free = min(free, own - _proc("/proc/self/status", "VmRSS") + mx.get_cache_memory() / MB)
     return max(free, 0.0)
 
 
@@ -143,9 +154,9 @@ def _choose_device() -> None:
 def _limit_gpu() -> None:
     """METAPEFT_MEMORY_MB. Metal by default takes up to 1.5 times what the system recommends."""
     recommended = mx.device_info().get("max_recommended_working_set_size") if device() == "metal" else None
-    own = os.environ.get(MEMORY)
+    own = allowed_memory_mb()
     limits = [int(recommended)] if recommended else []
-    limits += [int(float(own) * MB)] if own else []
+    limits += [int(own * MB)] if own < math.inf else []
     if limits:
         mx.set_memory_limit(min(limits))
 

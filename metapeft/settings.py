@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -125,15 +126,18 @@ def read_yaml(path: Path, what: str) -> Any:
     """What a YAML (or JSON) file of the user's holds: strings, numbers, lists and mappings. Raises UserError."""
     import yaml
 
+    kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        # Nearly all JSON is YAML; not where it is indented by tabs.
+        values = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read the {what} {path} ({error.strerror}); give an existing YAML file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"the {what} {path} is not text; save it as UTF-8") from error
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
         # ValueError: 2024-13-45, which looks like a date; a number of over 4,300 digits. AttributeError: odd merges.
-        raise UserError(f"the {what} {path} is not valid YAML ({brief(str(error))}); fix the file") from error
+        raise UserError(f"the {what} {path} is not valid {kind} ({brief(str(error))}); fix the file") from error
     if not _plain(values):
         raise UserError(
             f"the {what} {path} holds a date or another thing that is no text, number, list or mapping (or too many of"
@@ -149,7 +153,8 @@ def user_path(text: str | Path) -> Path:
     try:
         path = Path(text).expanduser()
         os.lstat(path)
-    except (ValueError, RuntimeError) as error:  # a zero byte; half of a surrogate pair; ~NOBODY
+        str(path).encode()  # records and answers are UTF-8, and hold this name
+    except (ValueError, RuntimeError) as error:  # a zero byte; half of a surrogate pair, or not UTF-8; ~NOBODY
         raise UserError(f"{brief(text, 60)!r} is no name of a file ({error}); check the name") from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from metapeft import runtime
-from metapeft.runtime import Measured, mx
+from metapeft.errors import UserError
+from metapeft.runtime import Measured, mx, total_memory_mb
 
 MB = 2**20
 
@@ -102,3 +103,10 @@ def test_versions_are_the_installed_ones() -> None:
     found = runtime.versions()
     assert found["mlx"] == importlib.metadata.version("mlx")
     assert found["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
+
+
+@pytest.mark.parametrize("text", ["lots", "-5", "nan"])
+def test_a_limit_that_is_no_number_is_a_mistake(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("METAPEFT_MEMORY_MB", text)
+    with pytest.raises(UserError, match=f"METAPEFT_MEMORY_MB={text} is no number of MiB"):
+        total_memory_mb()

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
-from metapeft.settings import shown
+from metapeft.errors import UserError
+from metapeft.settings import shown, user_path
+
+
+def test_a_name_that_is_not_utf_8_is_a_mistake(tmp_path: Path) -> None:
+    (path := Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl"))).write_text("{}")
+    with pytest.raises(UserError, match="is no name of a file"):
+        user_path(path)
 
 
 @pytest.mark.parametrize(

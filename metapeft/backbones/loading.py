@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ class Backbone:
     path: Path
     context_length: int  # tokens
     content_id: str
+
+    @property
+    def identity(self) -> str:
+        """See `identity`."""
+        return f"{self.id} {self.content_id}" if _is_local(self.id) else self.id
 
 
 def fetch(id: str) -> Path:
@@ -59,6 +65,19 @@ def check(id: str) -> None:
         )
 
 
+def identity(id: str) -> str:
+    """What results on this backbone belong to: its name and, of a local folder, which may come to hold another model,
+    also its content. Needs no network. Raises UserError for a folder that cannot be read."""
+    if not _is_local(id):
+        return id
+    folder = user_path(id).absolute()
+    try:
+        state = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _decisive(folder))
+        return f"{id} {_content_of(folder, state)}"
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename} ({error.strerror}); download the model again") from error
+
+
 def load(id: str, dequantize: bool | None = None) -> Backbone:
     """The backbone `id` (see `fetch`), frozen and in evaluation mode.
 
@@ -68,6 +87,9 @@ def load(id: str, dequantize: bool | None = None) -> Backbone:
     folder = fetch(id)
     config = _config(folder)
     model, tokenizer = _mlx(folder, config)
+    _attends(model, folder)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer in {folder} has no end-of-sequence token; name one in tokenizer_config.json")
     _prepare(model, folder, device() == "cpu" if dequantize is None else dequantize)
     try:
         identity = _content_id(id, folder)
@@ -121,7 +143,16 @@ def _mlx(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, Any]:
         model, _ = load_model(folder, lazy=True)
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no model*.safetensors; give a folder with weights") from error
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError, AssertionError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        OSError,
+        AssertionError,
+    ) as error:
         raise UserError(
             f"{folder} cannot be loaded ({_first(error)}); its weights and config.json do not fit or are damaged"
         ) from error
@@ -132,6 +163,18 @@ def _mlx(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, Any]:
             f"{folder} has no usable tokenizer ({_first(error)}); copy the model's tokenizer files there"
         ) from error
     return model, tokenizer
+
+
+def _attends(model: nn.Module, folder: Path) -> None:
+    """Raises UserError for layers that keep another memory than keys and values: what all that is trained rests on."""
+    from mlx_lm.models import cache
+
+    made = model.make_cache() if hasattr(model, "make_cache") else []
+    if not all(isinstance(each, cache.KVCache | cache.RotatingKVCache | cache.ChunkedKVCache) for each in made):
+        raise UserError(
+            f"{folder}: architecture {model.model_type} has layers without attention (a recurrent state, as in Mamba),"
+            " which metapeft does not train; take a backbone whose layers all attend"
+        )
 
 
 def _first(error: Exception) -> str:
@@ -208,6 +251,20 @@ def _content_id(id: str, folder: Path) -> str:
         return packaged.content_id(id)
     if (record := store.manifest(folder)) is not None and "content_id" in record:  # a copy of a packaged one
         return str(record["content_id"])
-    parts = [*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]
-    lines = [f"{path.name} {store.sha256(path)}" for path in sorted(parts) if path.name != store.MANIFEST]
+    lines = [f"{path.name} {store.sha256(path)}" for path in _decisive(folder)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@cache
+def _content_of(folder: Path, state: tuple[tuple[str, int, int], ...]) -> str:
+    """state: names, sizes and times of the files; while they stay the content is not read again."""
+    return _content_id("", folder)
+
+
+def _decisive(folder: Path) -> list[Path]:
+    parts = [*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]
+    return sorted(path for path in parts if path.name != store.MANIFEST)
+
+
+def _is_local(id: str) -> bool:
+    return bool(id) and id not in packaged.PACKAGED and user_path(id).is_dir()

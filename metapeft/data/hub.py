@@ -16,8 +16,8 @@ SPLIT_NAMES = {
 }  # fmt: skip
 
 
-def read_hub(task: str) -> tuple[Shape, dict[str, list[Row]], str]:
-    """Row shape, rows per split and licence of `owner/name`, or `owner/name:configuration`.
+def read_hub(task: str) -> tuple[Shape, dict[str, list[Row]], list[str], str]:
+    """Row shape, rows per split, unused splits and licence of `owner/name`, or `owner/name:configuration`.
 
     Works without a network when `datasets` has the dataset in its cache. Raises UserError when it cannot be had.
     """
@@ -40,12 +40,11 @@ def read_hub(task: str) -> tuple[Shape, dict[str, list[Row]], str]:
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = before
-    shape, splits = split_tables(dict(loaded), task)
-    return shape, splits, licence
+    return (*split_tables(dict(loaded), task), licence)
 
 
-def read_saved(folder: Path) -> tuple[Shape, dict[str, list[Row]]]:
-    """Row shape and rows per split of a folder made by `save_to_disk`. Raises UserError when it is broken."""
+def read_saved(folder: Path) -> tuple[Shape, dict[str, list[Row]], list[str]]:
+    """As `split_tables`, of a folder that `save_to_disk` made. Raises UserError when it is broken."""
     import datasets
 
     try:
@@ -55,17 +54,28 @@ def read_saved(folder: Path) -> tuple[Shape, dict[str, list[Row]]]:
     return split_tables(dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}, str(folder))
 
 
-def split_tables(loaded: dict[Any, Any], source: str) -> tuple[Shape, dict[str, list[Row]]]:
-    """Tables by our names of splits; a dataset with a single split of any name is one to be split."""
-    named = {SPLIT_NAMES[str(name)]: data for name, data in loaded.items() if str(name) in SPLIT_NAMES}
-    if "train" not in named:
+def split_tables(loaded: dict[Any, Any], source: str) -> tuple[Shape, dict[str, list[Row]], list[str]]:
+    """Row shape, rows by our names of splits, and the splits that are not used.
+
+    A dataset with a single split of any name is one to be split. Raises UserError for splits that mean the same.
+    """
+    meant = {name: SPLIT_NAMES[str(name).lower()] for name in loaded if str(name).lower() in SPLIT_NAMES}
+    for split in set(meant.values()):
+        if len(same := [str(name) for name, means in meant.items() if means == split]) > 1:
+            raise UserError(f"{source} has several splits for {split} ({listed(same)}); keep one of them")
+    if "train" not in meant.values():
         if len(loaded) != 1:
             raise UserError(f"{source} has no split 'train' (found {listed(loaded)}); name one of them train")
-        named = {"train": next(iter(loaded.values()))}
-    tables = {name: parse(records(data), f"{source} ({name})", "row") for name, data in named.items() if labelled(data)}
+        meant = dict.fromkeys(loaded, "train")
+    tables = {
+        split: parse(records(loaded[name]), f"{source} ({name})", "row")
+        for name, split in meant.items()
+        if labelled(loaded[name])
+    }
     if "train" not in tables:
         raise UserError(f"{source}: the training split has no rows with a label; choose another dataset")
-    return same_shape(tables, source)
+    unused = [str(name) for name in loaded if meant.get(name) not in tables]
+    return (*same_shape(tables, source), unused)
 
 
 def same_shape(tables: dict[str, Table], source: str) -> tuple[Shape, dict[str, list[Row]]]:

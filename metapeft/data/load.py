@@ -8,14 +8,15 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from metapeft.data import catalog, formats, hub, templates, versions
 from metapeft.data.rows import Row, Shape, listed
-from metapeft.data.splits import CUT, Limits, make_splits
+from metapeft.data.splits import Limits, make_splits
 from metapeft.data.task import SPLITS, Example, Kind, Metric, Task
 from metapeft.errors import UserError
-from metapeft.settings import DataSettings, user_path
+from metapeft.settings import DataSettings, home, user_path
 
 MAX_LABELS = 500
 
@@ -34,7 +35,7 @@ def load_task(task: str | Path, settings: DataSettings | None = None) -> Task:
     name, entry = str(task), catalog.find(str(task))
     if entry is not None:  # before a folder that happens to have this name: write ./NAME for that
         path = catalog.fetch(entry.name)
-        shape, given = read_path(path)
+        shape, given, _ = read_path(path)
         return build(
             entry.name,
             shape,
@@ -48,21 +49,25 @@ def load_task(task: str | Path, settings: DataSettings | None = None) -> Task:
             entry.metric,
         )
     if os.path.exists(path) or path.suffix.lower() in (*formats.SUFFIXES, ".json", ".txt", ".tsv", ".xlsx", ".xls"):
-        shape, given = read_path(path)
+        shape, given, unused = read_path(path)
         whole = path.resolve()
         name = whole.name if os.path.isdir(path) else whole.stem
-        return build(name, shape, given, settings, source=str(path), dvc_id=versions.content_id(path))
+        inside = home().resolve().is_relative_to(whole)  # what changes while we work has no identity
+        identity = "" if inside else versions.content_id(path)
+        return build(name, shape, given, settings, source=str(path), dvc_id=identity, unused=unused)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
-        shape, given, licence = hub.read_hub(name)
-        return build(name, shape, given, settings, source=f"Hugging Face dataset {name}", licence=licence)
+        shape, given, unused, licence = hub.read_hub(name)
+        return build(
+            name, shape, given, settings, source=f"Hugging Face dataset {name}", licence=licence, unused=unused
+        )
     raise UserError(unknown(name))
 
 
-def read_path(path: Path) -> tuple[Shape, dict[str, list[Row]]]:
-    """Row shape and rows per split of a file (one split, "train") or a folder."""
+def read_path(path: Path) -> tuple[Shape, dict[str, list[Row]], list[str]]:
+    """Row shape and rows per split of a file (one split, "train") or a folder, and what is not used of the folder."""
     if not os.path.isdir(path):  # unlike Path.is_dir, False where the parent may not be read
         table = formats.read_file(path)
-        return table.shape, {"train": list(table.rows)}
+        return table.shape, {"train": list(table.rows)}, []
     try:
         names = sorted(path.iterdir())
         saved = (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
@@ -71,9 +76,11 @@ def read_path(path: Path) -> tuple[Shape, dict[str, list[Row]]]:
     if saved:
         return hub.read_saved(path)
     files: dict[str, Path] = {}
+    unused = []
     for file in names:
-        split = hub.SPLIT_NAMES.get(file.stem.lower())
-        if split is None or file.suffix.lower() not in formats.SUFFIXES:
+        split, readable = hub.SPLIT_NAMES.get(file.stem.lower()), file.suffix.lower() in formats.SUFFIXES
+        if split is None or not readable:
+            unused += [file.name] if split is not None or readable else []
             continue
         if split in files:
             raise UserError(f"{path} has two files for {split}, {files[split].name} and {file.name}; delete one")
@@ -82,7 +89,7 @@ def read_path(path: Path) -> tuple[Shape, dict[str, list[Row]]]:
         raise UserError(
             f"{path} is a folder without a train file ({' or '.join('train' + s for s in formats.SUFFIXES)})"
         )
-    return hub.same_shape({split: formats.read_file(file) for split, file in files.items()}, str(path))
+    return (*hub.same_shape({split: formats.read_file(file) for split, file in files.items()}, str(path)), unused)
 
 
 def build(
@@ -96,14 +103,21 @@ def build(
     dvc_id: str = "",
     template: str | None = None,
     metric: Metric | None = None,
+    unused: Sequence[str] = (),
 ) -> Task:
-    """Rows -> task. Raises UserError for a label set, metric or template that does not fit."""
+    """Rows -> task. unused: names of files or splits, for a note.
+
+    Raises UserError for a label set, metric or template that does not fit.
+    """
     kind: Kind = "classification" if shape == "text+label" else "generation"
     labels = check_labels(given, source) if kind == "classification" else ()
     metric = check_metric(settings.metric or metric, kind)
     template = templates.check_template(template or settings.template or templates.default_template(kind, labels))
     limits = Limits(settings.max_train, settings.max_validation, settings.max_test)
     splits, notes = make_splits(given, limits, settings.seed, kind == "classification", source)
+    if unused:
+        read = f"train, validation and test are, as {', '.join(formats.SUFFIXES)}"
+        notes.insert(0, f"not used: {listed(unused)} ({read})")
     present = {row.answer for rows in splits.values() for row in rows}
     if kind == "classification" and present != set(labels):
         notes.append(f"labels without a row within the limits: {listed(sorted(set(labels) - present))}")
@@ -125,11 +139,6 @@ def build(
         template=template,
         notes=tuple(notes),
     )
-
-
-def cuts(task: Task) -> list[str]:
-    """The task's notes on rows that only the limits of the settings have left out."""
-    return [note for note in task.notes if note.startswith(CUT)]
 
 
 def check_labels(given: dict[str, list[Row]], source: str) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ def load_shots(task: str, count: int | None, settings: DataSettings, seed: int) 
     if count is None:
         raise UserError(f"say how many examples of {task} to learn from: --shots K")
     whole = load.load_task(task, settings)
-    return draw(whole, count, seed), load.cuts(whole)
+    return draw(whole, count, seed), list(whole.notes)
 
 
 def draw(task: Task, count: int, seed: int) -> Task:
@@ -72,9 +72,9 @@ def folds(task: Task, count: int) -> list[list[int]]:
 
 
 def spelled(task: Task) -> tuple[Example, ...]:
-    """One example of every label: it tells the scorer how the label is written."""
+    """One example of every label that has one: it tells the scorer how the label is written."""
     first = {e.completion.strip(): e for name in ("test", "validation", "train") for e in task.split(name)}
-    return tuple(first[label] for label in task.labels)
+    return tuple(first[label] for label in task.labels if label in first)
 
 
 def rows(path: Path) -> int:

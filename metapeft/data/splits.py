@@ -18,7 +18,7 @@ from metapeft.errors import UserError
 
 TEST_SHARE, VALIDATION_SHARE = 0.30, 0.15  # of the distinct prompts; the rest is for training
 MIN_PROMPTS = 10
-CUT = "using "  # how the note begins that a limit has left rows out
+MANY = 10  # rows per label that a cut of a given validation or test split has room for, to begin with one of each label
 SPOKEN = {"train": "training", "validation": "validation", "test": "test"}
 
 
@@ -73,7 +73,8 @@ def make_splits(
     whole = len(pool)
     if whole < MIN_PROMPTS:
         available = counted(whole, "distinct prompt")
-        raise UserError(f"{source} has only {available} to train on; give at least {MIN_PROMPTS} different rows")
+        why = f" ({'; '.join(notes)})" if notes else ""
+        raise UserError(f"{source} has only {available} to train on{why}; give at least {MIN_PROMPTS} different rows")
     if "test" not in groups:
         size = max(1, min(limits.test, int(whole * TEST_SHARE)))
         groups["test"], pool = pool[:size], pool[size:]
@@ -84,10 +85,13 @@ def make_splits(
 
     result = {}
     for name, limit in (("train", limits.train), ("validation", limits.validation), ("test", limits.test)):
-        rows = [row for group in interleaved(groups[name], offset=0.0) for row in group.rows]
+        count, labels = sum(len(group.rows) for group in groups[name]), {group.label for group in groups[name]}
+        # A row of each label first would be much of a short cut, and what is measured on must be like the whole.
+        by_chance = name != "train" and name in given and count > limit and len(labels) * MANY > limit
+        rows = [row for group in interleaved(groups[name], None if by_chance else 0.0) for row in group.rows]
         result[name] = rows[:limit]
         if len(rows) > limit:
-            notes.append(f"{CUT}{limit:,} of {len(rows):,} {SPOKEN[name]} rows (data.max_{name})")
+            notes.append(f"using {limit:,} of {len(rows):,} {SPOKEN[name]} rows (data.max_{name})")
     return result, notes
 
 
@@ -111,24 +115,29 @@ def grouped(rows: Iterable[Row], seed: int, stratified: bool) -> list[Group]:
     return sorted(groups, key=lambda group: group.key)
 
 
-def interleaved(groups: Sequence[Group], offset: float = 0.5) -> list[Group]:
+def interleaved(groups: Sequence[Group], offset: float | None = 0.5) -> list[Group]:
     """The groups in an order in which every slice holds about the same share of each label (systematic sampling).
 
     The i-th of a label's n groups comes at (i + offset) / n. With .5, a label's only group comes in the middle,
     where training rows are cut from; with 0, every label's first group comes first: a short beginning misses no label.
+    With None each label has an offset of its own, by chance: a beginning has its labels as often as the whole.
     """
     sizes = Counter(group.label for group in groups)
+    offsets: dict[str, float] = {}
     seen: Counter[str] = Counter()
     placed = []
     for group in groups:
-        placed.append(((seen[group.label] + offset) / sizes[group.label], group.key, group))
+        own = offsets.setdefault(group.label, int(group.key[-8:], 16) / 16**8 if offset is None else offset)
+        placed.append(((seen[group.label] + own) / sizes[group.label], group.key, group))
         seen[group.label] += 1
     return [group for _, _, group in sorted(placed, key=lambda item: item[:2])]
 
 
 def normalised(prompt: Prompt) -> str:
-    """Case folded, white space collapsed: what counts as the same prompt."""
-    return " ".join(canonical(prompt).casefold().split())
+    """Case folded, white space collapsed (of each message by itself): what counts as the same prompt."""
+    if isinstance(prompt, str):
+        return " ".join(prompt.casefold().split())
+    return canonical(tuple((role, " ".join(text.casefold().split())) for role, text in prompt))
 
 
 def canonical(prompt: Prompt) -> str:

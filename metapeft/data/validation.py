@@ -6,6 +6,7 @@ An error means that training or its score would be wrong; a warning that a perso
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass
 from html import escape
@@ -222,12 +223,13 @@ def check_labels(task: Task) -> list[Check]:
     gxe = expectations()
     trained = Counter(example.completion.strip() for example in task.train)
     total = Counter(example.completion.strip() for split in SPLITS for example in task.split(split))
+    spellings = Counter(map(_sounds, task.labels))
     labels = pd.DataFrame(
         {
             "label": list(task.labels),
             "train": [trained[label] for label in task.labels],
             "share": [total[label] / max(1, total.total()) for label in task.labels],
-            "alike": [sum(other.casefold() == label.casefold() for other in task.labels) for label in task.labels],
+            "alike": [spellings[_sounds(label)] for label in task.labels],
         }
     )
     expect = Expectations(labels, "label", "label")
@@ -241,9 +243,22 @@ def check_labels(task: Task) -> list[Check]:
         expect("label counts", "warning", enough, fewest, f"with fewer than {RARE_LABEL} training rows"),
         expect("label balance", "warning", balanced, share, f"{share}: consider metric macro_f1", numbered=False),
         expect(
-            "label spelling", "warning", spelled, "no labels differ by case only", "differing from another by case only"
+            "label spelling",
+            "warning",
+            spelled,
+            "no labels differ by spelling only",
+            "that another is like but for case, spaces, or how a letter or a number is written",
         ),
     ]
+
+
+def _sounds(label: str) -> str:
+    """The same for labels that a person would take for one: New York and new  york, 1 and 1.0."""
+    plain = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+    try:
+        return str(float(plain))
+    except ValueError:
+        return plain
 
 
 def expectations() -> Any:

@@ -106,7 +106,7 @@ def adapt(
             break
         if report is not None:
             report(each.name, number, len(found))
-        held[each.name] = cross_validate(each, folds)
+        held[each.name] = cross_validate(each, folds, seed=seed)
     tried = [s for s in found if s.name in held] or found[:1]
     choice = choose(tried, held, answers(session, None, "train"), measured(task.kind) if priors is None else priors)
     before = untuned(session, "test") if task.test else None
@@ -200,14 +200,15 @@ def _leave(
     if strategy.configuration is not None and not steps:  # a start that no step made better
         strategy = replace(strategy, configuration=None)
     mx.reset_peak_memory()
-    fitted(strategy, session, everything, at, lambda s, a: answers(s, a, "train", [0]), keep)
+    fitted(strategy, session, everything, at, lambda s, a: answers(s, a, "train", [0]), keep, seed)
     train_seconds = time.perf_counter() - begin
     saved = kept[steps]
     configuration = full((strategy.configuration or {}) | saved.config.to_json())
     backbone = session.backbone
     identity = trial_id(
-        *(task.name, task.version, backbone.id, configuration, seed, steps, len(task.train)),
+        *(task.name, task.version, backbone.identity, configuration, seed, steps, len(task.train)),
         f"few shots, {strategy.name}, {digest(saved)}",  # the library, and so a start, may be another the next time
+        task.metric,
     )
     adapter = adapters.build(saved, session.model)
     adapter.attach(session.model)

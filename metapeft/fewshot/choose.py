@@ -21,6 +21,7 @@ import numpy as np
 
 from metapeft.data import shots
 from metapeft.data.task import Kind, Task
+from metapeft.errors import MetapeftError
 from metapeft.fewshot import context
 from metapeft.fewshot.measure import Answers, answers
 from metapeft.fewshot.train import train
@@ -158,14 +159,17 @@ def sessions(
     return found
 
 
-def cross_validate(strategy: Strategy, folds: Sequence[tuple[Session, list[int]]], at: Sequence[int] = AT) -> Held:
+def cross_validate(
+    strategy: Strategy, folds: Sequence[tuple[Session, list[int]]], at: Sequence[int] = AT, seed: int = 0
+) -> Held:
     """Answers of a strategy to every shot. There must be two folds at least."""
     begin = time.perf_counter()
     parts: dict[int, list[tuple[list[int], Answers]]] = {}
     total = sum(len(held) for _, held in folds)
     for session, held in folds:
         rest = [i for i in range(total) if i not in set(held)]
-        for step, found in fitted(strategy, session, rest, at, lambda s, a: answers(s, a, "validation")).items():
+        answered = fitted(strategy, session, rest, at, lambda s, a: answers(s, a, "validation"), seed=seed)
+        for step, found in answered.items():
             parts.setdefault(step, []).append((held, found))
     whole = {}
     for step, found_parts in parts.items():
@@ -183,11 +187,13 @@ def fitted(
     at: Sequence[int],
     measure: Callable[[Session, Adapter | None], Answers],
     keep: Callable[[int, Adapter], None] | None = None,
+    seed: int = 0,
 ) -> dict[int, Answers]:
     """What `measure` finds of a strategy that learned from the session's training split (shots `indices`), by steps of
     the one schedule (STEPS): after ten of them it is the same training, wherever it ends.
 
-    keep: called with the steps and the attached adapter, after each measurement.
+    keep: called with the steps and the attached adapter, after each measurement; then a training that fails raises
+    MetapeftError (otherwise its answers count as lost). seed: of the training.
     """
     found: dict[int, Answers] = {}
 
@@ -211,7 +217,9 @@ def fitted(
             adapter.detach(session.model)
         return found
     where = [*([0] if start is not None and owners is None else []), *at]  # the context itself is a strategy of its own
-    train(session, strategy.configuration, watch, steps=STEPS, at=where, start=start, owners=owners)
+    trial = train(session, strategy.configuration, watch, steps=STEPS, at=where, start=start, owners=owners, seed=seed)
+    if keep is not None and trial.status not in ("ok", "stopped"):
+        raise MetapeftError(f"training {strategy.name} on the shots ended as {trial.status} ({trial.error})")
     for step in where:
         if step not in found:  # it diverged before
             count = len(session.encoded["validation"])

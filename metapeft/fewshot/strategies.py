@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from metapeft.backbones.forward import keys_values
 from metapeft.errors import UserError
 from metapeft.fewshot import context, starts
 from metapeft.fewshot.choose import Start, Strategy
@@ -14,7 +15,9 @@ from metapeft.fewshot.measure import answers
 from metapeft.fewshot.mix import mix
 from metapeft.meta.library import Found
 from metapeft.peft import adapters
+from metapeft.peft.prefix import one_shape
 from metapeft.peft.saved import Saved
+from metapeft.runtime import mx
 from metapeft.training.session import Session
 
 METHODS = ("lora", "prefix")  # what is trained from a cold start, and what starts are learned for
@@ -43,16 +46,20 @@ def strategies(session: Session, near: Sequence[Found], learned: Mapping[str, Sa
     """All of them, the cheapest first. session: trains on all shots. near: adapters of the nearest tasks. learned:
     meta-learned starts by method."""
     fresh = cold(session.depth)
+    if not _prefixed(session):
+        del fresh["prefix"]
     goes_on = {method: c | {"learning_rate": c["learning_rate"] * WARM} for method, c in fresh.items()}
-    shown = len(context.shown(session))
+    shown = len(context.shown(session)) if "prefix" in fresh else 0
     found = [Strategy("context", context=True)] if shown else []
     if shown >= LEAST_SHOWN:
         found.append(Strategy("tuned context", tuned_context(len(session.encoded["train"])), context=True))
     found += [Strategy(f"cold {method}", configuration) for method, configuration in fresh.items()]
     for method, saved in learned.items():
+        if method not in fresh:
+            continue
         name = f"reptile {method}"
         found.append(Strategy(name, goes_on[method], always(saved), rival=f"cold {method}", origin="many other tasks"))
-    for method in METHODS:
+    for method in fresh:
         alike = usable(session, [f for f in near if starts.start_method(f.entry.trial.method) == method])
         if not alike:
             continue
@@ -65,6 +72,15 @@ def strategies(session: Session, near: Sequence[Found], learned: Mapping[str, Sa
             origin = " + ".join(f.entry.trial.task for f, _ in alike[:MIXED])
             found.append(Strategy("mix lora", goes_on["lora"], mixture(few), rival="cold lora", origin=origin))
     return found
+
+
+def _prefixed(session: Session) -> bool:
+    """Whether keys and values may be put before a prompt on this backbone."""
+    try:
+        one_shape(keys_values(session.model, mx.array([[0]])))
+    except UserError:
+        return False
+    return True
 
 
 def always(saved: Saved) -> Start:

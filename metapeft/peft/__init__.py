@@ -81,6 +81,9 @@ def parse(method: str, values: dict[str, Any]) -> MethodConfig:
     for name in ("rank", "initial_rank", "target_rank", "tokens", "interval", "width"):
         if getattr(config, name, 1) < 1:
             raise UserError(f"{method} hyperparameter {name}={getattr(config, name)} must be at least 1")
+    for module, rank in (getattr(config, "rank_pattern", None) or {}).items():
+        if rank < 1:
+            raise UserError(f"{method} hyperparameter rank_pattern: {brief(module, 60)}={rank} must be at least 1")
     if not 0 <= getattr(config, "dropout", 0.0) < 1:
         raise UserError(f"{method} hyperparameter dropout={config.dropout} must be in [0, 1)")  # type: ignore[attr-defined]
     return config
@@ -94,7 +97,7 @@ def create(
     text_ids: tokens that "text" initialisations start from; vocabulary: how many token ids may be sampled (default: the
     backbone's embedding size). Equal arguments give equal weights.
     """
-    from metapeft.backbones.forward import width
+    from metapeft.backbones.forward import anatomy, width
     from metapeft.peft import adalora, lora, p_tuning, prefix, prompt
     from metapeft.peft.virtual import embed
     from metapeft.runtime import mx
@@ -104,7 +107,8 @@ def create(
     if isinstance(config, adalora.AdaLoRAConfig):
         return adalora.create(config, model, seed)
     if vocabulary is None:
-        vocabulary = model.args.vocab_size
+        parts = anatomy(model)
+        vocabulary = int(getattr(parts.body, parts.embed).weight.shape[0])
     if getattr(config, "initialisation", "") == "text" and not text_ids:
         raise UserError(f"{config.method} starts from a text: give text_ids, or another initialisation")
     if isinstance(config, prompt.PromptConfig):

@@ -151,6 +151,16 @@ class AdaLoRA(MatrixAdapter):
             for path, keep in self.kept.items():
                 self.deltas[path].e = mx.where(keep, self.deltas[path].e, 0.0)
 
+    def take_over(self, other: AdaLoRA) -> None:
+        """Goes on from another one's weights. Ranks that it has lost (all zero, where no gradient could ever bring them
+        back) stay fresh, with E = 0: the outputs are the other's, and budget can be moved there again."""
+        for path, delta in self.deltas.items():
+            theirs = other.deltas[path]
+            lost = mx.all(theirs.a == 0, axis=1, keepdims=True) & (theirs.e == 0)
+            delta.a = mx.where(lost, delta.a, theirs.a)
+            delta.b = mx.where(lost.T, delta.b, theirs.b)
+            delta.e = theirs.e
+
     def ranks(self) -> dict[str, int]:
         """Path -> rank in force."""
         if self.kept is None:

@@ -13,7 +13,7 @@ from metapeft.peft.adalora import AdaLoRA, AdaLoRAConfig
 from metapeft.peft.base import Adapter
 from metapeft.peft.lora import LoRAConfig, MatrixAdapter
 from metapeft.peft.matrices import linear_layers, shape
-from metapeft.peft.prefix import Prefix, PrefixConfig
+from metapeft.peft.prefix import Prefix, PrefixConfig, one_shape
 from metapeft.peft.saved import ROOT, Saved, layer_of, within_layer
 from metapeft.peft.stack import Stack
 from metapeft.peft.virtual import Table, VirtualTokens
@@ -116,10 +116,7 @@ def _full_rank(parts: dict[str, mx.array], mask: list[bool]) -> dict[str, mx.arr
 
 def _prefix(config: PrefixConfig, saved: Saved, table: mx.array, model: nn.Module, name: str) -> Adapter:
     real = keys_values(model, mx.array([[0]]))
-    shapes = {(part.shape[1], part.shape[3]) for pair in real for part in pair}
-    if len(shapes) != 1:
-        raise UserError("prefix tuning needs keys and values of one shape in every layer; this backbone's differ")
-    heads, head_width = shapes.pop()
+    heads, head_width = one_shape(real)
     expected = (len(real), heads, 2 * len(real) * heads * head_width)
     found = (saved.metadata.get("layers"), saved.metadata.get("kv_heads"), int(table.shape[1]))
     if found != expected:

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from metapeft.backbones.forward import keys_values
+from metapeft.errors import UserError
 from metapeft.peft.base import Adapter, MethodConfig
 from metapeft.peft.virtual import Table, repeat_to
 from metapeft.runtime import mx, nn
@@ -92,15 +93,18 @@ def flatten(layers: Sequence[tuple[mx.array, mx.array]]) -> mx.array:
     return stacked.transpose(2, 0, 1, 3).reshape(stacked.shape[2], -1).astype(mx.float32)
 
 
+def one_shape(layers: list[tuple[mx.array, mx.array]]) -> tuple[int, int]:
+    """Heads and head width of all keys and values. Raises UserError where they differ (multi-head latent attention)."""
+    shapes = {(part.shape[1], part.shape[3]) for pair in layers for part in pair}
+    if len(shapes) != 1:
+        raise UserError("prefix tuning needs keys and values of one shape in every layer; this backbone's differ")
+    return shapes.pop()
+
+
 def create(config: PrefixConfig, model: nn.Module, seed: int, text_ids: Sequence[int], width: int) -> Prefix:
     """A fresh prefix. text_ids: what "text" starts from, cut or repeated."""
     real = keys_values(model, mx.array([repeat_to(text_ids, config.tokens)]))
-    shapes = {tuple(part.shape[1:]) for pair in real for part in pair}
-    if len(shapes) != 1:
-        from metapeft.errors import UserError
-
-        raise UserError("prefix tuning needs keys and values of one shape in every layer; this backbone's differ")
-    heads, _, head_width = shapes.pop()
+    heads, head_width = one_shape(real)
     if config.projection:
         mx.random.seed(seed)
         module: nn.Module = Projection(config.tokens, width, config.projection, 2 * len(real) * heads * head_width)

@@ -55,6 +55,7 @@ class Probe:
 
 def probe(task: Task, backbone: Backbone) -> Probe:
     """Runs the backbone. Raises UserError for rows that are longer than its context."""
+    from metapeft.data.shots import spelled
     from metapeft.training.encode import encode
     from metapeft.training.evaluation import score
     from metapeft.training.session import Session
@@ -66,10 +67,7 @@ def probe(task: Task, backbone: Backbone) -> Probe:
         if tokens > TOKENS and len(chosen) >= LEAST:
             break
     examples = tuple(task.train[i] for i in chosen)
-    # One example of every label tells the scorer how the label is written.
-    spelled = {e.completion.strip(): e for split in ("test", "validation", "train") for e in task.split(split)}
-    labels = tuple(spelled[label] for label in task.labels)
-    session = Session(backbone, replace(task, train=labels, validation=examples, test=()))
+    session = Session(backbone, replace(task, train=spelled(task), validation=examples, test=()))
     predictions, states = _forward(session, "validation")
     truth = [task.labels.index(e.completion.strip()) for e in examples] if task.labels else []
     return Probe(
@@ -201,11 +199,12 @@ def _domain(session: Session, centre: np.ndarray) -> np.ndarray:
     a fixed Gaussian matrix, which keeps distances (Johnson and Lindenstrauss 1984)."""
     from metapeft.backbones.forward import run
     from metapeft.runtime import mx
+    from metapeft.training.encode import plain_ids
 
     tokenizer = session.backbone.tokenizer
     points = []
     for reference in REFERENCE:
-        ids = mx.array([list(tokenizer.encode(reference, add_special_tokens=False))])
+        ids = mx.array([plain_ids(reference, tokenizer)])
         hidden = run(session.model, ids, logits=False)
         points.append(np.array(_pool(session, hidden, [(0, ids.shape[1])]), dtype=np.float64)[0])
     middle = np.mean(points, axis=0)

@@ -201,13 +201,15 @@ def _sweep(content: Content) -> dict[str, Any]:
 def _sweep_sentence(content: Content, front: int) -> str:
     total = len(pareto.averaged(content.trials))
     ended = Counter[str](trial.status for trial in content.trials)
-    limited = sum(content.infeasible.get(t.id) is not None for t in content.trials if t.status == "ok")
+    out = [why for t in content.trials if t.status == "ok" and (why := content.infeasible.get(t.id))]
+    limited = sum(map(_is_limit, out))
     text = f"{total} configuration{'' if total == 1 else 's'} {'was' if total == 1 else 'were'} tried"
     if front:
         text += f"; {front} {'is a' if front == 1 else 'are'} best trade-off{'' if front == 1 else 's'}"
     text += " of score, training time and memory." if front else ", none with a usable result."
     odd = [f"{ended[status]} {said}" for status, said in wording.ENDINGS.items() if ended[status]]
     odd += [f"{limited} broke a limit"] if limited else []
+    odd += [f"{len(out) - limited} did not end well with every seed"] if len(out) > limited else []
     if total < len(content.trials):
         text += f" {len(content.trials) - total} of the trainings repeat the best with other seeds; scores are means."
     return text + (f" Not in the picture: {', '.join(odd)}." if odd else "")
@@ -218,7 +220,10 @@ def _search(content: Content) -> dict[str, Any]:
     from metapeft.search.importance import importance
 
     feasible = content.feasible()
-    times = list(accumulate(trial.seconds for trial in feasible))
+    grew = [
+        (time, trial) for time, trial in zip(accumulate(t.seconds for t in content.trials), content.trials, strict=True)
+    ]
+    times = [time for time, trial in grew if trial.id not in content.infeasible]
     grown = pareto.progress(feasible)
     found = [row for row in importance(content.trials) if row.share >= 0.01]
     found = sorted(found, key=lambda row: -row.share)[:MOST_BARS]
@@ -327,7 +332,13 @@ def _trials(content: Content) -> list[dict[str, Any]]:
 
 
 def _limit(why: str | None, trial: Trial) -> str:
-    return f"breaks the limit on {why}" if why and trial.status == "ok" else ""
+    if not why or trial.status != "ok":
+        return ""
+    return f"breaks the limit on {why}" if _is_limit(why) else why
+
+
+def _is_limit(why: str) -> bool:
+    return set(why.split(", ")) <= {"seconds", "memory"}
 
 
 def _data(content: Content) -> dict[str, Any]:

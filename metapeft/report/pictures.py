@@ -135,7 +135,7 @@ def _figure(panels: int, title: str) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(7.2, 4.4) if panels == 1 else (9.6, 3.9), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for one in axes:
         one.grid(color="#e4e7ea", lw=0.8)

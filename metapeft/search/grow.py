@@ -231,10 +231,13 @@ class _Work:
         place = len(places)
         places.append(Place(task.name, task.family or task.name, len(task.train), len(task.test), 2.0 + untuned))
         self.origin.append((given, data))
+        backbone = self.backbone.identity
         for number, row in enumerate(rows):
             costs = cost(row, profile, rate, self.steps)
             for seed in (0, REPEATED_SEED) if repeat else (0,):
-                identity = trial_id(task.name, task.version, self.backbone.id, row, seed, self.steps, len(task.train))
+                identity = trial_id(
+                    task.name, task.version, backbone, row, seed, self.steps, len(task.train), metric=task.metric
+                )
                 late, again = number >= len(FIRST), seed != 0
                 cells.append(Cell(identity, place, row, seed, costs.seconds, costs.peak_memory_mb, late, again))
 

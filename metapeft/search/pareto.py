@@ -272,7 +272,7 @@ def explain(trials: Iterable[Trial], task: str | None = None, adapters: bool = F
                 seconds=seconds,
                 peak_memory_mb=memory,
                 adapter_bytes=trial.adapter_bytes,
-                command=command(trial, task),
+                command=command(trial, task, trials),
             )
         )
     return rows
@@ -283,11 +283,11 @@ def searched(method: str) -> list[str]:
     return list(spaces.space([method]).methods[method])
 
 
-def command(trial: Trial, task: str | None = None) -> str:
+def command(trial: Trial, task: str | None = None, beside: Iterable[Trial] = ()) -> str:
     """The shell command that trains this trial again: same configuration, steps and seed.
 
-    It sets everything that is searched, since `metapeft train` starts from the recommended configuration, and what
-    else is not the default.
+    It sets everything that is searched, since `metapeft train` starts from the recommended configuration or from that
+    of another trial of the sweep (`beside`), and what else is not the default in it or in one of those.
     """
     switched = "start" in trial.configuration  # a training that could exchange its method: where it began
     chosen = trial.configuration["start"] if switched else trial.configuration
@@ -297,8 +297,10 @@ def command(trial: Trial, task: str | None = None) -> str:
     words += ["--switch"] if switched else []
     words += ["--backbone", trial.backbone] if trial.backbone != DEFAULT_BACKBONE else []
     words += ["--seed", str(trial.seed)] if trial.seed else []
+    others = [other.configuration for other in beside if other.method == method]
     for name, value in chosen.items():
-        if name != "method" and (name in searched(method) or usual.get(name) != value):
+        varied = any(usual.get(name) != other.get(name, usual.get(name)) for other in (chosen, *others))
+        if name != "method" and (name in searched(method) or varied):
             words += [
                 "--set",
                 f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}",

@@ -114,12 +114,13 @@ def space(
     """The joint space over `methods` (None: all), narrowed by the user.
 
     narrow: name -> a value (fixed), a list of choices, or {"low", "high", optionally "log"}. A plain name applies to
-    every method that has it (at least one must), `lora.rank` to one method, and `method` chooses among the methods. A
-    hyperparameter that is not searched by default may be named too.
+    every method that has it (at least one must), `lora.rank`, or `rank` in a section `lora`, to one method, where it
+    goes before the plain one; `method` chooses among the methods. A hyperparameter that is not searched by default may
+    be named too.
     depth, modules: number of layers of the backbone and names of its linear layers, which the default choices follow.
     Raises UserError naming what is wrong.
     """
-    given = dict(narrow or {})
+    given = _flat(narrow or {})
     chosen = list(dict.fromkeys(methods or METHODS))
     wanted = given.pop("method", chosen)
     wanted = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
@@ -132,7 +133,7 @@ def space(
 
     joint = {method: _fit(_SPACES[method] | _TRAINING, depth, modules) for method in chosen}
     known = {method: {*defaults(method), "steps"} - {"method"} for method in METHODS}
-    for key, value in given.items():
+    for key, value in sorted(given.items(), key=lambda item: "." in item[0]):  # what is said of one method comes last
         owner, _, name = key.rpartition(".")
         if name not in known.get(owner, set().union(*known.values())) or owner not in ("", *METHODS):
             choices = sorted(known.get(owner) or set().union(*(known[method] for method in chosen)))
@@ -156,10 +157,15 @@ def read(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path} must map hyperparameters to values, lists or ranges, for example rank: [4, 8]")
+    return _flat(values)
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's section becomes dotted names."""
     return {
-        f"{key}.{name}" if isinstance(value, dict) and key in METHODS else key: inner
+        f"{key}.{name}" if isinstance(value, Mapping) and key in METHODS else key: inner
         for key, value in values.items()
-        for name, inner in (value.items() if isinstance(value, dict) and key in METHODS else [("", value)])
+        for name, inner in (value.items() if isinstance(value, Mapping) and key in METHODS else [("", value)])
     }
 
 

@@ -194,10 +194,12 @@ def study_name(task: Task, settings: Settings, space: spaces.Space, limits: Limi
 
 def _identity(task: Task, settings: Settings, space: spaces.Space, limits: Limits) -> dict[str, Any]:
     """What makes a study what it is, as JSON."""
+    from metapeft.backbones import identity as backbone
+
     chosen = settings.sweep
     identity = {
         "task": task.version,
-        "backbone": settings.backbone,
+        "backbone": backbone(settings.backbone),
         "steps": chosen.steps,
         "seed": settings.seed,
         "space": space.to_json(),
@@ -651,8 +653,12 @@ class _Book:
         )
 
     def _id(self, configuration: dict[str, Any], seed: int, steps: int) -> str:
-        examples = len(self.task.train)
-        return trial_id(self.task.name, self.task.version, self.settings.backbone, configuration, seed, steps, examples)
+        from metapeft.backbones import identity
+
+        task, backbone = self.task, identity(self.settings.backbone)
+        return trial_id(
+            task.name, task.version, backbone, configuration, seed, steps, len(task.train), metric=task.metric
+        )
 
     def _searched(self) -> bool:
         """Whether as many configurations were begun as the sweep searches; the rest of its trials repeats."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from metapeft.data.task import SPLITS, Example, Task
 from metapeft.errors import UserError
-from metapeft.settings import brief, home
-from metapeft.stages.stage import finite, read_json, write_json, write_text
+from metapeft.settings import Settings, brief, home
+from metapeft.stages.stage import backbone_identity, finite, read_json, write_json, write_text
 from metapeft.training.trial import Trial
 
 
@@ -54,6 +54,16 @@ def read_task(folder: Path) -> Task:
         return Task(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} does not hold a task ({brief(error)}); run the version stage again") from error
+
+
+def read_sweep(settings: Settings, work: Path) -> dict[str, Any] | None:
+    """The sweep's record, where there is one of this very data and backbone."""
+    if not (work / "sweep" / "sweep.json").exists():
+        return None
+    record: dict[str, Any] = read_json(work / "sweep" / "sweep.json")
+    facts = read_json(work / "version" / "task.json")
+    wanted = facts["version"], backbone_identity(settings)
+    return record if (record["task_version"], record["backbone"]) == wanted else None
 
 
 def write_trials(trials: list[Trial], path: Path) -> None:

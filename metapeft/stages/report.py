@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from metapeft.settings import Settings
-from metapeft.stages.files import read_task, read_trials
+from metapeft.stages.files import read_sweep, read_task, read_trials
 from metapeft.stages.stage import Stage, read_json
 from metapeft.training.trial import Trial
 
@@ -17,13 +17,13 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
 
     final = Trial.from_json(read_json(work / "evaluate" / "trial.json"))
     model = read_json(work / "register" / "model.json")
-    sweep = read_json(work / "sweep" / "sweep.json")
+    sweep = read_sweep(settings, work)
     switching = work / "train" / "switching.json"
     content = Content(
         task=read_task(work / "version"),
-        trials=read_trials(work / "sweep" / "trials.jsonl"),
-        infeasible=sweep["infeasible"],
-        adapters=sweep["adapters"],
+        trials=read_trials(work / "sweep" / "trials.jsonl") if sweep else (),
+        infeasible=sweep["infeasible"] if sweep else {},
+        adapters=sweep["adapters"] if sweep else False,
         final=final,
         recommendation=read_json(work / "recommend" / "recommendation.json"),
         profile=read_json(work / "profile" / "profile.json"),
@@ -40,7 +40,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
 STAGE = Stage(
     "report",
     body,
-    settings=("task",),
+    settings=("task", "backbone"),
     needs=("version", "validate", "profile", "recommend", "sweep", "train", "evaluate", "register"),
     code=("metapeft/report", "metapeft/stages/report.py"),
 )

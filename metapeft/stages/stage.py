@@ -27,7 +27,7 @@ from typing import Any
 from metapeft.errors import MetapeftError, UserError, disk
 from metapeft.files import clear
 from metapeft.progress import quiet, say
-from metapeft.settings import Settings, brief, load_settings
+from metapeft.settings import Settings, brief, load_settings, user_path
 
 ROOT = Path(__file__).resolve().parents[2]  # what `Stage.code` is relative to
 QUIET_SECONDS = 3.0  # of waiting for another command, before a person is told
@@ -96,6 +96,8 @@ class Stage:
     def fingerprint(self, settings: Settings, work: Path) -> str:
         """sha256 of everything the output depends on."""
         values = settings.model_dump(mode="json")
+        if "backbone" in self.settings:
+            values["backbone"] = backbone_identity(settings)
         parts = {
             "settings": {name: dotted(values, name) for name in self.settings},
             "needs": {need: content(work / need) for need in (*self.needs, *self.uses)},
@@ -238,6 +240,15 @@ def content(path: Path) -> str:
             continue
         digest.update(f"{name.as_posix()}\0{content(file_path)}\n".encode())
     return digest.hexdigest()
+
+
+def backbone_identity(settings: Settings) -> str:
+    """`metapeft.backbones.identity`, which is the name itself where no folder is named."""
+    if not os.path.isdir(user_path(settings.backbone)):
+        return settings.backbone
+    from metapeft.backbones import identity  # imports MLX
+
+    return identity(settings.backbone)
 
 
 def dotted(values: dict[str, Any], name: str) -> Any:

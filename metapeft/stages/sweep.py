@@ -21,7 +21,7 @@ from metapeft.progress import progress
 from metapeft.settings import Settings
 from metapeft.stages.budget import Budget
 from metapeft.stages.files import read_task, write_csv, write_trials
-from metapeft.stages.stage import Stage, read_json, write_json
+from metapeft.stages.stage import Stage, backbone_identity, read_json, write_json
 from metapeft.stages.trainer import ENGINE, Trainer, engine_version
 from metapeft.training.trial import Trial
 
@@ -63,7 +63,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         tracker.log_metrics({"sweep.trials": len(result.trials), "sweep.seconds": spent})
     for trial in result.trials:  # in DVC's cache a path of this machine would be a lie
         trial.adapter = ""
-    record = result.to_json() | {"task": task.name, "backbone": settings.backbone, "engine": engine_version()}
+    record = result.to_json() | {"task": task.name, "backbone": backbone_identity(settings), "engine": engine_version()}
     if prepared.rule is not None:
         record["stopping"] = {"alpha": prepared.rule.alpha, **asdict(prepared.rule.replayed)}
     for volatile in ("trials", "storage", "reused"):  # the same trials must make the same files

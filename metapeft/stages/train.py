@@ -11,11 +11,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metapeft.data.task import Task
 from metapeft.errors import MetapeftError
 from metapeft.progress import progress
 from metapeft.settings import Settings, home
-from metapeft.stages.files import read_task, read_trials, write_csv
+from metapeft.stages.files import read_sweep, read_task, read_trials, write_csv
 from metapeft.stages.stage import Stage, read_json, write_json
 from metapeft.stages.sweep import CURVE, NAMED
 from metapeft.stages.trainer import ENGINE, Trainer, trial_lock
@@ -29,7 +28,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     from metapeft.training.configuration import full
 
     task = read_task(work / "version")
-    chosen, why = choose(settings, work, task)
+    chosen, why = choose(settings, work)
     configuration = full(chosen)
     steps = settings.train.steps
     profile = read_json(work / "profile" / "profile.json")
@@ -81,24 +80,21 @@ def policy(settings: Settings) -> Policy:
     return Policy(wanted.confidence, wanted.switches, wanted.tolerance, wanted.looks)
 
 
-def choose(settings: Settings, work: Path, task: Task) -> tuple[dict[str, Any], str]:
+def choose(settings: Settings, work: Path) -> tuple[dict[str, Any], str]:
     """A configuration and why it was chosen."""
     method, own = settings.train.method, dict(settings.train.configuration)
     method = own.pop("method", None) or method
-    found = _swept(settings, work, task, method) or _recommended(work, method)
+    found = _swept(settings, work, method) or _recommended(work, method)
     if found is None:  # a method that the recommendation left out: its defaults
         found = {"method": method}, "asked for"
     return found[0] | own, found[1]
 
 
-def _swept(settings: Settings, work: Path, task: Task, method: str | None) -> tuple[dict[str, Any], str] | None:
-    """From the sweep, where there is one of this very data and backbone."""
+def _swept(settings: Settings, work: Path, method: str | None) -> tuple[dict[str, Any], str] | None:
     from metapeft.search.pareto import named
 
-    if not (work / "sweep" / "sweep.json").exists():
-        return None
-    record = read_json(work / "sweep" / "sweep.json")
-    if (record["task_version"], record["backbone"]) != (task.version, settings.backbone):
+    record = read_sweep(settings, work)
+    if record is None:
         return None
     trials = read_trials(work / "sweep" / "trials.jsonl")
     usable = [t for t in trials if t.id not in record["infeasible"] and method in (None, t.method)]

@@ -105,28 +105,33 @@ class Trainer:
 
     def static(self, configuration: dict[str, Any], seed: int, steps: int) -> Trial:
         """One configuration (all hyperparameters) to its end."""
+        from metapeft.backbones import identity
         from metapeft.training.trial import trial_id
 
-        task = self.task
-        identity = trial_id(task.name, task.version, self.backbone, configuration, seed, steps, len(task.train))
-        return self(configuration, seed, steps, identity)
+        task, backbone = self.task, identity(self.backbone)
+        count = len(task.train)
+        known_as = trial_id(task.name, task.version, backbone, configuration, seed, steps, count, metric=task.metric)
+        return self(configuration, seed, steps, known_as)
 
     def switching(
         self, configuration: dict[str, Any], seed: int, steps: int, profile: dict[str, Any], policy: Policy
     ) -> tuple[Trial, Record]:
         """A training that begins with a configuration and may exchange it, within what `steps` of it cost.
 
-        profile: the task's, as JSON. The trial belongs to no method, so the experience does not get it.
+        profile: the task's, as JSON. The trial belongs to no method, so the experience does not get it. Decisions
+        know the untuned backbone's validation score: test answers only measure what came of them.
         """
         from metapeft.profiling import Profile
         from metapeft.switching import run
         from metapeft.switching.advice import Advice, Basis, advice
+        from metapeft.training.evaluation import untuned
 
-        before = self.untuned()
+        self.untuned()  # of the test split, for the record
         session = self.session()
+        before = untuned(session, "validation").value
 
         def ask(basis: Basis | None) -> Advice:
-            return advice(self.task, Profile.from_json(profile), configuration, steps, before.value, basis=basis)
+            return advice(self.task, Profile.from_json(profile), configuration, steps, before, basis=basis)
 
         identity = run.identity(session, configuration, steps, seed, policy)
         with trial_lock(identity):

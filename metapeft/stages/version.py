@@ -17,13 +17,13 @@ from metapeft.stages.stage import Stage, content
 
 def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     """Load, split and version the task."""
-    from metapeft.data.load import cuts, load_task
+    from metapeft.data.load import load_task
 
     task = load_task(settings.task, settings.data)
     write_task(task, out)
     sizes = {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)}
     facts = {"task": task.name, "version": task.version, "dvc_id": task.dvc_id, "kind": task.kind}
-    return facts | sizes | {"warnings": cuts(task)}
+    return facts | sizes | {"warnings": list(task.notes)}
 
 
 def source(settings: Settings, work: Path) -> str:

@@ -66,9 +66,9 @@ def advice(
     without: Collection[str] = (),
     model: Model | None = None,
 ) -> Advice:
-    """For a training of `start` that would take `steps`. untuned: the backbone's test score. The same experience gives
-    the same advice; so does a later one, told the basis of before. without: families of tasks whose trials do not
-    count; model: None is the champion's. Both are for judging."""
+    """For a training of `start` that would take `steps`. untuned: the backbone's validation score. The same experience
+    gives the same advice; so does a later one, told the basis of before. without: families of tasks whose trials do
+    not count; model: None is the champion's. Both are for judging."""
     known = knowledge(experience)
     speed = speed or speeds.read(profile.backbone_content) or nominal_speed(profile)
     champion = versions.champion() if basis is None else versions.numbered(basis.version)

@@ -53,7 +53,9 @@ class _Lost(Exception):
 def identity(session: Session, start: dict[str, Any], steps: int, seed: int, policy: Policy) -> str:
     """The id of a switched training; a static one's differs."""
     task = session.task
-    return switching_id(task.name, task.version, session.backbone.id, start, steps, seed, policy, len(task.train))
+    return switching_id(
+        task.name, task.version, session.backbone.identity, start, steps, seed, policy, len(task.train), task.metric
+    )
 
 
 def switching_id(
@@ -65,9 +67,10 @@ def switching_id(
     seed: int,
     policy: Policy,
     train_examples: int,
+    metric: str = "",
 ) -> str:
     configuration = {"method": METHOD, "start": full(start), "policy": asdict(policy)}
-    return trial_id(task, version, backbone, configuration, seed, steps, train_examples)
+    return trial_id(task, version, backbone, configuration, seed, steps, train_examples, metric=metric)
 
 
 def train(
@@ -183,9 +186,10 @@ class _Training:
         before = None if old is None else handover.predicted(self.session, old, guarded)
         bare = handover.predicted(self.session, None, guarded) if old is not None and leg.how == "fresh" else None
         leg.seconds = time.perf_counter() - began
-        task, seed = self.session.task, self.seed + number
+        task, backbone, seed = self.session.task, self.session.backbone.identity, self.seed + number
+        own = full(configuration)
         identity = trial_id(
-            task.name, task.version, self.session.backbone.id, full(configuration), seed, leg.steps, len(task.train)
+            task.name, task.version, backbone, own, seed, leg.steps, len(task.train), metric=task.metric
         )
         with handover.over(self.session, below) as upper:
 

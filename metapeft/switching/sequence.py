@@ -25,14 +25,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+from filelock import FileLock
 
 from metapeft.backbones.forward import PrefixCache, run
 from metapeft.data.task import Task
 from metapeft.errors import MetapeftError, UserError
 from metapeft.peft import adapters
+from metapeft.peft.adalora import AdaLoRA
 from metapeft.peft.base import Adapter
 from metapeft.runtime import mx
 from metapeft.training.configuration import full
+from metapeft.training.encode import plain_ids
 from metapeft.training.evaluation import evaluate, untuned
 from metapeft.training.session import Session, completion_logits
 from metapeft.training.trainer import run_trial
@@ -134,8 +137,9 @@ def train_sequence(
     """Trains the tasks in their order, `steps` each, and measures all tasks so far after each.
 
     folder: where adapters and the record go; a killed sequence continues there with the task it was at. progress:
-    called with the task's index and the trainer's events. Raises UserError for a method whose adapters cannot go on
-    from their files, MetapeftError when a training fails.
+    called with the task's index and the trainer's events. Two processes with one folder take turns.
+
+    Raises UserError for a method whose adapters cannot go on from their files, MetapeftError when a training fails.
     """
     keep = keep or Keep()
     configuration = full(configuration)
@@ -144,24 +148,26 @@ def train_sequence(
             f"{configuration['method']} trains through an encoder, which its adapter does not keep: use another method,"
             " or keep=adapters"
         )
-    work = [[t.name, t.version, len(t.train)] for t in tasks]
-    name = _hash([work, backbone.id, configuration, asdict(keep), steps, seed])
+    work = [[t.name, t.version, len(t.train), *([t.metric] if t.metric == "macro_f1" else [])] for t in tasks]
+    name = _hash([work, backbone.identity, configuration, asdict(keep), steps, seed])
     if folder is None:
         from metapeft.settings import home
 
         folder = home() / "sequences" / name
-    found = _read(folder, name) or Learned(name, asdict(keep), [t.name for t in tasks])
-    sessions = [Session(backbone, task) for task in tasks]
-    if not found.untuned:
-        found.untuned = [untuned(session, "test").value for session in sessions]
-        found.perplexity = [perplexity(sessions[0], None)]
-    for number in range(len(found.trials), len(tasks)):
-        one = _Task(name, sessions, number, configuration, keep, folder)
-        trial = one.train(steps, seed, None if progress is None else (lambda e, n=number: progress(n, e)))  # type: ignore[misc]
-        found.trials.append(trial.to_json())
-        found.adapters.append(str(folder / f"task-{number}"))
-        one.measure(found)
-        _write(folder, found)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # another process with the same sequence waits, and finds it done
+        found = _read(folder, name) or Learned(name, asdict(keep), [t.name for t in tasks])
+        sessions = [Session(backbone, task) for task in tasks]
+        if not found.untuned:
+            found.untuned = [untuned(session, "test").value for session in sessions]
+            found.perplexity = [perplexity(sessions[0], None)]
+        for number in range(len(found.trials), len(tasks)):
+            one = _Task(name, sessions, number, configuration, keep, folder)
+            trial = one.train(steps, seed, None if progress is None else (lambda e, n=number: progress(n, e)))  # type: ignore[misc]
+            found.trials.append(trial.to_json())
+            found.adapters.append(str(folder / f"task-{number}"))
+            one.measure(found)
+            _write(folder, found)
     return found
 
 
@@ -188,7 +194,10 @@ class _Task:
 
         def prepare(adapter: Adapter) -> None:
             before = self.load(self.number - 1)
-            adapter.module.update(before.module.trainable_parameters())
+            if isinstance(adapter, AdaLoRA) and isinstance(before, AdaLoRA):
+                adapter.take_over(before)
+            else:
+                adapter.module.update(before.module.trainable_parameters())
             mx.eval(adapter.module.parameters())
             if self.keep.pull:
                 adapter.penalty = self.penalty(adapter)
@@ -227,16 +236,15 @@ class _Task:
     def penalty(self, adapter: Adapter) -> Callable[[], mx.array]:
         """strength / 2 * sum over earlier tasks and parameters of F (theta - theta of that task)^2."""
         anchors: list[tuple[dict[str, mx.array], dict[str, mx.array] | None]] = []
-        earlier = range(self.number) if self.keep.kind == "ewc" else [self.number - 1]
-        for number in earlier:
-            weights = dict(leaves(self.load(number).module.trainable_parameters()))
-            fisher = None
-            if self.keep.kind == "ewc":
-                loaded = mx.load(str(self.folder / f"fisher-{number}.safetensors"))
-                assert isinstance(loaded, dict)
-                fisher = loaded
+        if self.keep.kind == "ewc":
+            for number in range(self.number):
+                weights = dict(leaves(self.load(number).module.trainable_parameters()))
+                fisher = mx.load(str(self.folder / f"fisher-{number}.safetensors"))
+                assert isinstance(fisher, dict)
                 mx.eval(fisher)
-            anchors.append((weights, fisher))
+                anchors.append((weights, fisher))
+        else:
+            anchors.append((dict(leaves(adapter.module.trainable_parameters())), None))  # where it begins
 
         def value() -> mx.array:
             total = mx.array(0.0)
@@ -299,7 +307,7 @@ class _Task:
 
 def perplexity(session: Session, adapter: Adapter | None) -> float:
     """Of the backbone on TEXT, with `adapter` (not attached) in force."""
-    ids = list(session.backbone.tokenizer.encode(TEXT, add_special_tokens=False))
+    ids = plain_ids(TEXT, session.backbone.tokenizer)
     ids = ids[: session.backbone.context_length // 2]
     if adapter is not None:
         adapter.attach(session.model)

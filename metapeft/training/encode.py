@@ -31,16 +31,27 @@ class Encoded:
         return Encoded((*shared, *self.ids), len(shared) + self.start)
 
 
+def plain_ids(text: str, tokenizer: Any) -> list[int]:
+    """As the backbone met text in its training: where its tokenizer begins with a token of its own (Llama's, Gemma's
+    and Mistral's do), so does this, as mlx-lm's and Hugging Face's generation do; an end is not added."""
+    own = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
+    ids = list(tokenizer.encode(text, add_special_tokens=own))
+    ends = own and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+    return ids[:-1] if ends else ids
+
+
 def prompt_ids(prompt: str | tuple[tuple[str, str], ...], tokenizer: Any) -> list[int]:
     """A plain prompt as it is; chat messages through the backbone's chat template."""
     if isinstance(prompt, str):
-        return list(tokenizer.encode(prompt, add_special_tokens=False))
+        return plain_ids(prompt, tokenizer)
+    import jinja2
+
     messages = [{"role": role, "content": content} for role, content in prompt]
     try:
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    except ValueError as error:
+    except (ValueError, jinja2.TemplateError) as error:  # a template may refuse a role, such as "system"
         raise UserError(
-            f"the task holds chat messages and the backbone has no usable chat template: {error}"
+            f"the task holds chat messages that the backbone's chat template does not take: {error}"
         ) from error
 
 

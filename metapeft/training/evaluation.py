@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from metapeft.backbones.forward import Prefix, PrefixCache, RecordingCache, run
+from metapeft.data.rows import listed
+from metapeft.data.task import SPLITS, Example
+from metapeft.errors import UserError
 from metapeft.kernels.decoder import Decoder
 from metapeft.peft.base import Adapter
 from metapeft.runtime import mx
@@ -192,11 +195,14 @@ class Labels:
     def __init__(self, session: Session):
         task, tokenizer = session.task, session.backbone.tokenizer
         # A label's own completion (with its leading space, if any) is taken from an example that has it.
-        seen = {e.completion.strip(): e for split in ("train", "validation", "test") for e in task.split(split)}
+        seen = {e.completion.strip(): e.completion for split in SPLITS for e in task.split(split)}
         sequences = []
-        for label in task.labels:
-            encoded = encode(seen[label], tokenizer)
+        for number, label in enumerate(task.labels):
+            encoded = encode(Example("", seen[label] if label in seen else task.label_completions[number]), tokenizer)
             sequences.append(encoded.ids[encoded.start :])
+        if len(set(sequences)) < len(sequences):
+            same = [label for label, s in zip(task.labels, sequences, strict=True) if sequences.count(s) > 1]
+            raise UserError(f"the backbone's tokenizer reads these labels alike: {listed(same)}; write them otherwise")
         self.sequences = sequences
         self.roots_list = [s[0] for s in sequences]
         self.roots = mx.array(self.roots_list)

@@ -72,7 +72,9 @@ def run_trial(
     method, train = split(configuration)
     task, backbone = session.task, session.backbone
     trial = Trial(
-        id=trial_id(task.name, task.version, backbone.id, configuration, seed, steps, len(task.train), start),
+        id=trial_id(
+            task.name, task.version, backbone.identity, configuration, seed, steps, len(task.train), start, task.metric
+        ),
         task=task.name,
         task_version=task.version,
         backbone=backbone.id,

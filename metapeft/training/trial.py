@@ -81,10 +81,12 @@ def trial_id(
     budget: int,
     train_examples: int,
     start: str = "",
+    metric: str = "",
 ) -> str:
     """16 hex digits that the same work always has, so that a trial that was run before is recognised.
 
-    `start` names the weights it starts from, where they are not the method's own.
+    `start` names the weights it starts from, where they are not the method's own; `metric` is what the best weights
+    are chosen by. `backbone` is its identity (`metapeft.backbones.identity`).
 
     `configuration` must have its defaults written out (`metapeft.training.configuration.full`); 8 and 8.0 are the same,
     and so are a list and a tuple.
@@ -98,6 +100,7 @@ def trial_id(
         budget,
         train_examples,
         *([start] if start else []),
+        *([f"by {metric}"] if metric == "macro_f1" else []),  # the others are their tasks' usual ones
     ]
     text = json.dumps(work, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

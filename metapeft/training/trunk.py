@@ -10,6 +10,7 @@ are padded to the same multiple of ALIGN, which depends on the example alone.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,8 +75,8 @@ class Trunk:
             return self._memory[index]
         assert self._file is not None
         offset, tokens = self._disk[index]
-        self._file.seek(offset)
-        raw = np.frombuffer(self._file.read(tokens * self._width * self._dtype.size), dtype=np.uint8)
+        # Workers read at once, so nobody may move a place in the file that all share.
+        raw = np.frombuffer(os.pread(self._file.fileno(), tokens * self._width * self._dtype.size, offset), np.uint8)
         return mx.array(raw).view(self._dtype).reshape(tokens, self._width)
 
     def stack(self, indices: Sequence[int], length: int) -> mx.array:
@@ -159,7 +160,8 @@ class Trunk:
             self._memory[index] = row
             return
         if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the trunk; the system removes it
+            # Unbuffered. It lives as long as the trunk; the system removes it.
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         offset = self._file.seek(0, 2)
         self._file.write(np.array(row.view(mx.uint8)).tobytes())
         self._disk[index] = (offset, row.shape[0])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from metapeft.backbones import Backbone, fetch, load, loading
+from metapeft.backbones import Backbone, fetch, identity, load, loading
 from metapeft.errors import UserError
 from metapeft.runtime import mx, tree_flatten
 from tests.backbones.hub import hub
@@ -82,8 +82,11 @@ def test_the_content_id_is_that_of_the_content(tmp_path: Path) -> None:
     assert len({one, tiny("llama", seed=1).content_id, tiny("qwen3").content_id}) == 3
     stored = load_file(folder / "model.safetensors")
     stored["model.norm.weight"][0] += 1e-3
+    before = identity(str(folder))
     save_file(stored, folder / "model.safetensors")
     assert load(str(folder)).content_id != one
+    assert identity(str(folder)) == load(str(folder)).identity != before
+    assert identity("smollm2-135m-instruct") == "smollm2-135m-instruct" and identity("owner/name") == "owner/name"
 
 
 def test_the_same_arguments_give_the_same_tiny_model(tmp_path: Path) -> None:
@@ -226,3 +229,29 @@ def test_from_a_hub(tmp_path: Path) -> None:
 def test_no_network(tmp_path: Path) -> None:
     said = from_hub("owner/tiny", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
     assert said.startswith("cannot download backbone owner/tiny (") and "smollm2-135m-instruct needs no hub" in said
+
+
+def test_layers_that_do_not_attend_are_refused() -> None:
+    with pytest.raises(UserError, match="architecture granitemoehybrid has layers without attention"):
+        tiny("granitemoehybrid")
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    folder = copy(tiny_folder("llama"), tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((folder / "config.json").read_text())
+    del config["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize(("name", "value"), [("rope_scaling", "yarn"), ("num_attention_heads", 0)])
+def test_a_configuration_that_fits_no_model(tmp_path: Path, name: str, value: object) -> None:
+    folder = copy(tiny_folder("llama"), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load(str(folder))

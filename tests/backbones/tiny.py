@@ -58,6 +58,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 ARCHITECTURES = tuple(name for name in CONFIGS if name not in ("olmoe", "mixtral"))  # one mixture of experts is enough
+CONFIGS |= {  # each unlike all others in one way
+    "gpt2": {"n_ctx": 64, "n_embd": 64, "n_head": 4, "n_layer": 4, "n_positions": 64, "layer_norm_epsilon": 1e-5,
+             "max_position_embeddings": 64},  # positions are a table
+    "minicpm3": {"dim_model_base": 64, "scale_depth": 1.0, "scale_emb": 1, "qk_nope_head_dim": 16,
+                 "qk_rope_head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "num_key_value_heads": 4,
+                 "v_head_dim": 12, "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4,
+                                  "original_max_position_embeddings": CONTEXT}},  # keys are not shaped like values
+    "granitemoehybrid": {"attention_bias": False, "embedding_multiplier": 1.0, "attention_multiplier": 0.25,
+                         "logits_scaling": 1.0, "residual_multiplier": 1.0,
+                         "layer_types": ["mamba", "attention", "mamba", "attention"], "mamba_n_heads": 8,
+                         "mamba_d_head": 16, "mamba_proj_bias": False, "mamba_d_state": 16, "mamba_d_conv": 4,
+                         "mamba_n_groups": 1, "mamba_conv_bias": True},  # half of the layers do not attend
+}  # fmt: skip
 
 
 def tiny(model_type: str, seed: int = 0, quantized: bool = False) -> Backbone:

@@ -10,7 +10,6 @@ import pyarrow.parquet as parquet
 import pytest
 
 from metapeft.data import load_task, versions
-from metapeft.data.load import cuts
 from metapeft.data.splits import normalised
 from metapeft.data.task import SPLITS, Task
 from metapeft.errors import UserError
@@ -79,10 +78,9 @@ def test_settings_are_respected() -> None:
     task = load_task(SAMPLES / "tickets.jsonl", settings)
     assert [len(task.split(name)) for name in SPLITS] == [12, 6, 9]
     assert task.metric == "macro_f1" and str(task.train[0].prompt).endswith(" =>")
-    assert cuts(task) == [  # 90 rows, of which test and validation are taken first
-        "using 12 of 75 training rows (data.max_train)"
-    ]
-    assert cuts(load_task(SAMPLES / "tickets.jsonl")) == []
+    # 90 rows, of which test and validation are taken first
+    assert task.notes == ("using 12 of 75 training rows (data.max_train)",)
+    assert load_task(SAMPLES / "tickets.jsonl").notes == ()
 
 
 def test_a_template_that_ends_in_a_space() -> None:
@@ -107,6 +105,22 @@ def test_a_folder_of_splits(tmp_path: Path) -> None:
     assert {normalised(e.prompt.split("\n")[1]) for e in task.test} == {normalised(r["text"]) for r in records[70:]}
     assert "train: 10 prompts left out that other splits hold too" in task.notes
     assert task.dvc_id.endswith(".dir")
+
+
+@pytest.mark.parametrize("other", ["test.json", "eval.jsonl", "test_set.csv"])
+def test_a_file_that_is_not_used_is_named(tmp_path: Path, other: str) -> None:
+    save(tmp_path / "train.jsonl", rows("tickets.jsonl"))
+    (tmp_path / "README.md").write_text("About it.")
+    (tmp_path / other).write_text("whatever")
+    (note,) = load_task(tmp_path).notes
+    assert note.startswith(f"not used: {other!r} (train, validation and test are")
+
+
+def test_a_folder_that_metapeft_works_in_has_no_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "train.jsonl", rows("tickets.jsonl"))
+    assert load_task(tmp_path).dvc_id
+    monkeypatch.setenv("METAPEFT_HOME", str(tmp_path / ".metapeft"))
+    assert not load_task(tmp_path).dvc_id
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,28 @@ def test_contradictory_rows_stay_together() -> None:
             assert len(answers) in (0, 2)
 
 
+def test_messages_are_the_same_up_to_case_and_white_space_too() -> None:
+    asked = [f"Question {i}?" for i in range(40)]
+    spelled = [q + end for q in asked for end in ("", " ", "\n")] + [q.upper() for q in asked]
+    rows = [Row((("system", "Be  brief."), ("user", text)), "yes") for text in spelled]
+    found = split(rows, stratified=False)
+    assert sum(len(found[name]) for name in SPLITS) == 40, "each question once"
+    two = [Row((("user", "a"), ("assistant", "b c")), "x"), Row((("user", "a b"), ("assistant", "c")), "x")]
+    assert len(prompts(two)) == 2, "a word of one message is no word of the next"
+
+
+def test_what_is_measured_on_is_like_the_whole_split() -> None:
+    """Two hundred labels with one row each are 6 % of this test split, and were two thirds of its 300 rows once."""
+    test = [Row(f"usual {i}", "usual") for i in range(3000)] + [Row(f"rare {i}", f"rare {i}") for i in range(200)]
+    given = {"train": labelled(500, 5), "test": test}
+    found, _ = make_splits(given, Limits(400, 100, 300), 0, True, "rows")
+    assert len(found["test"]) == 300
+    assert sum(row.answer == "usual" for row in found["test"]) / 300 == pytest.approx(0.9375, abs=0.04)
+    few = {"train": labelled(500, 5), "test": [Row(f"other {i}", f"label {i % 5}") for i in range(1000)]}
+    found, _ = make_splits(few, Limits(400, 100, 300), 0, True, "rows")
+    assert set(Counter(row.answer for row in found["test"]).values()) == {60}
+
+
 def test_leaks_between_given_splits_are_noted() -> None:
     rows = labelled(60)
     found, notes = make_splits({"train": rows, "test": rows[:10]}, LARGE, 0, True, "rows")
@@ -128,3 +150,5 @@ def test_what_the_limits_leave_out_is_noted() -> None:
 def test_too_few_rows_are_refused() -> None:
     with pytest.raises(UserError, match=r"mine\.csv has only 9 distinct prompts.*at least 10"):
         make_splits({"train": labelled(9) * 5}, LARGE, 0, True, "mine.csv")
+    with pytest.raises(UserError, match=r"0 distinct prompts to train on .train: 60 prompts left out that other"):
+        make_splits({"train": labelled(60), "test": labelled(60)}, LARGE, 0, True, "mine.csv")

@@ -68,6 +68,9 @@ LEAK, ODD, BROKEN = Example("x", " billing"), Example("y", " no label"), Example
         ),
         (lambda t: {"labels": (*t.labels, "rare")}, "label counts", "warning", "1 label with fewer than 5"),
         (lambda t: {"labels": (*t.labels, "Billing")}, "label spelling", "warning", "'billing', 'Billing'"),
+        (lambda t: {"labels": (*t.labels, "a  b", "a b")}, "label spelling", "warning", "'a  b', 'a b'"),
+        (lambda t: {"labels": (*t.labels, "1", "1.0")}, "label spelling", "warning", "'1', '1.0'"),
+        (lambda t: {"labels": (*t.labels, "caf\u00e9", "cafe\u0301")}, "label spelling", "warning", "2 labels"),
         (
             lambda t: {"train": tuple(Example(f"{i}", " billing") for i in range(900))},
             "label balance",

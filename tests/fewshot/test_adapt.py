@@ -12,7 +12,7 @@ import pytest
 import metapeft
 from metapeft import cli
 from metapeft.data import shots
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError, UserError
 from metapeft.fewshot import STRATEGIES, reptile
 from metapeft.fewshot.adapt import adapt, explained, starts_of
 from metapeft.fewshot.choose import Held, Prior, Strategy, choose
@@ -21,6 +21,7 @@ from metapeft.fewshot.strategies import Nearest, cold, strategies
 from metapeft.meta import library
 from metapeft.peft import adapters, checkpoints
 from metapeft.profiling import profile
+from metapeft.settings import DataSettings
 from metapeft.training.evaluation import evaluate
 from metapeft.training.session import Session
 from metapeft.training.trainer import run_trial
@@ -167,3 +168,38 @@ def test_shots_drawn_from_a_part_of_the_rows(tmp_path: Path, capsys: pytest.Capt
     told = capsys.readouterr()
     assert told.err.count("adapt: using 12 of 70 training rows (data.max_train)") == 1
     assert "+0.000" not in told.out and "held-out shots" in told.out and "using" not in told.out
+
+
+def test_a_training_that_breaks_off_is_told(backbone: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(mb: float = 0.0) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr("metapeft.training.trainer.require_memory", short)
+    with pytest.raises(MetapeftError, match="training cold prefix on the shots ended as"):
+        adapt(shots.draw(TASK, 1, 0), backbone, only=["cold prefix"], priors=LIKED)  # type: ignore[arg-type]
+
+
+def test_a_label_that_no_example_shows_can_still_be_an_answer(backbone: object, tmp_path: Path) -> None:
+    rows = [{"text": f"row {i} {'abc'[i % 3]}", "label": f"common {i % 3}"} for i in range(60)]
+    rows += [{"text": f"odd {i}", "label": f"rare {i}"} for i in range(5)]
+    (tmp_path / "rare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few, _ = shots.load_shots(str(tmp_path / "rare.jsonl"), 4, DataSettings(), 0)
+    found = adapt(few, backbone, only=["cold prefix"], priors=LIKED)  # type: ignore[arg-type]
+    assert found.score is not None
+
+
+def test_a_seed_is_that_of_the_training_too(backbone: object) -> None:
+    few = shots.draw(TASK, 6, 0)
+    one, same, other = (
+        adapt(few, backbone, seed=seed, only=["cold lora"], priors={"cold lora": Prior(0.9, 0.01)})  # type: ignore[arg-type]
+        for seed in (0, 0, 1)
+    )
+    assert one.trial and same.trial and other.trial
+    assert one.trial.id == same.trial.id != other.trial.id
+    weights = [(Path(found.adapter) / "adapter_model.safetensors").read_bytes() for found in (one, other)]
+    assert weights[0] != weights[1]
+
+
+def test_where_nothing_may_stand_before_a_prompt_matrices_are_tried() -> None:
+    session = Session(tiny("minicpm3"), TASK)
+    assert {way.name for way in strategies(session, [], {})} == {"cold lora"}

@@ -88,6 +88,8 @@ def test_another_start_is_another_trial(at: Session) -> None:
     configuration = CONFIGURATIONS["lora"]
     plain = trial_id("t", "v", "b", configuration, 0, 6, 10)
     assert plain == trial_id("t", "v", "b", configuration, 0, 6, 10, "")
+    assert plain == trial_id("t", "v", "b", configuration, 0, 6, 10, metric="accuracy")
+    assert plain != trial_id("t", "v", "b", configuration, 0, 6, 10, metric="macro_f1"), "it chooses the weights"
     kept, _ = trained(at, "lora", [2, 6])
     trials = [train(at, configuration, lambda *_: None, steps=2, at=[2], start=s) for s in (None, kept[2], kept[6])]
     assert len({t.id for t in trials}) == 3

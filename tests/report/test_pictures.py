@@ -30,3 +30,8 @@ def test_a_logarithmic_axis_names_its_ticks(values: list[float], expected: list[
     labels = {t.label1.get_text() for t in ticks if low <= t.get_loc() <= high} - {""}
     said = sorted(labels, key=float)
     assert [s for s in said if s in expected] == expected and len(said) <= len(expected) + 1, said
+
+
+def test_a_title_is_no_formula() -> None:
+    figure, _ = pictures._figure(1, "us$_vs_$ca")
+    figure.canvas.draw()

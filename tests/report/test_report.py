@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import re
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from metapeft.errors import UserError
-from metapeft.report import Content, write_report
+from metapeft.report import Content, page, write_report
 from metapeft.report.page import render
 from metapeft.search import pareto
 from metapeft.training.trial import Score, Trial
@@ -193,6 +194,23 @@ def test_trials_over_a_limit_are_named_but_not_on_the_front() -> None:
     slowest = max(done, key=lambda t: t.train_seconds)
     text = words(render(Content(TASK, done, {slowest.id: "seconds"})))
     assert "1 broke a limit" in text and "breaks the limit on seconds" in text
+    text = words(render(Content(TASK, done, {slowest.id: "diverged with another seed"})))
+    assert "1 did not end well with every seed" in text and "limit" not in text.split("Trials")[0]
+
+
+def test_the_front_grows_over_the_time_of_all_trials() -> None:
+    done = [t for t in trials() if t.status == "ok"][:4]
+    drawn: list[list[float]] = []
+
+    def growth(times: list[float], shares: list[float], width: int) -> str:
+        drawn.append(times)
+        return ""
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(page.charts, "growth", growth)
+        page._search(Content(TASK, done, {done[0].id: "stopped", done[2].id: "stopped"}))
+    whole = list(itertools.accumulate(t.seconds for t in done))
+    assert drawn[0] == [whole[1], whole[3]]
 
 
 PROBE = """

@@ -180,6 +180,15 @@ def test_command_rebuilds_the_configuration() -> None:
     assert searched <= set(given), "what is searched is always said: training starts from the recommendation"
 
 
+def test_command_sets_what_another_trial_of_the_sweep_varies() -> None:
+    plain, decaying = full({"method": "lora"}), full({"method": "lora", "weight_decay": 0.3})
+    one, other = trial("x", 0.5, 5, 5, configuration=plain), trial("y", 0.6, 9, 9, configuration=decaying)
+    assert "weight_decay" not in pareto.command(one)
+    assert "weight_decay=0.0" in shlex.split(pareto.command(one, beside=[one, other]))
+    rows = pareto.explain([one, other])
+    assert all("weight_decay" in row.command for row in rows) and len(rows) == 2
+
+
 def test_explain_gives_a_row_per_point_of_the_front() -> None:
     rows = pareto.explain([trial("a", 0.9, 10, 10), trial("b", 0.8, 5, 5), trial("c", 0.7, 6, 6)])
     assert [row.trial for row in rows] == ["a", "b"]

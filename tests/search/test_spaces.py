@@ -225,8 +225,20 @@ def test_a_space_file_is_yaml_or_json(tmp_path: Path) -> None:
     assert narrowed.methods["prompt"]["learning_rate"] == spaces.Choices((1e-3,), ordered=True)
     (tmp_path / "space.json").write_text(json.dumps(given))
     assert spaces.read(tmp_path / "space.json") == given
+    (tmp_path / "space.json").write_text('{\n\t"rank": [4, 8]\n}')
+    assert spaces.read(tmp_path / "space.json") == {"rank": [4, 8]}
     path.write_text("")
     assert spaces.read(path) == {}
+
+
+def test_a_section_of_a_method_goes_before_what_is_said_of_all() -> None:
+    for narrow in (
+        {"lora": {"learning_rate": 1e-3}, "learning_rate": [1e-2, 1e-1]},
+        {"learning_rate": [1e-2, 1e-1], "lora.learning_rate": 1e-3},
+    ):
+        found = spaces.space(["lora", "prompt"], narrow).methods
+        assert found["lora"]["learning_rate"] == spaces.Choices((1e-3,), ordered=True)
+        assert found["prompt"]["learning_rate"] == spaces.Choices((1e-2, 1e-1), ordered=True)
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from filelock import FileLock
 
-from metapeft.backbones import Backbone
+from metapeft.backbones import Backbone, load
 from metapeft.data.task import Task
 from metapeft.errors import UserError
+from metapeft.peft import adapters, create
+from metapeft.peft.adalora import AdaLoRA
 from metapeft.runtime import mx
 from metapeft.switching.sequence import KINDS, Keep, Kind, Learned, _Task, perplexity, train_sequence
 from metapeft.training import trainer
 from metapeft.training.session import Session
 from metapeft.training.vector import leaves
-from tests.backbones.tiny import tiny
+from tests.backbones.tiny import tiny, tiny_folder
 from tests.training import made
 
 START = {"method": "lora", "learning_rate": 0.02, "rank": 2}
@@ -126,3 +134,49 @@ def test_wrong_input_is_said(backbone: Backbone, tasks: list[Task], tmp_path: Pa
         Keep("magic")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="encoder"):
         train_sequence(backbone, tasks, {"method": "p_tuning"}, Keep("ewc"), steps=4, folder=tmp_path)
+
+
+def test_another_metric_or_other_weights_are_another_sequence(tasks: list[Task], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("llama"), folder)
+    work = tmp_path / "work"
+    one = train_sequence(load(str(folder)), tasks, START, steps=4, folder=work)
+    other = [replace(task, metric="macro_f1") for task in tasks]
+    assert train_sequence(load(str(folder)), other, START, steps=4, folder=work).id != one.id
+    shutil.copy(tiny_folder("llama", seed=1) / "model.safetensors", folder / "model.safetensors")
+    again = train_sequence(load(str(folder)), tasks, START, steps=4, folder=work)
+    assert again.id != one.id and again.perplexity[0] != one.perplexity[0]
+
+
+def test_adalora_moves_its_budget_in_the_next_task_too(backbone: Backbone, tmp_path: Path) -> None:
+    tasks = [made.classification(train=24, rest=6), made.generation(train=24, rest=6, seed=1)]
+    start = {"method": "adalora", "initial_rank": 4, "target_rank": 1, "learning_rate": 1e-2, "batch_size": 4}
+    train_sequence(backbone, tasks, start, Keep("naive"), steps=20, folder=tmp_path)
+    first, second = (adapters.load(tmp_path / f"task-{n}", backbone.model) for n in (0, 1))
+    assert isinstance(first, AdaLoRA) and isinstance(second, AdaLoRA)
+    new = [mx.any((second.deltas[p].e != 0) & (first.deltas[p].e == 0)).item() for p in first.deltas]
+    assert any(new), "a rank that the first task gave up is used by the second"
+
+
+def test_what_is_taken_over_computes_the_same(backbone: Backbone) -> None:
+    at = made.session("llama")
+    other = made.moved("adalora", at)
+    other.detach(at.model)
+    path = next(iter(other.deltas))
+    for name, axis in (("a", 0), ("e", 0), ("b", 1)):  # as a trimmed one is read
+        value = np.array(other.deltas[path][name])
+        value[(1,) if axis == 0 else (slice(None), 1)] = 0
+        other.deltas[path][name] = mx.array(value)
+    fresh = create(other.config, at.model, seed=5)
+    fresh.take_over(other)
+    assert np.allclose(fresh.deltas[path].weight(), other.deltas[path].weight(), atol=1e-7)
+    assert mx.all(fresh.deltas[path].a[1] != 0).item() and not fresh.deltas[path].e[1].item()
+
+
+def test_two_processes_take_turns(backbone: Backbone, tasks: list[Task], tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as other, FileLock(tmp_path / ".lock"):
+        waiting = other.submit(train_sequence, backbone, tasks[:1], START, steps=2, folder=tmp_path)
+        time.sleep(1)
+        assert not waiting.done() and not (tmp_path / "sequence.json").exists()
+        held = True
+    assert held and waiting.result().scores

@@ -9,10 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metapeft.data.task import Example, Task
+from metapeft.errors import UserError
+from metapeft.peft import create, parse
 from metapeft.runtime import mx, nn
 from metapeft.training.encode import Encoded
-from metapeft.training.evaluation import predict
+from metapeft.training.evaluation import evaluate, predict
 from metapeft.training.session import Session, Shard, completion_logits, rows_targets
+from tests.backbones.tiny import tiny
 from tests.training import made
 
 
@@ -89,3 +93,17 @@ def test_sessions_alike_share_the_view_of_the_model_and_compute_the_same() -> No
     assert shared.decoder is first.decoder and (own.decoder is not first.decoder or own.decoder is None)
     assert Session(made.session("qwen2").backbone, task, first).decoder is not first.decoder or first.decoder is None
     assert predict(shared, None, "test").loss_sum.tolist() == predict(own, None, "test").loss_sum.tolist()
+
+
+def test_virtual_tokens_beyond_a_table_of_positions_are_refused() -> None:
+    """There MLX would read whatever lies behind the table."""
+    long = tuple(Example("ab" * 22 + ":", f" {'yes' if i % 2 else 'no'}") for i in range(8))
+    at = Session(tiny("gpt2"), Task("long", "0" * 16, "classification", "accuracy", long, long, long, ("no", "yes")))
+    adapter = create(parse("prefix", {"tokens": 15}), at.model, seed=0, text_ids=[65, 66, 67])
+    adapter.attach(at.model)
+    assert evaluate(at, adapter, "validation").loss > 0
+    adapter.detach(at.model)
+    many = create(parse("prefix", {"tokens": 16}), at.model, seed=0, text_ids=[65, 66, 67])
+    many.attach(at.model)
+    with pytest.raises(UserError, match=r"16 virtual tokens and the longest row .* at most 15"):
+        evaluate(at, many, "validation")

@@ -91,6 +91,21 @@ def test_states_do_not_depend_on_company_workers_room_or_a_lower_trunk(session: 
     three.close()
 
 
+@pytest.mark.skipif(device() != "cpu", reason="on a GPU rounding may depend on the shape of the batch")
+def test_workers_that_read_from_disk_at_once_read_their_own_rows(session: Session) -> None:
+    workers = Workers(4)
+    memory = fresh(session, 3)
+    memory.prepare(range(40), session.workers)
+    lower = fresh(session, 1, room=Room(0))
+    lower.prepare(range(40), workers)
+    for _ in range(20):
+        higher = fresh(session, 3, lower=lower)
+        higher.prepare(range(40), workers)
+        for index in range(40):
+            assert np.allclose(memory.get(index), higher.get(index), rtol=1e-4, atol=1e-4)
+    workers.close()
+
+
 def test_a_session_goes_on_from_a_shallower_trunk(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     starts = []
 
