@@ -519,7 +519,7 @@ def speed(cells: list[dict[str, Any]]) -> dict[str, Any]:
     this LoRA itself takes until it first has it (and the share of cells where the choice gets there). Looks are apart,
     so LoRA is given the fewest steps that it can have taken: one more than at its last look without that score, and the
     choice the most. Cells where the untuned backbone is there already tell nothing."""
-    steps, seconds, from_context, closer = [], [], 0, 0
+    steps, scheduled, seconds, from_context, closer = [], [], [], 0, 0
     by_task: dict[str, list[float]] = defaultdict(list)
     goal_name = stronger(cells)
     looks = closer_looks()
@@ -533,6 +533,7 @@ def speed(cells: list[dict[str, Any]]) -> dict[str, Any]:
             if both[0] is not None and both[1] is not None and math.isfinite(both[0].step):
                 lora, mine, closer = both[0], both[1], closer + 1
         steps.append(mine.step / (1 + lora.before))
+        scheduled.append(mine.step / max(AT))
         by_task[c["task"]].append(steps[-1])
         from_context += steps[-1] == 0 and c["choice"] == "tuned context"
         seconds.append(mine.seconds / max(1e-9, lora.seconds))
@@ -545,6 +546,7 @@ def speed(cells: list[dict[str, Any]]) -> dict[str, Any]:
         "a_third": float(np.mean(np.array(steps) <= 1 / 3)) if steps else math.nan,
         "a_third_over_other_tasks": elsewhere(list(by_task.values())),
         "median_steps_ratio": float(np.median(steps)) if steps else math.nan,
+        "median_of_the_schedule": float(np.median(scheduled)) if steps else math.nan,
         "median_seconds_ratio": float(np.median(seconds)) if seconds else math.nan,
     }
 
@@ -673,7 +675,8 @@ def markdown(found: dict[str, Any], done: int, wanted: int) -> str:
         f"LoRA's final score: {swift['cells']} cells, in {swift['untrained']} before the first step"
         f" ({swift['of_these_from_context']} from the context), reached in {swift['reached']:.0%}, in a third of LoRA's"
         f" steps or less in {swift['a_third']:.0%} ({swift['looked_at_closer']} cells looked at closer); median of a"
-        f" third or less over other tasks: {swift['a_third_over_other_tasks']:.0%}.",
+        f" third or less over other tasks: {swift['a_third_over_other_tasks']:.0%}. Steps over those of LoRA's whole"
+        f" training, median: {swift['median_of_the_schedule']:.3f}.",
     ]
     lines += ["", "Chosen: " + ", ".join(f"{name} {count}" for name, count in found["chosen"].items()) + ".", ""]
     lines += ["| target | value | wanted | met |", "|---|---|---|---|"]

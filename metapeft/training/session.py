@@ -70,7 +70,7 @@ class Session:
         longest = len(self.shared) + max(e.length for examples in self.encoded.values() for e in examples)
         # Where positions are a table (GPT-2's), virtual tokens take places in it.
         learned = getattr(anatomy(self.model).body, "wpe", None)
-        self._most_virtual = VIRTUAL if learned is None else int(learned.weight.shape[0]) - longest
+        self._most_virtual = None if learned is None else int(learned.weight.shape[0]) - longest
         same = like is not None and like.model is self.model
         self._view: Decoder | None = like._view if like is not None and same else decoder(self.model)
         view = self._view
@@ -117,10 +117,11 @@ class Session:
         if self.below is not None:
             assert virtual is None, "virtual tokens do not lie on virtual tokens (metapeft.peft.stack)"
             virtual = self.below
-        if virtual is not None and virtual[0][0].shape[2] > self._most_virtual:
+        most = self._most_virtual
+        if most is not None and virtual is not None and virtual[0][0].shape[2] > most:
             raise UserError(
                 f"{virtual[0][0].shape[2]} virtual tokens and the longest row are more than the positions that the"
-                f" backbone knows; take at most {max(0, self._most_virtual)}, or shorten the rows"
+                f" backbone knows; take at most {max(0, most)}, or shorten the rows"
             )
         if whole or not self.shared:
             return virtual

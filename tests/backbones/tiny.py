@@ -63,8 +63,9 @@ CONFIGS |= {  # each unlike all others in one way
              "max_position_embeddings": 64},  # positions are a table
     "minicpm3": {"dim_model_base": 64, "scale_depth": 1.0, "scale_emb": 1, "qk_nope_head_dim": 16,
                  "qk_rope_head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "num_key_value_heads": 4,
-                 "v_head_dim": 12, "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4,
-                                  "original_max_position_embeddings": CONTEXT}},  # keys are not shaped like values
+                 "v_head_dim": 12,  # keys are not shaped like values
+                 "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4,
+                                  "original_max_position_embeddings": CONTEXT}},
     "granitemoehybrid": {"attention_bias": False, "embedding_multiplier": 1.0, "attention_multiplier": 0.25,
                          "logits_scaling": 1.0, "residual_multiplier": 1.0,
                          "layer_types": ["mamba", "attention", "mamba", "attention"], "mamba_n_heads": 8,
