@@ -373,12 +373,13 @@ def _decode_virtual(method: str, config: dict[str, Any], tensors: dict[str, mx.a
     layers, heads = config.get("num_layers"), config.get("num_attention_heads")
     metadata: dict[str, Any] = {}
     if method == "prefix":
-        if not (width and layers and heads):
+        width, layers, heads = (int(value or 0) for value in (width, layers, heads))
+        if min(width, layers, heads) < 1:
             raise UserError(
                 f"{folder / CONFIG}: token_dim, num_layers and num_attention_heads are needed for prefix tuning"
             )
-        width = 2 * int(layers) * int(width)
-        metadata["kv_heads"] = int(heads)
+        width *= 2 * layers
+        metadata["kv_heads"] = heads
     table = tensors["prompt_embeddings"]
     if table.ndim != 2 or table.shape[0] != tokens or (width and table.shape[1] != int(width)):
         expected = [tokens, int(width) if width else "width"]

@@ -48,7 +48,8 @@ def natively(run: _Run, indices: list[int], total: int, seed: int = 1) -> tuple[
 
 
 def test_which_architectures_it_covers() -> None:
-    covered = {name for name in CONFIGS if decoder(tiny(name).model) is not None}
+    loaded = [name for name in CONFIGS if name != "granitemoehybrid"]  # which is refused
+    covered = {name for name in loaded if decoder(tiny(name).model) is not None}
     assert covered == set(LIKE_LLAMA)
 
 
