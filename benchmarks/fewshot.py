@@ -268,14 +268,19 @@ def cell(name: str, count: int, draw: int, learned_from: Sequence[str], fill: bo
         record["rivals"] = {RIVAL: tested(Strategy(RIVAL, RIVAL_CONFIGURATION), session, count)}
     record["strategies"] = {way.name: before.get(way.name) or one(way, session, folds, count) for way in ways}
     record["seconds"] = round(record.get("seconds", 0.0) + time.monotonic() - begin, 1)
-    _records[-1].parent.mkdir(parents=True, exist_ok=True)
-    with _records[-1].open("a+b") as file:
-        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            file.write(b"\n")  # a kill cut the last line
-        file.write(json.dumps(record).encode() + b"\n")
+    append(_records[-1], record)
     scores = {n: f"{hits(s['test'][max(s['test'], key=int)]).mean():.2f}" for n, s in record["strategies"].items()}
     say(f"{name} {count} shots, draw {draw}: untuned {hits(record['untuned']['test']).mean():.2f} {scores}")
     say(f"  {record['seconds']:.0f} s")
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """One more line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")  # a kill cut the last line
+        file.write(json.dumps(record).encode() + b"\n")
 
 
 def met(name: str, count: int, draw: int) -> tuple[Any, Any]:

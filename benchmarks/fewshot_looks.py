@@ -1,6 +1,6 @@
 """After how many steps exactly? The cells of benchmarks/fewshot.py whose speed hangs on where its looks fall, closer.
 
-    python benchmarks/fewshot_looks.py --records benchmarks/records/fewshot.jsonl [--part 1/2] [--max-seconds S]
+    python benchmarks/fewshot_looks.py --records benchmarks/records/fewshot.jsonl [--max-seconds S]
 
 A cell looks at the test split after 10, 20 and 40 steps. Where neither the automatic choice's start nor the untuned
 backbone has cold LoRA's final score, both are trained on all shots again, as in the cell, and looked at after 1, 2, 3
@@ -11,7 +11,6 @@ there is not done again. `fewshot.py --only report` takes it from there.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from dataclasses import replace
@@ -31,16 +30,17 @@ LOOKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 24, 28, 33, 40)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, required=True)
-    parser.add_argument("--part", default="1/1", help="I/N: every N-th cell, from the I-th")
     parser.add_argument("--max-seconds", type=float, default=math.inf)
     options = parser.parse_args()
     until = time.monotonic() + options.max_seconds
-    part, parts = map(int, options.part.split("/"))
     fewshot.place(fewshot.TASKS, fewshot.ROUNDS, options.records)
     cells = fewshot.read()
+    if not cells:
+        fewshot.say(f"no cell in {options.records} has ended yet")
+        return 1
     fewshot.report(cells)  # says what is chosen in each
     lora = fewshot.stronger(cells)
-    for c in cells[part - 1 :: parts]:
+    for c in cells:
         goal = c["scores"][lora]
         if c["scores"]["zero-shot"] >= goal or c["choice"] == "zero-shot":
             continue
@@ -73,18 +73,14 @@ def look(c: dict[str, Any], name: str, goal: float, so_far: fewshot.Approach) ->
 
     _, session = fewshot.met(c["task"], c["shots"], c["draw"])
     way = strategy(c, name, session)
-    where = [
-        *([0] if way.start is not None else []),
-        *at,
-    ]  # what begins elsewhere is looked at before the first step, too
+    where = at if way.start is None else [0, *at]  # what begins elsewhere is looked at before the first step, too
     choose.fitted(way, session, range(c["shots"]), at, measure)
     with_it = [step for step, score in found.items() if score >= goal]
     without = [step for step, score in found.items() if score < goal]
     record = {key: c[key] for key in ("task", "shots", "draw", "learned")} | {"strategy": name, "goal": goal}
     record |= {"step": with_it[0] if with_it else None, "before": max([0, *without]), "seconds": round(seconds, 2)}
     record["scores"] = {str(step): round(score, 4) for step, score in found.items()}
-    with fewshot.looks_path().open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    fewshot.append(fewshot.looks_path(), record)
     fewshot.say(f"{c['task']} {c['shots']} shots, draw {c['draw']}: {name} has {goal:.2f} after {record['step']} steps")
 
 

@@ -22,7 +22,10 @@ DATABASE_FULL, DATABASE_CLOSED = ("disk is full",), ("readonly database", "unabl
 
 
 def disk(error: BaseException | None) -> str | None:
-    """What a full or closed disk means to a person, if that is at the bottom of a failure, whoever reported it."""
+    """What a full, closed or blocked disk means to a person, if that is at the bottom of a failure, whoever reported
+    it."""
+    if isinstance(error, NotADirectoryError | FileExistsError) and error.filename:
+        return f"cannot make the folder {error.filename}: a file is in the way; move it, or set METAPEFT_HOME elsewhere"
     while error is not None:
         text = str(error).lower()
         number = error.errno if isinstance(error, OSError) else None

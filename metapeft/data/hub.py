@@ -17,7 +17,7 @@ SPLIT_NAMES = {
 
 
 def read_hub(task: str) -> tuple[Shape, dict[str, list[Row]], list[str], str]:
-    """Row shape, rows per split, unused splits and licence of `owner/name`, or `owner/name:configuration`.
+    """Row shape, rows per split, notes and licence of `owner/name`, or `owner/name:configuration`.
 
     Works without a network when `datasets` has the dataset in its cache. Raises UserError when it cannot be had.
     """
@@ -55,7 +55,7 @@ def read_saved(folder: Path) -> tuple[Shape, dict[str, list[Row]], list[str]]:
 
 
 def split_tables(loaded: dict[Any, Any], source: str) -> tuple[Shape, dict[str, list[Row]], list[str]]:
-    """Row shape, rows by our names of splits, and the splits that are not used.
+    """Row shape, rows by our names of splits, and notes on the splits that are not used.
 
     A dataset with a single split of any name is one to be split. Raises UserError for splits that mean the same.
     """
@@ -74,8 +74,11 @@ def split_tables(loaded: dict[Any, Any], source: str) -> tuple[Shape, dict[str, 
     }
     if "train" not in tables:
         raise UserError(f"{source}: the training split has no rows with a label; choose another dataset")
-    unused = [str(name) for name in loaded if meant.get(name) not in tables]
-    return (*same_shape(tables, source), unused)
+    unlabelled = [str(name) for name, split in meant.items() if split not in tables]
+    notes = [f"not used: {listed(unlabelled)} (no rows, or none with a label)"] if unlabelled else []
+    if others := [str(name) for name in loaded if name not in meant]:
+        notes.append(f"not used: {listed(others)} (only train, validation and test are)")
+    return (*same_shape(tables, source), notes)
 
 
 def same_shape(tables: dict[str, Table], source: str) -> tuple[Shape, dict[str, list[Row]]]:

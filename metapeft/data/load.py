@@ -49,22 +49,20 @@ def load_task(task: str | Path, settings: DataSettings | None = None) -> Task:
             entry.metric,
         )
     if os.path.exists(path) or path.suffix.lower() in (*formats.SUFFIXES, ".json", ".txt", ".tsv", ".xlsx", ".xls"):
-        shape, given, unused = read_path(path)
+        shape, given, notes = read_path(path)
         whole = path.resolve()
         name = whole.name if os.path.isdir(path) else whole.stem
         inside = home().resolve().is_relative_to(whole)  # what changes while we work has no identity
         identity = "" if inside else versions.content_id(path)
-        return build(name, shape, given, settings, source=str(path), dvc_id=identity, unused=unused)
+        return build(name, shape, given, settings, source=str(path), dvc_id=identity, notes=notes)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
-        shape, given, unused, licence = hub.read_hub(name)
-        return build(
-            name, shape, given, settings, source=f"Hugging Face dataset {name}", licence=licence, unused=unused
-        )
+        shape, given, notes, licence = hub.read_hub(name)
+        return build(name, shape, given, settings, source=f"Hugging Face dataset {name}", licence=licence, notes=notes)
     raise UserError(unknown(name))
 
 
 def read_path(path: Path) -> tuple[Shape, dict[str, list[Row]], list[str]]:
-    """Row shape and rows per split of a file (one split, "train") or a folder, and what is not used of the folder."""
+    """Row shape, rows per split and notes on what is not used: of a file (one split, "train") or a folder."""
     if not os.path.isdir(path):  # unlike Path.is_dir, False where the parent may not be read
         table = formats.read_file(path)
         return table.shape, {"train": list(table.rows)}, []
@@ -89,7 +87,9 @@ def read_path(path: Path) -> tuple[Shape, dict[str, list[Row]], list[str]]:
         raise UserError(
             f"{path} is a folder without a train file ({' or '.join('train' + s for s in formats.SUFFIXES)})"
         )
-    return (*hub.same_shape({split: formats.read_file(file) for split, file in files.items()}, str(path)), unused)
+    read = f"only files called train, validation or test are, as {', '.join(formats.SUFFIXES)}"
+    notes = [f"not used: {listed(unused)} ({read})"] if unused else []
+    return (*hub.same_shape({split: formats.read_file(file) for split, file in files.items()}, str(path)), notes)
 
 
 def build(
@@ -103,9 +103,9 @@ def build(
     dvc_id: str = "",
     template: str | None = None,
     metric: Metric | None = None,
-    unused: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> Task:
-    """Rows -> task. unused: names of files or splits, for a note.
+    """Rows -> task. notes: on what was not read.
 
     Raises UserError for a label set, metric or template that does not fit.
     """
@@ -114,13 +114,10 @@ def build(
     metric = check_metric(settings.metric or metric, kind)
     template = templates.check_template(template or settings.template or templates.default_template(kind, labels))
     limits = Limits(settings.max_train, settings.max_validation, settings.max_test)
-    splits, notes = make_splits(given, limits, settings.seed, kind == "classification", source)
-    if unused:
-        read = f"train, validation and test are, as {', '.join(formats.SUFFIXES)}"
-        notes.insert(0, f"not used: {listed(unused)} ({read})")
+    splits, left_out = make_splits(given, limits, settings.seed, kind == "classification", source)
     present = {row.answer for rows in splits.values() for row in rows}
     if kind == "classification" and present != set(labels):
-        notes.append(f"labels without a row within the limits: {listed(sorted(set(labels) - present))}")
+        left_out.append(f"labels without a row within the limits: {listed(sorted(set(labels) - present))}")
         labels = tuple(label for label in labels if label in present)
     examples = {split: tuple(templates.render(row, template, labels) for row in splits[split]) for split in SPLITS}
     return Task(
@@ -137,7 +134,7 @@ def build(
         family=family,
         dvc_id=dvc_id,
         template=template,
-        notes=tuple(notes),
+        notes=(*notes, *left_out),
     )
 
 

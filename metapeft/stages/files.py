@@ -56,7 +56,7 @@ def read_task(folder: Path) -> Task:
         raise UserError(f"{folder} does not hold a task ({brief(error)}); run the version stage again") from error
 
 
-def read_sweep(settings: Settings, work: Path) -> dict[str, Any] | None:
+def current_sweep(settings: Settings, work: Path) -> dict[str, Any] | None:
     """The sweep's record, where there is one of this very data and backbone."""
     if not (work / "sweep" / "sweep.json").exists():
         return None

@@ -13,7 +13,7 @@ from typing import Any
 from metapeft.peft import METHODS
 from metapeft.settings import Settings
 from metapeft.stages.adapter import read_adapter
-from metapeft.stages.files import read_sweep, read_task, read_trials
+from metapeft.stages.files import current_sweep, read_task, read_trials
 from metapeft.stages.stage import Stage, read_json, write_json
 from metapeft.training.trial import Trial
 
@@ -47,7 +47,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         tracker.log_task(task)
         tracker.log_profile(profile)
         tracker.log_recommendation(recommendation)
-        if read_sweep(settings, work) is not None:
+        if current_sweep(settings, work) is not None:
             for tried in read_trials(work / "sweep" / "trials.jsonl"):
                 tracker.log_trial(tried, task)
         tracker.log_outcome(trial)
@@ -67,7 +67,7 @@ def selection(settings: Settings, work: Path, basis: str) -> str:
     on_the_way = " + switching" if settings.train.switch else ""
     if settings.train.method or settings.train.configuration:
         return f"asked for{on_the_way}"
-    swept = " + sweep" if read_sweep(settings, work) is not None else ""
+    swept = " + sweep" if current_sweep(settings, work) is not None else ""
     return f"{basis}{swept}{on_the_way}"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from metapeft.settings import Settings
-from metapeft.stages.files import read_sweep, read_task, read_trials
+from metapeft.stages.files import current_sweep, read_task, read_trials
 from metapeft.stages.stage import Stage, read_json
 from metapeft.training.trial import Trial
 
@@ -17,7 +17,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
 
     final = Trial.from_json(read_json(work / "evaluate" / "trial.json"))
     model = read_json(work / "register" / "model.json")
-    sweep = read_sweep(settings, work)
+    sweep = current_sweep(settings, work)
     switching = work / "train" / "switching.json"
     content = Content(
         task=read_task(work / "version"),

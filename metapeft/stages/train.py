@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from metapeft.errors import MetapeftError
 from metapeft.progress import progress
 from metapeft.settings import Settings, home
-from metapeft.stages.files import read_sweep, read_task, read_trials, write_csv
+from metapeft.stages.files import current_sweep, read_task, read_trials, write_csv
 from metapeft.stages.stage import Stage, read_json, write_json
 from metapeft.stages.sweep import CURVE, NAMED
 from metapeft.stages.trainer import ENGINE, Trainer, trial_lock
@@ -93,7 +93,7 @@ def choose(settings: Settings, work: Path) -> tuple[dict[str, Any], str]:
 def _swept(settings: Settings, work: Path, method: str | None) -> tuple[dict[str, Any], str] | None:
     from metapeft.search.pareto import named
 
-    record = read_sweep(settings, work)
+    record = current_sweep(settings, work)
     if record is None:
         return None
     trials = read_trials(work / "sweep" / "trials.jsonl")

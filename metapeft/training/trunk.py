@@ -160,10 +160,10 @@ class Trunk:
             self._memory[index] = row
             return
         if self._file is None:
-            # Unbuffered. It lives as long as the trunk; the system removes it.
-            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the trunk; the system removes it
         offset = self._file.seek(0, 2)
         self._file.write(np.array(row.view(mx.uint8)).tobytes())
+        self._file.flush()  # `get` reads from the system
         self._disk[index] = (offset, row.shape[0])
 
 

@@ -44,13 +44,13 @@ def test_withheld_labels_are_not_a_test_split(tmp_path: Path) -> None:
     task = load_task(tmp_path / "saved")
     assert len(task.test) == 18 and len(task.train) + len(task.validation) == 42
 
-    assert task.notes == ("not used: 'test' (train, validation and test are, as .jsonl, .csv, .parquet)",)
+    assert task.notes == ("not used: 'test' (no rows, or none with a label)",)
 
 
 def test_splits_are_known_however_they_are_written(tmp_path: Path) -> None:
     datasets.DatasetDict(Train=data(0, 60), Test=data(60, 90), extra=data(90, 100)).save_to_disk(tmp_path / "saved")
     task = load_task(tmp_path / "saved")
-    assert len(task.test) == 30 and "not used: 'extra'" in task.notes[0]
+    assert len(task.test) == 30 and task.notes[0] == "not used: 'extra' (only train, validation and test are)"
     with pytest.raises(UserError, match=r"several splits for validation \('validation', 'val'\)"):
         split_tables({"train": data(0, 20), "validation": data(20, 30), "val": data(30, 40)}, "some/dataset")
 

@@ -113,7 +113,7 @@ def test_a_file_that_is_not_used_is_named(tmp_path: Path, other: str) -> None:
     (tmp_path / "README.md").write_text("About it.")
     (tmp_path / other).write_text("whatever")
     (note,) = load_task(tmp_path).notes
-    assert note.startswith(f"not used: {other!r} (train, validation and test are")
+    assert note.startswith(f"not used: {other!r} (only files called train, validation or test are")
 
 
 def test_a_folder_that_metapeft_works_in_has_no_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

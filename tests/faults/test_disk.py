@@ -124,4 +124,6 @@ def test_what_is_said_of_a_disk(error: Exception, words: str) -> None:
         found = disk(one)
         assert found is not None and found.startswith(words)
         check(found)
+    for blocked in (NotADirectoryError(20, "Not a directory", "/x/y"), FileExistsError(17, "File exists", "/x/y")):
+        assert (disk(blocked) or "").startswith("cannot make the folder /x/y: a file is in the way; move it")
     assert disk(ValueError("no")) is None and disk(FileNotFoundError(2, "No such file", "/x")) is None

@@ -362,6 +362,7 @@ def changed(tmp_path: Path, name: str, **values: Any) -> Path:
         ("prompt", {"num_transformer_submodules": 2}, "encoder-decoder"),
         ("prefix", {"num_layers": 4}, r"says \[4, 128\]"),
         ("prefix", {"num_layers": ...}, "num_layers"),
+        ("prefix", {"num_layers": "0"}, "num_layers"),
         ("prefix", {"peft_type": "LORA", "r": 4, "lora_alpha": 8}, "is not a lora matrix"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from metapeft.data.task import Example, Task
 from metapeft.errors import UserError
 from metapeft.settings import Settings
-from metapeft.stages.files import read_sweep, read_task, read_trials, write_csv, write_task, write_trials
+from metapeft.stages.files import current_sweep, read_task, read_trials, write_csv, write_task, write_trials
 from metapeft.stages.stage import write_json
 from metapeft.training.trial import Score, Trial
 
@@ -45,13 +45,13 @@ def test_a_broken_folder_is_named(tmp_path: Path) -> None:
 
 def test_a_sweep_counts_for_its_data_and_backbone_alone(tmp_path: Path) -> None:
     wanted = Settings(backbone="some/backbone")
-    assert read_sweep(wanted, tmp_path) is None
+    assert current_sweep(wanted, tmp_path) is None
     write_task(Task("t", "0" * 16, "generation", "exact_match", (), (), ()), tmp_path / "version")
     write_json(tmp_path / "sweep/sweep.json", {"task_version": "0" * 16, "backbone": "some/backbone"})
-    assert read_sweep(wanted, tmp_path) is not None
-    assert read_sweep(Settings(backbone="other/backbone"), tmp_path) is None
+    assert current_sweep(wanted, tmp_path) is not None
+    assert current_sweep(Settings(backbone="other/backbone"), tmp_path) is None
     write_task(Task("t", "1" * 16, "generation", "exact_match", (), (), ()), tmp_path / "version")
-    assert read_sweep(wanted, tmp_path) is None
+    assert current_sweep(wanted, tmp_path) is None
 
 
 def test_trials_round_trip(tmp_path: Path) -> None:

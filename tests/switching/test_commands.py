@@ -13,11 +13,14 @@ import yaml
 from metapeft import api, stages
 from metapeft.errors import UserError
 from metapeft.settings import load_settings
+from metapeft.stages.files import read_task
 from metapeft.switching.decide import differing
 from metapeft.tracking import models
 from metapeft.tracking.client import uri
 from metapeft.tracking.restore import restore
 from metapeft.training.configuration import full
+from metapeft.training.evaluation import untuned
+from metapeft.training.session import Session
 from tests.backbones.tiny import tiny_folder
 from tests.stages.made import spam_file
 
@@ -68,7 +71,12 @@ def test_a_training_that_may_switch(tmp_path: Path) -> None:
     work = api.work_folder(settings)
     record = json.loads((work / "train" / "switching.json").read_text(encoding="utf-8"))
     assert record["trial"] == trial.id and record["decisions"] and differing(record["decisions"]) == []
+    from metapeft.backbones import load
     from metapeft.meta.experience import Experience
+
+    session = Session(load(backbone), read_task(work / "version"))
+    known = {decision["evidence"]["untuned"] for decision in record["decisions"]}
+    assert known == {untuned(session, "validation").value}, "test answers choose no method"
 
     assert trial.id not in {t.id for t in Experience().trials()}
     static = api.train(file, backbone=backbone, **(options | {"switch": False}))

@@ -10,9 +10,11 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from metapeft.backbones import load
-from metapeft.data.task import Example
+from metapeft.data.task import Example, Task
 from metapeft.errors import UserError
 from metapeft.training.encode import encode, plain_ids, prompt_ids
+from metapeft.training.evaluation import Labels
+from metapeft.training.session import Session
 from tests.backbones.tiny import tiny, tiny_folder
 
 START, END = 257, 258
@@ -69,6 +71,20 @@ def test_what_mlx_lm_generates_from_is_what_was_trained_on(tmp_path: Path) -> No
         mlx_lm.generate(model, tokenizer, "Text: a", max_tokens=1)
     read = [token for part in seen for token in part]
     assert read[: len(plain_ids("Text: a", tokenizer))] == plain_ids("Text: a", tokenizer)
+
+
+def test_labels_that_a_tokenizer_reads_alike_are_named(tmp_path: Path) -> None:
+    words = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<|pad|>": 3, "row": 4, "yes": 5}
+    known = json.loads((tiny_folder("llama") / "tokenizer.json").read_text())
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "<|endoftext|>"}
+    tokens = [token | {"id": words[token["content"]]} for token in known["added_tokens"]]
+    file = known | {"model": model, "pre_tokenizer": {"type": "Whitespace"}, "decoder": None, "added_tokens": tokens}
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    rows = tuple(Example("row", f" {label}") for label in ("yes", "😀", "😁"))
+    task = Task("t", "0" * 16, "classification", "accuracy", rows, rows, rows, ("yes", "😀", "😁"))
+    with pytest.raises(UserError, match="reads these labels alike: '😀', '😁'"):
+        Labels(Session(load(str(folder)), task))
 
 
 def test_a_role_that_a_template_refuses_is_a_mistake_of_the_task(tmp_path: Path) -> None:
