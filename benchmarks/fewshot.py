@@ -33,6 +33,7 @@ import numpy as np
 from metapeft.fewshot import choose
 from metapeft.fewshot.choose import AT, Held, Prior, Strategy
 from metapeft.fewshot.measure import Answers
+from metapeft.fewshot.optimism import optimism
 from metapeft.settings import DataSettings, home
 
 BACKBONE = "smollm2-135m-instruct"
@@ -47,6 +48,7 @@ SHOTS, DRAWS = (4, 8, 16, 32, 64), 5
 DATA = DataSettings(max_train=600, max_validation=64, max_test=100)
 STEPS, ROUNDS = 40, 120  # of the library's adapters; of Reptile
 LEAST, LEAST_DEVIATION = 3, 0.1  # cells of other families before they make a prior; what it leaves open
+SURE = (0.99, 0.9, 0.75, 0.0)  # how sure it is that it gains, in classes from here up
 FEW = 16  # shots up to which the second target counts
 # LoRA as the experience has it best on tasks with hundreds of examples: what the automatic choice is compared with,
 # beside the cheaper cold LoRA that it may choose.
@@ -369,8 +371,9 @@ def unpacked(record: dict[str, Any]) -> Answers:
 def report(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Rows (per strategy and number of shots), per-task rows and targets."""
     for c in cells:
-        choice = automatic(c, [o for o in cells if o["family"] != c["family"]])
+        choice, too_good = automatic(c, [o for o in cells if o["family"] != c["family"]])
         judged = choice.chosen
+        c["judged"], c["optimism"] = judged, too_good
         c["choice"] = "zero-shot" if judged is None else judged.strategy
         c["choice_steps"] = 0 if judged is None else judged.steps
         c["avoided"] = [j.strategy for j in choice.judged if j.transfer and j.transfer.avoided]
@@ -398,6 +401,7 @@ def report(cells: list[dict[str, Any]]) -> dict[str, Any]:
         "tasks": by_task(cells),
         "chosen": chosen_counts(cells),
         "speed": speed(cells),
+        "sure": sure(cells),
         "targets": targets(cells, names),
     }
 
@@ -434,14 +438,16 @@ def adapted(c: dict[str, Any]) -> np.ndarray:
     return hits(c["strategies"][c["choice"]]["test"][str(c["choice_steps"])])
 
 
-def automatic(c: dict[str, Any], others: list[dict[str, Any]]) -> choose.Choice:
-    """What `metapeft adapt` chooses, with priors of the cells of other families."""
+def automatic(c: dict[str, Any], others: list[dict[str, Any]]) -> tuple[choose.Choice, float]:
+    """What `metapeft adapt` chooses, with priors of the cells of other families, and what it takes off its held-out
+    score."""
     held = {
         name: Held({int(step): unpacked(found) for step, found in record["held"].items()}, record["held_seconds"])
         for name, record in c["strategies"].items()
     }
     ways = [Strategy(name, None if name == "context" else {}, rival=rival(name, held)) for name in held]
-    return choose.choose(ways, held, unpacked(c["untuned"]["shots"]), priors(others, c["kind"]))
+    untuned, beliefs = unpacked(c["untuned"]["shots"]), priors(others, c["kind"])
+    return choose.choose(ways, held, untuned, beliefs), optimism(ways, held, untuned, beliefs)
 
 
 def rival(name: str, held: dict[str, Held]) -> str:
@@ -517,6 +523,39 @@ def chosen_counts(cells: list[dict[str, Any]]) -> dict[str, int]:
     for c in cells:
         found[c["choice"]] += 1
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def sure(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Whether what `adapt` says of its choice holds on the test split (of 100 rows: noise of its own, not taken out):
+    its score on held-out shots, the gain it expects, and how sure it is that it gains."""
+    tuned = [c for c in cells if c["judged"] is not None]
+    looked, corrected, gains, held_90, bins = [], [], [], [], defaultdict(list)
+    for c in tuned:
+        judged: choose.Judged = c["judged"]
+        held = hits(c["strategies"][judged.strategy]["held"][str(judged.steps)]["hit"]).mean()
+        reached, before = float(adapted(c).mean()), c["scores"]["zero-shot"]
+        looked.append((c["task"], float(held) - reached))
+        corrected.append((c["task"], max(0.0, float(held) - c["optimism"]) - reached))
+        gains.append((c["task"], judged.gain - (reached - before)))
+        held_90.append(abs(gains[-1][1]) <= 1.645 * judged.deviation)
+        level = next(level for level in SURE if judged.p_better >= level)
+        bins[level].append((judged.p_better, reached > before))
+    return {
+        "cells": len(tuned),
+        "held_out_too_good": clustered(looked),
+        "held_out_too_good_corrected": clustered(corrected),
+        "gain_too_good": clustered(gains),
+        "gain_90_coverage": float(np.mean(held_90)),
+        "gains": [
+            {
+                "from": level,
+                "cells": len(found),
+                "said": float(np.mean(found, axis=0)[0]),
+                "did": float(np.mean(found, axis=0)[1]),
+            }
+            for level, found in sorted(bins.items())
+        ],
+    }
 
 
 def speed(cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -682,6 +721,19 @@ def markdown(found: dict[str, Any], done: int, wanted: int) -> str:
         f" steps or less in {swift['a_third']:.0%} ({swift['looked_at_closer']} cells looked at closer); median of a"
         f" third or less over other tasks: {swift['a_third_over_other_tasks']:.0%}. Steps over those of LoRA's whole"
         f" training, median: {swift['median_of_the_schedule']:.3f}.",
+    ]
+    said = found["sure"]
+    lines += [
+        "",
+        f"What adapt says of its choice, on the test split ({said['cells']} cells): held-out score too good by"
+        f" {said['held_out_too_good'][0]:.3f} ± {said['held_out_too_good'][1]:.3f}, corrected by"
+        f" {said['held_out_too_good_corrected'][0]:+.3f} ± {said['held_out_too_good_corrected'][1]:.3f}; expected gain"
+        f" too good by {said['gain_too_good'][0]:+.3f} ± {said['gain_too_good'][1]:.3f}, its 90 % interval holds"
+        f" {said['gain_90_coverage']:.2f}.",
+        "",
+        "| sure that it gains | cells | said, on average | gained |",
+        "|---|---|---|---|",
+        *[f"| from {r['from']} | {r['cells']} | {r['said']:.3f} | {r['did']:.3f} |" for r in said["gains"]],
     ]
     lines += ["", "Chosen: " + ", ".join(f"{name} {count}" for name, count in found["chosen"].items()) + ".", ""]
     lines += ["| target | value | wanted | met |", "|---|---|---|---|"]

@@ -289,6 +289,9 @@ def adapt(
         print(f"{why}: {', '.join(found.skipped)}")
     if found.untuned_score and found.score:
         print(f"test split: {score_text(found.score)}, untuned {score_text(found.untuned_score)}")
+    elif found.trial and found.trial.validation:
+        less = f", {found.optimism:.3f} taken off, as they were chosen by" if found.optimism else ""
+        print(f"held-out shots: {score_text(found.trial.validation)}{less}")
     print(f"{found.seconds:.0f} seconds; " + (f"adapter: {found.adapter}" if found.adapter else "no adapter is needed"))
     if "model" in found.registered:
         print("model:   {model} version {version}, {alias} ({reason})".format(**found.registered))

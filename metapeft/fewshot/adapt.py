@@ -24,6 +24,7 @@ from metapeft.fewshot.choose import (
     sessions,
 )
 from metapeft.fewshot.measure import Answers, answers
+from metapeft.fewshot.optimism import optimism
 from metapeft.fewshot.strategies import METHODS, strategies
 from metapeft.fewshot.train import digest
 from metapeft.peft import adapters, checkpoints
@@ -51,7 +52,8 @@ class Adapted:
     held_out_untuned: the untuned backbone's answers to the shots, between 0 and 1. score, untuned_score: on the task's
     test split, where it has one. prompt: where the shots in the context are best, what to put before every question.
     skipped: strategies that were not tried: there was no time, or one shot only, which cannot be held out. registered:
-    the adapter in the registry, and the MLflow run ({} where it is in none).
+    the adapter in the registry, and the MLflow run ({} where it is in none). optimism: how much too good the held-out
+    answers looked because the choice was made by them; the trial's validation score is without it.
     """
 
     task: str
@@ -68,6 +70,7 @@ class Adapted:
     skipped: tuple[str, ...] = ()
     prompt: str = ""
     registered: dict[str, Any] = field(default_factory=dict)
+    optimism: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -108,14 +111,17 @@ def adapt(
             report(each.name, number, len(found))
         held[each.name] = cross_validate(each, folds, seed=seed)
     tried = [s for s in found if s.name in held] or found[:1]
-    choice = choose(tried, held, answers(session, None, "train"), measured(task.kind) if priors is None else priors)
+    base, beliefs = answers(session, None, "train"), measured(task.kind) if priors is None else priors
+    choice = choose(tried, held, base, beliefs)
     before = untuned(session, "test") if task.test else None
     if report is not None:
         report(f"training: {choice.chosen.strategy}" if choice.chosen else "measuring", len(held), len(found))
     strategy = next((s for s in found if choice.chosen and s.name == choice.chosen.strategy), None)
-    trial, folder = None, ""
+    trial, folder, too_good = None, "", 0.0
     if strategy is not None:
-        trial, folder = _leave(session, task, strategy, choice, seed, before, held.get(strategy.name))
+        own = held.get(strategy.name)
+        too_good = 0.0 if own is None else optimism(tried, held, base, beliefs)
+        trial, folder = _leave(session, task, strategy, choice, seed, before, own, too_good)
     return Adapted(
         task=task.name,
         shots=len(task.train),
@@ -130,6 +136,7 @@ def adapt(
         seconds=time.monotonic() - begin,
         skipped=tuple(s.name for s in found if s not in tried),
         prompt=_prompt(session) if strategy is not None and strategy.name == "context" else "",
+        optimism=too_good,
     )
 
 
@@ -184,9 +191,10 @@ def _leave(
     seed: int,
     before: Score | None,
     held: Held | None,
+    too_good: float,
 ) -> tuple[Trial, str]:
     """Learns from all shots, scores and saves; the trial's record and its adapter's folder. What the trial calls its
-    validation are the answers to shots that were held out."""
+    validation are the answers to shots that were held out, less what they are too good."""
     assert choice.chosen is not None
     steps = choice.chosen.steps
     kept: dict[int, Saved] = {}
@@ -227,7 +235,7 @@ def _leave(
         budget=steps,
         status="ok",
         score=score,
-        validation=None if held is None else _held_out(task, held.answers[steps]),
+        validation=None if held is None else _held_out(task, held.answers[steps], too_good),
         untuned_score=before,
         seconds=train_seconds,
         train_seconds=train_seconds,
@@ -249,10 +257,10 @@ def _leave(
     return trial, str(folder)
 
 
-def _held_out(task: Task, found: Answers) -> Score:
+def _held_out(task: Task, found: Answers, too_good: float) -> Score:
     """Answers to held-out shots as a score; of macro F1 only the accuracy is known. The loss is per example."""
     metric = "accuracy" if task.kind == "classification" else task.metric
-    right, n = float(found.hit.mean()), len(found.hit)
+    right, n = max(0.0, float(found.hit.mean()) - too_good), len(found.hit)
     return Score(metric, right, proportion_error(right, n), n, float(found.loss.mean()))
 
 
