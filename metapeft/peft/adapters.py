@@ -14,7 +14,7 @@ from metapeft.peft.base import Adapter
 from metapeft.peft.lora import LoRAConfig, MatrixAdapter
 from metapeft.peft.matrices import linear_layers, shape
 from metapeft.peft.prefix import Prefix, PrefixConfig, one_shape
-from metapeft.peft.saved import ROOT, Saved, layer_of, within_layer
+from metapeft.peft.saved import ROOT, Saved, layer_of, renamed, within_layer
 from metapeft.peft.stack import Stack
 from metapeft.peft.virtual import Table, VirtualTokens
 from metapeft.runtime import mx, nn
@@ -56,12 +56,15 @@ def build(saved: Saved, model: nn.Module, name: str = "the adapter") -> Adapter:
         matrices, virtual = build(replace(saved, virtual=None), model, name), build(saved.virtual, model, name)
         assert isinstance(matrices, MatrixAdapter)
         return Stack(matrices, virtual)
+    if isinstance(config, LoRAConfig | AdaLoRAConfig):
+        saved = renamed(saved, _own_names(saved, model, name))
+        config = saved.config
     if isinstance(config, LoRAConfig):
         return lora.from_tensors(config, _fitted(saved, model, name))
     if isinstance(config, AdaLoRAConfig):
         adapter = adalora.from_tensors(config, _fitted(saved, model, name))
-        masks = {_place(path): mx.array(mask)[:, None] for path, mask in saved.rank_pattern.items()}
-        adapter.kept = {path: masks[_place(path)] for path in adapter.deltas} if masks else None
+        masks = {path: mx.array(mask)[:, None] for path, mask in saved.rank_pattern.items()}
+        adapter.kept = {path: masks[path] for path in adapter.deltas} if masks else None
         return adapter
     table = saved.tensors["prompt_embeddings"].astype(mx.float32)
     if isinstance(config, PrefixConfig):
@@ -73,17 +76,26 @@ def build(saved: Saved, model: nn.Module, name: str = "the adapter") -> Adapter:
     return VirtualTokens(config, Table(table))
 
 
-def _fitted(saved: Saved, model: nn.Module, name: str) -> dict[str, mx.array]:
-    """The tensors in float32 under the model's own paths, checked against its linear layers; AdaLoRA's at full rank."""
+def _own_names(saved: Saved, model: nn.Module, name: str) -> dict[str, str]:
+    """The adapter's module paths -> what this model calls them."""
     layers = linear_layers(model)
     by_place = {_place(path): path for path in layers}
-    suffix = "" if isinstance(saved.config, AdaLoRAConfig) else ".weight"
-    tensors: dict[str, mx.array] = {}
-    for path, parts in saved.modules().items():
+    found = {}
+    for path in saved.modules():
         own = path if path in layers else by_place.get(_place(path))
         if own is None:
             raise UserError(f"{name} adapts {path}, which is no linear layer of this backbone's transformer layers")
-        outputs, inputs = shape(layers[own])
+        found[path] = own
+    return found
+
+
+def _fitted(saved: Saved, model: nn.Module, name: str) -> dict[str, mx.array]:
+    """The tensors in float32, checked against the model's linear layers; AdaLoRA's at full rank."""
+    layers = linear_layers(model)
+    suffix = "" if isinstance(saved.config, AdaLoRAConfig) else ".weight"
+    tensors: dict[str, mx.array] = {}
+    for path, parts in saved.modules().items():
+        outputs, inputs = shape(layers[path])
         found = (int(parts["B"].shape[0]), int(parts["A"].shape[1]))
         if found != (outputs, inputs):
             raise UserError(
@@ -92,7 +104,7 @@ def _fitted(saved: Saved, model: nn.Module, name: str) -> dict[str, mx.array]:
             )
         if mask := saved.rank_pattern.get(path):
             parts = _full_rank(parts, mask)
-        tensors |= {f"{ROOT}{own}.lora_{part}{suffix}": value.astype(mx.float32) for part, value in parts.items()}
+        tensors |= {f"{ROOT}{path}.lora_{part}{suffix}": value.astype(mx.float32) for part, value in parts.items()}
     return tensors
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from metapeft.errors import UserError
 from metapeft.peft import folder as folders
 from metapeft.peft import huggingface, mlx_lm, parse
-from metapeft.peft.saved import Format, Saved
+from metapeft.peft.saved import Format, Saved, renamed
 
 OURS = "metapeft.json"
 MATRICES, VIRTUAL = "matrices.", "virtual."  # before the names of a stack's files
@@ -69,6 +69,8 @@ def _files(saved: Saved) -> dict[str, bytes]:
         halves = {MATRICES: _files(replace(saved, virtual=None)), VIRTUAL: _files(saved.virtual)}
         return {half + name: content for half, files in halves.items() for name, content in files.items()}
     ours = {"format": 1, "configuration": saved.config.to_json(), "metadata": saved.metadata}
+    if names := {new: path for path in saved.modules() if (new := huggingface.theirs(path)) != path}:
+        ours["modules"] = names
     return huggingface.encode(saved) | {OURS: json.dumps(ours, indent=2, sort_keys=True).encode()}
 
 
@@ -87,6 +89,7 @@ def _decode(files: dict[str, bytes], folder: Path) -> Saved:
     try:
         values = dict(ours["configuration"])
         method, metadata = values.pop("method"), dict(ours["metadata"])
+        saved = renamed(saved, dict(ours.get("modules", {})))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / OURS} has no configuration and metadata; save the adapter again") from error
     if method != saved.config.method:

@@ -20,7 +20,7 @@ from metapeft.peft.lora import LoRAConfig, pattern
 from metapeft.peft.p_tuning import PTuningConfig
 from metapeft.peft.prefix import PrefixConfig
 from metapeft.peft.prompt import PromptConfig
-from metapeft.peft.saved import ROOT, Saved, layer_of, within_layer
+from metapeft.peft.saved import ROOT, Saved, layer_of, renamed, within_layer
 from metapeft.runtime import mx
 from metapeft.settings import brief
 
@@ -54,10 +54,16 @@ _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def encode(saved: Saved) -> dict[str, bytes]:
-    """The two files of a PEFT adapter folder, by name."""
+    """The two files of a PEFT adapter folder, by name; modules are called what Hugging Face's models call them."""
+    saved = renamed(saved, {path: theirs(path) for path in saved.modules()})
     tensors = trimmed(saved) if isinstance(saved.config, AdaLoRAConfig) else saved.tensors
     config = json.dumps(to_json(saved), indent=2, sort_keys=True)
     return {WEIGHTS: tensor_file.encode(tensors), CONFIG: config.encode()}
+
+
+def theirs(path: str) -> str:
+    """What Hugging Face's implementation calls a module: the layers of GPT-2 and GPT-J are `model.h` in mlx-lm."""
+    return f"transformer.h.{path.removeprefix('model.h.')}" if path.startswith("model.h.") else path
 
 
 def to_json(saved: Saved) -> dict[str, Any]:

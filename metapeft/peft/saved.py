@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from metapeft.peft.base import MethodConfig
@@ -53,3 +54,21 @@ def within_layer(path: str) -> str:
     parts = path.split(".")
     index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     return path if index is None else ".".join(parts[index + 1 :])
+
+
+def renamed(saved: Saved, names: Mapping[str, str]) -> Saved:
+    """The same adapter with other module paths (those that `names` has), also where its configuration names them."""
+    if not any(old != new for old, new in names.items()):
+        return saved
+    tensors = {}
+    for name, value in saved.tensors.items():
+        path, mark, part = name.removeprefix(ROOT).rpartition(".lora_")
+        tensors[f"{ROOT}{names.get(path, path)}{mark}{part}" if path else name] = value
+    config: dict[str, Any] = {}
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        if found := getattr(saved.config, field_name, None):
+            config[field_name] = {names.get(path, path): value for path, value in found.items()}
+    if found := getattr(saved.config, "targets", ()):
+        config["targets"] = tuple(names.get(target, target) for target in found)
+    masks = {names.get(path, path): mask for path, mask in saved.rank_pattern.items()}
+    return replace(saved, config=replace(saved.config, **config), tensors=tensors, rank_pattern=masks)

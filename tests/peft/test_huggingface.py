@@ -325,6 +325,55 @@ def test_other_names_on_the_way_to_the_layers_are_understood(tmp_path: Path) -> 
     reference.assert_same_logits(adapters.with_adapter(model, adapter)(reference.tokens()), "lora")
 
 
+GPT2 = {"rank": 3, "targets": ["c_attn", "model.h.1.mlp.c_fc"], "alpha_pattern": {"model.h.2.attn.c_attn": 9.0}}
+
+
+@pytest.mark.parametrize(("method", "values"), [("lora", GPT2), ("adalora", {"targets": ["model.h.1.mlp.c_fc"]})])
+def test_modules_are_called_what_the_original_calls_them(method: str, values: dict[str, Any], tmp_path: Path) -> None:
+    """GPT-2's layers are transformer.h in Hugging Face's model and model.h in mlx-lm's; scales by module stay."""
+    model = tiny.tiny("gpt2").model
+    adapter = fresh(method, values, model)
+    adapters.save(adapter, tmp_path / "ours", {})
+    tokens = mx.array([[5, 6, 7, 8]])
+    expected = adapters.with_adapter(model, adapter)(tokens)
+    written = load_file(tmp_path / "ours" / huggingface.WEIGHTS)
+    assert all(name.startswith("base_model.model.transformer.h.") for name in written)
+    assert "model.h." not in (tmp_path / "ours" / huggingface.CONFIG).read_text()
+    assert checkpoints.read(tmp_path / "ours").config == adapter.config
+    checkpoints.convert(tmp_path / "ours", tmp_path / "theirs", "peft")
+    for name in ("ours", "theirs"):
+        again = tiny.tiny("gpt2").model
+        got = adapters.with_adapter(again, adapters.load(tmp_path / name, again))(tokens)
+        np.testing.assert_allclose(np.array(got), np.array(expected), rtol=0, atol=1e-5, err_msg=name)
+    if method == "lora":
+        checkpoints.convert(tmp_path / "ours", tmp_path / "mlx", "mlx-lm")
+        assert all(name.startswith("model.h.") for name in load_file(tmp_path / "mlx" / "adapters.safetensors"))
+
+
+@needs_the_original
+def test_the_original_agrees_on_gpt2(tmp_path: Path) -> None:
+    batch = {"tokens": np.random.default_rng(0).integers(0, 256, (3, 24)).tolist(), "lengths": [24, 18, 9]}
+    base, expected = tmp_path / "base", {}
+    shutil.copytree(tiny.tiny_folder("gpt2"), base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))  # mlx-lm's always are
+    weights = {}
+    for name, value in mx.load(str(base / "model.safetensors")).items():
+        linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        weights[name.replace("model.", "transformer.")] = mx.contiguous(value.T) if linear else value
+    mx.save_safetensors(str(base / "model.safetensors"), weights, {"format": "pt"})
+    for name, (method, values) in {"named": ("lora", GPT2), "all": OURS["all_linear"], "ada": OURS["adalora"]}.items():
+        model = tiny.tiny("gpt2").model
+        adapter = fresh(method, values, model)
+        adapters.save(adapter, tmp_path / name, {})
+        expected[name] = np.array(adapters.with_adapter(model, adapter)(mx.array(batch["tokens"])))
+    found = logits_of_the_original(base, batch, [tmp_path / name for name in expected], tmp_path)
+    real = np.arange(24)[None] < np.array(batch["lengths"])[:, None]
+    for name, logits in expected.items():
+        tolerance = 1e-4 * max(1.0, float(np.abs(logits).max()))
+        np.testing.assert_allclose(found[name][real], logits[real], rtol=0, atol=tolerance, err_msg=name)
+
+
 # What is refused, and how
 
 
