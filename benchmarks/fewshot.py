@@ -526,8 +526,8 @@ def chosen_counts(cells: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def sure(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Whether what `adapt` says of its choice holds on the test split (of 100 rows: noise of its own, not taken out):
-    its score on held-out shots, the gain it expects, and how sure it is that it gains."""
+    """Whether what `adapt` says of its choice holds on the test split: its score on held-out shots, the gain it expects
+    (its interval widened by what 100 test rows leave open), and how sure it is that it gains."""
     tuned = [c for c in cells if c["judged"] is not None]
     looked, corrected, gains, held_90, bins = [], [], [], [], defaultdict(list)
     for c in tuned:
@@ -537,7 +537,9 @@ def sure(cells: list[dict[str, Any]]) -> dict[str, Any]:
         looked.append((c["task"], float(held) - reached))
         corrected.append((c["task"], max(0.0, float(held) - c["optimism"]) - reached))
         gains.append((c["task"], judged.gain - (reached - before)))
-        held_90.append(abs(gains[-1][1]) <= 1.645 * judged.deviation)
+        rows = adapted(c) - hits(c["untuned"]["test"])
+        open_yet = math.hypot(judged.deviation, float(rows.std(ddof=1)) / math.sqrt(len(rows)))
+        held_90.append(abs(gains[-1][1]) <= 1.645 * open_yet)
         level = next(level for level in SURE if judged.p_better >= level)
         bins[level].append((judged.p_better, reached > before))
     return {
