@@ -530,12 +530,14 @@ def sure(cells: list[dict[str, Any]]) -> dict[str, Any]:
     (its interval widened by what 100 test rows leave open), and how sure it is that it gains."""
     tuned = [c for c in cells if c["judged"] is not None]
     looked, corrected, gains, held_90, bins = [], [], [], [], defaultdict(list)
+    by_shots: dict[int, list[float]] = defaultdict(list)
     for c in tuned:
         judged: choose.Judged = c["judged"]
         held = hits(c["strategies"][judged.strategy]["held"][str(judged.steps)]["hit"]).mean()
         reached, before = float(adapted(c).mean()), c["scores"]["zero-shot"]
         looked.append((c["task"], float(held) - reached))
         corrected.append((c["task"], max(0.0, float(held) - c["optimism"]) - reached))
+        by_shots[c["shots"]].append(corrected[-1][1])
         gains.append((c["task"], judged.gain - (reached - before)))
         rows = adapted(c) - hits(c["untuned"]["test"])
         open_yet = math.hypot(judged.deviation, float(rows.std(ddof=1)) / math.sqrt(len(rows)))
@@ -546,6 +548,7 @@ def sure(cells: list[dict[str, Any]]) -> dict[str, Any]:
         "cells": len(tuned),
         "held_out_too_good": clustered(looked),
         "held_out_too_good_corrected": clustered(corrected),
+        "by_shots": {k: float(np.mean(v)) for k, v in sorted(by_shots.items())},
         "gain_too_good": clustered(gains),
         "gain_90_coverage": float(np.mean(held_90)),
         "gains": [
@@ -725,11 +728,13 @@ def markdown(found: dict[str, Any], done: int, wanted: int) -> str:
         f" training, median: {swift['median_of_the_schedule']:.3f}.",
     ]
     said = found["sure"]
+    by_shots = ", ".join(f"{k}: {v:+.3f}" for k, v in said["by_shots"].items())
     lines += [
         "",
         f"What adapt says of its choice, on the test split ({said['cells']} cells): held-out score too good by"
         f" {said['held_out_too_good'][0]:.3f} ± {said['held_out_too_good'][1]:.3f}, corrected by"
-        f" {said['held_out_too_good_corrected'][0]:+.3f} ± {said['held_out_too_good_corrected'][1]:.3f}; expected gain"
+        f" {said['held_out_too_good_corrected'][0]:+.3f} ± {said['held_out_too_good_corrected'][1]:.3f}"
+        f" (by shots: {by_shots}); expected gain"
         f" too good by {said['gain_too_good'][0]:+.3f} ± {said['gain_too_good'][1]:.3f}, its 90 % interval holds"
         f" {said['gain_90_coverage']:.2f}.",
         "",
