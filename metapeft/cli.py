@@ -290,7 +290,7 @@ def adapt(
     if found.untuned_score and found.score:
         print(f"test split: {score_text(found.score)}, untuned {score_text(found.untuned_score)}")
     elif found.trial and found.trial.validation:
-        less = f", {found.optimism:.3f} taken off, as they were chosen by" if found.optimism else ""
+        less = f" (less {found.optimism:.3f}, what choosing by them adds)" if found.optimism else ""
         print(f"held-out shots: {score_text(found.trial.validation)}{less}")
     print(f"{found.seconds:.0f} seconds; " + (f"adapter: {found.adapter}" if found.adapter else "no adapter is needed"))
     if "model" in found.registered:
