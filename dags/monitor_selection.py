@@ -33,6 +33,7 @@ with Workflow(
     catchup=False,
     tags=["metapeft", "meta-model", "monitoring"],
     max_active_runs=1,
+    is_paused_upon_creation=False,  # nobody misses a watch that was never switched on
     dagrun_timeout=timedelta(hours=5),
     deadline=deadline(hours=4),
     default_args=task_defaults(),

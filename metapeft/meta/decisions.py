@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapeft.errors import UserError
+from metapeft.files import add_line
 from metapeft.meta.evidence import key
 from metapeft.settings import home
 from metapeft.training.trial import Trial
@@ -56,15 +56,9 @@ def record(found: Recommendation, steps: int | None = None) -> str:
     line = {"id": found.id, "at": datetime.now(UTC).isoformat(timespec="microseconds"), **found.to_json()}
     if steps is not None:
         line["steps"] = steps
-    data = json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    data = json.dumps(line, ensure_ascii=False, allow_nan=False).encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, b"\n" + data)  # the first character ends a line that a kill cut short
-            os.fsync(file)
-        finally:
-            os.close(file)
+        add_line(path, data)
     except OSError as error:
         raise UserError(
             f"cannot write {path} ({error.strerror}); set METAPEFT_HOME to a folder you may write in"

@@ -184,18 +184,20 @@ def of_feedback(found: Served, since: str, before: str | None, metric: str) -> A
 def of_server(health: Health, since: str) -> list[Alert]:
     found = []
     if health.failing:
-        text = (
-            f"{health.errors} of {health.requests} requests since the last look failed inside (5xx)."
-            if health.reached
-            else "It is listed as running, and does not answer."
-        )
+        do = "read its log (a line of JSON per request), look at /healthz and at memory, restart it."
+        text = "It is listed as running, and does not answer."
+        if health.reached:
+            text = f"{health.errors} of {health.requests} requests since the last look failed inside (5xx)."
+        elif health.killed:
+            text = "Its process is gone and did not end in order: it was killed, or memory ran out."
+            do = f"start it again; if it is not to run any more, remove {health.killed}."
         found.append(
             Alert(
                 key=f"serving:errors:{health.server}",
                 severity="critical",
                 title=f"The server at {health.server} fails",
                 text=text,
-                do="read its log (a line of JSON per request), look at /healthz and at memory, restart it.",
+                do=do,
                 since=since,
                 value=health.errors / health.requests if health.requests else None,
                 expected=0.01,

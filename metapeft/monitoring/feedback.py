@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 
 from metapeft.errors import UserError
+from metapeft.files import add_line
 from metapeft.settings import home
 
 Verdict = Literal["right", "wrong"]
@@ -52,15 +53,9 @@ def record(
     keep = os.environ.get("METAPEFT_FEEDBACK_TEXT") == "1"
     at = datetime.now(UTC).isoformat(timespec="milliseconds")
     said = Feedback(at, model, verdict, id, answer if keep else None, correct if keep else None)
-    data = json.dumps({k: v for k, v in asdict(said).items() if v is not None}, ensure_ascii=False).encode() + b"\n"
+    data = json.dumps({k: v for k, v in asdict(said).items() if v is not None}, ensure_ascii=False).encode()
     try:
-        path().parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path(), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(file, b"\n" + data)  # the first character ends a line that a kill cut short
-            os.fsync(file)
-        finally:
-            os.close(file)
+        add_line(path(), data, 0o600)
     except OSError as error:
         raise UserError(
             f"cannot write {path()} ({error.strerror}); set METAPEFT_HOME to a folder you may write in"

@@ -22,7 +22,8 @@ Counts = dict[str, float]
 
 @dataclass(frozen=True)
 class Health:
-    """Of one server, or of all: since the last look. chance: of so many errors (slow answers) at the rates allowed."""
+    """Of one server, or of all: since the last look. chance: of so many errors (slow answers) at the rates allowed.
+    killed: the note of a server whose process is gone and did not take it back."""
 
     server: str
     requests: int
@@ -32,6 +33,7 @@ class Health:
     error_chance: float
     slow_chance: float
     reached: bool = True
+    killed: str = ""
 
     @property
     def failing(self) -> bool:
@@ -53,6 +55,8 @@ def look(before: Mapping[str, Counts]) -> tuple[list[Health], dict[str, Counts]]
             continue
         now[url] = counts
         found.append(since(url, before.get(url, {}), counts))
+    silent = {url: str(note) for url, note in servers.gone()}
+    found += [Health(url, 0, 0, 0, 0, 1.0, 1.0, reached=False, killed=note) for url, note in silent.items()]
     return found, now
 
 
@@ -78,10 +82,12 @@ def counted(text: str) -> Counts:
     found: Counts = {"requests": 0.0, "errors": 0.0, "answers": 0.0, "slow": 0.0}
     for family in text_string_to_metric_families(text):
         for name, labels, value, *_ in family.samples:
+            if not labels.get("route", "").startswith("/v1/"):
+                continue  # probes and scrapes: they fail while a server starts, and hide failures in their number
             if name == "metapeft_http_requests_total":
                 found["requests"] += value
                 found["errors"] += value if labels["status"].startswith("5") else 0
-            elif labels.get("route") in ANSWERS:
+            elif labels["route"] in ANSWERS:
                 if name == "metapeft_http_request_seconds_count":
                     found["answers"] += value
                     found["slow"] += value

@@ -2,13 +2,15 @@
 
 A pipeline's run carries the tag `selection`: how its configuration was chosen ("portfolio", "experience", each also
 with "+ sweep", or "asked for"). Strategies are compared on tasks that both have seen, because tasks differ by far more
-than strategies do. Confidence comes from a bootstrap over tasks in which each score also varies by its standard error.
+than strategies do. Confidence comes from Student's t over tasks, whose differences spread by their scores' standard
+errors at least; a verdict is corrected for how many pairs and domains are looked at (Holm 1979).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -19,8 +21,8 @@ from metapeft.tracking.client import connect
 from metapeft.tracking.compare import chosen
 
 TAG = "selection"
-LEVEL = 0.9  # of intervals, and what P(better) must exceed for a verdict
-DRAWS = 4000
+LEVEL = 0.9  # of intervals; that none of the verdicts is an accident is at least as likely
+LEAST = 3  # tasks that a verdict needs
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,19 @@ def compared(outcomes: Sequence[Outcome]) -> Comparison:
         names = sorted({o.strategy for o in here})
         strategies += sorted((_strategy(name, domain, here) for name in names), key=lambda s: s.regret)
         pairs += [pair for a, b in combinations(names, 2) if (pair := _pair(a, b, domain, here)) is not None]
-    return Comparison(list(outcomes), strategies, pairs)
+    return Comparison(list(outcomes), strategies, _judged(pairs))
+
+
+def _judged(pairs: Sequence[Pair]) -> list[Pair]:
+    """With verdicts: the surest pair is asked for the most, as many accidents were possible."""
+    enough = sorted((pair for pair in pairs if pair.tasks >= LEAST), key=lambda pair: -abs(pair.p_first_better - 0.5))
+    verdicts = {}
+    for rank, pair in enumerate(enough):
+        chance = 2 * min(pair.p_first_better, 1 - pair.p_first_better)  # of so large a difference, either way
+        if chance * (len(enough) - rank) > 1 - LEVEL:
+            break
+        verdicts[id(pair)] = f"{pair.first if pair.difference > 0 else pair.second} is better"
+    return [replace(pair, verdict=verdicts.get(id(pair), pair.verdict)) for pair in pairs]
 
 
 def _strategy(name: str, domain: str, outcomes: Sequence[Outcome]) -> Strategy:
@@ -121,25 +135,22 @@ def _strategy(name: str, domain: str, outcomes: Sequence[Outcome]) -> Strategy:
 def _pair(first: str, second: str, domain: str, outcomes: Sequence[Outcome]) -> Pair | None:
     left = _by_task([o for o in outcomes if o.strategy == first])
     right = _by_task([o for o in outcomes if o.strategy == second])
+    from scipy.stats import t as student
+
     shared = sorted(set(left) & set(right))
     if not shared:
         return None
     means = np.array([_mean(left[task]) - _mean(right[task]) for task in shared])
     errors = np.array([np.hypot(_error(left[task]), _error(right[task])) for task in shared])
-    random = np.random.default_rng(0)
-    draws = random.integers(len(shared), size=(DRAWS, len(shared)))
-    values = (means[draws] + errors[draws] * random.standard_normal(draws.shape)).mean(axis=1)
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    better = float(np.mean(values > 0) + np.mean(values == 0) / 2)
-    if better > LEVEL:
-        verdict = f"{first} is better"
-    elif better < 1 - LEVEL:
-        verdict = f"{second} is better"
-    else:
-        verdict = "cannot tell"
-    if len(shared) < 3:
-        verdict = f"cannot tell from {len(shared)} task{'s' if len(shared) > 1 else ''}"
-    return Pair(first, second, domain, len(shared), float(means.mean()), float(low), float(high), better, verdict)
+    count, difference = len(shared), float(means.mean())
+    noise = float((errors**2).mean())
+    error = math.sqrt(max(float(means.var(ddof=1)) if count > 1 else 0.0, noise) / count)
+    spread = student(max(1, count - 1))
+    away = float(spread.ppf((1 + LEVEL) / 2)) * error
+    better = float(spread.cdf(difference / error)) if error else 0.5 + 0.5 * float(np.sign(difference))
+    few = f" from {count} task{'s' if count > 1 else ''}" if count < LEAST else ""
+    interval = difference - away, difference + away
+    return Pair(first, second, domain, count, difference, *interval, better, f"cannot tell{few}")
 
 
 def _by_task(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:

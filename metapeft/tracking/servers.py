@@ -1,6 +1,8 @@
 """Running servers, and telling them that the registry has changed.
 
 A server leaves a note in METAPEFT_HOME/servers, readable by its owner only: where it listens and a token of its own.
+It holds a lock on it while it runs, which ends with the process whatever ended that: a note without one is of a server
+that was killed (process numbers are given out again, locks are not).
 Machines and containers that share METAPEFT_HOME leave each other's notes alone: an address there is local. A server
 elsewhere is named by METAPEFT_SERVER (its address) and METAPEFT_SERVER_KEY (a key that may administer).
 Servers also look at the registry by themselves now and then: a message that does not arrive only delays.
@@ -8,6 +10,7 @@ Servers also look at the registry by themselves now and then: a message that doe
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
 import os
@@ -17,6 +20,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from metapeft.progress import say
 from metapeft.settings import home
@@ -36,12 +40,14 @@ def listed(url: str, token: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        json.dump({"url": url, "token": token, "host": host, "pid": pid}, file)
-    os.replace(temporary, path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        json.dump({"url": url, "token": token, "host": host}, file)
+        file.flush()
+        os.replace(temporary, path)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def tell(name: str) -> int:
@@ -60,28 +66,39 @@ def known() -> Iterator[tuple[str, str]]:
     """(address, token) of every server that runs here, and of the one that METAPEFT_SERVER names."""
     if url := os.environ.get("METAPEFT_SERVER"):
         yield url.rstrip("/"), os.environ.get("METAPEFT_SERVER_KEY", "")
-    if not folder().is_dir():
-        return
+    for note, lives, _ in _notes():
+        if lives:
+            yield note["url"], note["token"]
+
+
+def gone() -> Iterator[tuple[str, Path]]:
+    """(address, note) of every server that ran here and was killed. Where another one serves that address now, the note
+    is removed."""
+    notes = list(_notes())
+    again = {note["url"] for note, lives, _ in notes if lives}
+    for note, lives, path in notes:
+        if not lives and note["url"] in again:
+            path.unlink(missing_ok=True)
+        elif not lives:
+            yield note["url"], path
+
+
+def _notes() -> Iterator[tuple[dict[str, str], bool, Path]]:
+    """What every server of this machine (or container) has left, and whether it runs; damaged notes are passed over."""
     here = platform.node()
     for path in sorted(folder().glob("*.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged
-            note = json.loads(path.read_text(encoding="utf-8"))
-            if note.get("host", here) != here:  # another machine's or container's: its processes cannot be seen
-                continue
-            if _lives(note.get("pid", path.stem)):  # before 'host' and 'pid' were written, the name was the process
-                yield note["url"], note["token"]
-            else:
-                path.unlink(missing_ok=True)  # it was killed
+        with suppress(OSError, ValueError, AttributeError), path.open(encoding="utf-8") as file:
+            note = json.load(file)
+            if note.get("host") == here and note.keys() >= {"url", "token"}:
+                yield note, _locked(file), path
 
 
-def _lives(pid: int | str) -> bool:
+def _locked(file: IO[str]) -> bool:
     try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _post(url: str, token: str, body: dict[str, str]) -> None:

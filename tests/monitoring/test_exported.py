@@ -120,6 +120,7 @@ def test_rules_fire_when_they_should(tmp_path: Path) -> None:
         ('metapeft_monitor_firing{instance="s",watch="feedback:m@1"}', "0x5 1x30"),
         ('metapeft_http_requests_total{instance="s",route="/v1/classify",status="200"}', "0+50x35"),
         ('metapeft_http_requests_total{instance="s",route="/v1/classify",status="500"}', "0+5x35"),
+        ('metapeft_http_requests_total{instance="t",route="/readyz",status="503"}', "0+50x35"),  # it is starting
         ('up{job="metapeft",instance="s"}', "1x20 0x15"),
     ]
     firing = {

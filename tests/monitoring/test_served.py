@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from scipy.stats import binom
 
 from metapeft.monitoring import served
+from metapeft.monitoring.alerts import of_server
 from metapeft.serving.metrics import SECONDS
+from tests.tracking.test_servers import killed
 
 
 def text(answers: dict[str, int], seconds: list[float]) -> str:
     registry = CollectorRegistry()
     requests = Counter("metapeft_http_requests", "…", ["route", "status"], registry=registry)
     latency = Histogram("metapeft_http_request_seconds", "…", ["route"], buckets=SECONDS, registry=registry)
+    requests.labels("/readyz", "503").inc(94)  # it was starting
+    requests.labels("/healthz", "200").inc(5000)
     for status, count in answers.items():
         requests.labels("/v1/classify", status).inc(count)
     for value in seconds:
@@ -44,6 +50,23 @@ def test_the_tail_is_the_binomials(hits: int, of: int, rate: float) -> None:
 def test_slow_answers_are_found() -> None:
     slow = served.since("s", {}, served.counted(text({"200": 60}, [0.1] * 40 + [45.0] * 20)))
     assert slow.slowed and not slow.failing
+
+
+def test_probes_neither_fail_nor_hide_failures() -> None:
+    starting = served.since("s", {}, served.counted(text({}, [])))
+    assert (starting.requests, starting.failing) == (0, False)
+    broken = served.since("s", {}, served.counted(text({"200": 30, "500": 10}, [])))
+    assert (broken.requests, broken.errors, broken.failing) == (40, 10, True)
+
+
+def test_a_killed_server_is_told_until_another_one_serves_there(home: Path) -> None:
+    note = killed("http://127.0.0.1:9")
+    (found,), _ = served.look({})
+    assert found.failing and not found.reached
+    (alert,) = of_server(found, "now")
+    assert alert.key == "serving:errors:http://127.0.0.1:9" and "killed" in alert.text and str(note) in alert.do
+    note.unlink()
+    assert served.look({})[0] == []
 
 
 def test_a_server_that_is_listed_and_silent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

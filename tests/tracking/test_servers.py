@@ -57,18 +57,43 @@ def test_a_server_elsewhere_is_named_by_the_environment(url: str, monkeypatch: p
     assert Listener.heard == [("/v1/deploy", "Bearer mp-key", "task-b")]
 
 
+LISTED = """
+import sys, time
+from metapeft.tracking import servers
+with servers.listed(sys.argv[1], "theirs"):
+    print("listed", flush=True)
+    time.sleep(60)
+"""
+
+
+def killed(url: str) -> Path:
+    """The note of a server that ended by SIGKILL."""
+    process = subprocess.Popen([sys.executable, "-c", LISTED, url], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "listed\n"
+    assert url in [address for address, _ in servers.known()]
+    process.kill()
+    process.wait()
+    return next(path for path in servers.folder().glob(f"*-{process.pid}.json"))
+
+
 def test_killed_damaged_and_silent_servers_are_no_failure(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    servers.folder().mkdir(parents=True)
-    stale = servers.folder() / f"{gone.pid}.json"
-    stale.write_text('{"url": "http://127.0.0.1:1", "token": "x"}', encoding="utf-8")
-    (servers.folder() / f"{os.getppid()}.json").write_text("{torn", encoding="utf-8")
-    assert servers.tell("task-c") == 0
-    assert not stale.exists()
+    note = killed("http://127.0.0.1:1")
+    (servers.folder() / "torn.json").write_text("{torn", encoding="utf-8")
+    (servers.folder() / "list.json").write_text("[]", encoding="utf-8")
+    assert servers.tell("task-c") == 0 and capsys.readouterr().err == ""
+    assert list(servers.gone()) == [("http://127.0.0.1:1", note)]
     with servers.listed("http://127.0.0.1:1", "x"):
         assert servers.tell("task-c") == 0
+        assert list(servers.gone()) == [], "another one serves there"
     assert "could not be told" in capsys.readouterr().err
+    assert not note.exists()
+
+
+def test_a_number_that_was_given_to_another_process_is_no_server(home: Path) -> None:
+    note = killed("http://127.0.0.1:1")
+    moved = note.with_name(f"{note.stem.rpartition('-')[0]}-{os.getppid()}.json")
+    note.rename(moved)
+    assert list(servers.known()) == [] and [path for _, path in servers.gone()] == [moved]
 
 
 def test_notes_of_another_container_are_left_alone(home: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +107,6 @@ def test_notes_of_another_container_are_left_alone(home: Path, url: str, monkeyp
         assert list(servers.known()) == [(url, "mine")]
     [left] = servers.folder().glob("*.json")
     assert left.name == "a-b-c-1.json"
-    left.write_text(left.read_text().replace('"pid": 1', '"pid": 999999999'), encoding="utf-8")
-    assert list(servers.known()) == [] and left.exists(), "whether it lives cannot be seen from here"
+    assert list(servers.known()) == list(servers.gone()) == [], "whether it lives cannot be seen from here"
     theirs.__exit__(None, None, None)
     assert not left.exists()
