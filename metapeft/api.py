@@ -357,12 +357,14 @@ def monitor(
 
     shadow: trials of the runner-up that are run first (None: as the settings say). remeasure: profiles that are
     measured again (the same; all whose rows are here where one differs, and those are replaced). tell: False says and
-    remembers nothing. estimate: whether a new alert comes with the benefit of retraining (minutes).
+    remembers nothing, and runs no trial. estimate: whether a new alert comes with the benefit of retraining (minutes).
     """
     from metapeft.monitoring import monitor as monitoring
 
+    if shadow and not tell:
+        raise UserError("a shadow trial is remembered, so a dry run has none: leave out --shadow or --dry-run")
     settings = settings_for("monitor", params=params, monitor={"shadow": shadow, "remeasure": remeasure})
-    if settings.monitor.shadow:
+    if settings.monitor.shadow and tell:
         from metapeft import backbones
         from metapeft.monitoring import shadow as trials
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from metapeft.errors import MetapeftError
 from metapeft.meta import decisions as given
 from metapeft.meta import versions
 from metapeft.meta.evidence import Observation
@@ -129,9 +130,13 @@ def _look(
     mixed = told.of_profiles(again, now) or _owed(remembered)
     found += [mixed] if mixed is not None else []
     watches.append(_remeasured(again, remembered))
-    for row, alert in _adapters(settings):
-        watches.append(row)
-        found += [alert] if alert is not None else []
+    try:
+        for row, alert in _adapters(settings):
+            watches.append(row)
+            found += [alert] if alert is not None else []
+    except MetapeftError as error:  # the registry is away: everything else is looked at, and what was known stays
+        watches.append(_unknown("feedback", f"the registry, which could not be asked: {error}"))
+        found += [_opened(o) for key, o in remembered.alerts.items() if key.startswith("feedback:")]
     health, seen = served.look(remembered.servers)
     for one in health:
         raised = told.of_server(one, now)
@@ -244,6 +249,11 @@ def _owed(remembered: state.State) -> Alert | None:
     earlier = remembered.alerts.get("remeasured")
     if earlier is None or set(channels.configured()) <= set(earlier.told):
         return None
+    return _opened(earlier)
+
+
+def _opened(earlier: state.Open) -> Alert:
+    """As it was raised."""
     return Alert(**{**earlier.alert, "kinds": tuple(earlier.alert["kinds"])})
 
 

@@ -84,14 +84,17 @@ def alone() -> Iterator[None]:
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path().parent / "monitor.lock", timeout=60)
-        with lock:
-            yield
+        lock.acquire()
     except Timeout as error:
         raise UserError("another `metapeft monitor` is running here; wait for it to end") from error
     except OSError as error:
         raise UserError(
             f"cannot write in {path().parent} ({error.strerror}); set METAPEFT_HOME to a folder you may write in"
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True)

@@ -190,11 +190,14 @@ def rollback(settings: Settings, name: str, of: int | None = None) -> Model:
 def resolve(settings: Settings, reference: str) -> tuple[Path, Model]:
     """`[task/]NAME[@ALIAS|@VERSION]` -> (local adapter folder, metadata); the alias is champion when none is given.
 
-    NAME is a registered name or a task's. Files on a server are downloaded once into METAPEFT_HOME/models.
+    NAME is a registered name or a task's, which may hold an @ too. Files on a server are downloaded once into
+    METAPEFT_HOME/models.
     """
     client = connect(settings.tracking)
-    name, _, which = reference.removeprefix("task/").partition("@")
+    whole = reference.removeprefix("task/")
     with failures(settings.tracking):
+        names = {name for m in _registered(client) for name in (m.name, m.tags.get("task"))}
+        name, _, which = (whole, "", "") if whole in names or "@" not in whole else whole.rpartition("@")
         name = _find(client, name)
         model = _model(client, _version(client, name, which or CHAMPION))
         return _local(client, model), model
@@ -402,7 +405,8 @@ def _local(client: MlflowClient, model: Model) -> Path:
         if not folder.is_dir():
             raise UserError(f"the files of {model.name} version {model.version} are gone from {folder}; train it again")
         return folder
-    folder = home() / "models" / model.name / str(model.version)
+    # Numbers begin again where a model was deleted, and on another server: what was registered is part of the name.
+    folder = home() / "models" / model.name / f"{model.version}-{(model.weights or model.run_id)[:16]}"
     if not folder.is_dir():
         from mlflow.artifacts import download_artifacts
 

@@ -22,7 +22,7 @@ from metapeft.data import catalog, versions
 from metapeft.errors import MetapeftError, UserError
 from metapeft.settings import Settings
 from metapeft.tracking.client import connect, failures
-from metapeft.tracking.models import Model, resolve
+from metapeft.tracking.models import Model, resolve, weights_digest
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,13 @@ def restore(settings: Settings, reference: str, folder: Path) -> Restored:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; give a folder that does not exist")
     adapter, model = resolve(settings, reference)
+    if model.weights and weights_digest(adapter) != model.weights:
+        raise UserError(f"the weights of {model.name} version {model.version} in {adapter} are not those registered")
     client = connect(settings.tracking)
     with failures(settings.tracking), tempfile.TemporaryDirectory() as place:
         run = client.get_run(model.run_id)
+        if all(found.path != "settings.json" for found in client.list_artifacts(model.run_id)):
+            raise UserError(f"run {model.run_id} of {model.name} has lost its settings (settings.json); train it again")
         try:
             wanted = json.loads(Path(client.download_artifacts(model.run_id, "settings.json", place)).read_text())
         except (OSError, ValueError) as error:

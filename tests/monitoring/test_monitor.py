@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 import metapeft
+from metapeft.errors import UserError
 from metapeft.meta import versions
-from metapeft.monitoring import benefit, channels, drift, exported, shadow, state, watches
+from metapeft.monitoring import benefit, channels, drift, exported, feedback, shadow, state, watches
+from metapeft.monitoring.alerts import Alert
 from metapeft.monitoring.monitor import monitor
 from metapeft.monitoring.outcomes import Decision, Kind, joined
 from metapeft.monitoring.promise import Promise
@@ -126,6 +128,28 @@ def test_nothing_known_is_no_alert() -> None:
     found = metapeft.monitor(estimate=False)
     assert found.healthy and found.decisions == 0 and all(not w["fires"] for w in found.watches)
     assert all(w["known"] for w in found.watches)
+
+
+def test_where_the_registry_is_away_everything_else_is_still_looked_at(
+    history: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.settle()
+    made.live(history)
+    feedback.record("task-a@1", "wrong")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://nobody@127.0.0.1:1/none")
+    remembered = state.State()
+    known = Alert("feedback:task-a@1", "critical", "It fails", "It failed.", "roll back.", "then", 0.1, 0.9, None)
+    state.compare(remembered, [known], "then")
+    state.write(remembered)
+    found = metapeft.monitor(estimate=False)
+    (asked,) = [w for w in found.watches if w["watch"] == "feedback"]
+    assert "could not be asked" in asked["known"]
+    assert len(found.alerts) > 1 and known.key in [a.key for a in found.alerts] and found.over == ()
+
+
+def test_a_dry_run_trains_nothing() -> None:
+    with pytest.raises(UserError, match="leave out --shadow or --dry-run"):
+        metapeft.monitor(shadow=3, tell=False)
 
 
 def test_without_a_change_nothing_fires_and_a_stronger_one_fires_sooner() -> None:

@@ -20,7 +20,15 @@ from metapeft.errors import MetapeftError, UserError
 from metapeft.settings import Settings, home
 from metapeft.tracking import models
 from metapeft.tracking.client import connect
-from metapeft.tracking.models import Registration, list_models, promote, registered_name, resolve, rollback
+from metapeft.tracking.models import (
+    Registration,
+    list_models,
+    promote,
+    registered_name,
+    resolve,
+    rollback,
+    weights_digest,
+)
 from metapeft.training.trial import Score, Trial
 from tests.tracking.made import make_adapter, make_trial
 from tests.tracking.test_tracker import RECOMMENDATION, replace_uri
@@ -183,6 +191,16 @@ def test_references(settings: Settings, task: Task) -> None:
         resolve(settings, NAME)
 
 
+def test_a_name_may_hold_an_at_sign(settings: Settings, task: Task) -> None:
+    mails = replace(task, name="mails@2024")
+    register(settings, mails, make_trial(1, 0.9, task=mails.name))
+    register(settings, mails, make_trial(2, 0.8, task=mails.name))
+    found = {r: resolve(settings, r)[1].version for r in ("mails@2024", "task/mails@2024@2", "mails@2024@champion")}
+    assert found == {"mails@2024": 1, "task/mails@2024@2": 2, "mails@2024@champion": 1}
+    with pytest.raises(UserError, match="no registered model 'mails'"):
+        resolve(settings, "mails@2")
+
+
 def test_an_empty_registry(settings: Settings) -> None:
     assert list_models(settings) == []
     with pytest.raises(UserError, match="none yet"):
@@ -252,12 +270,18 @@ def test_adapters_on_a_server_are_downloaded_once(
         trial = make_trial(1, 0.9)
         assert register(remote, task, trial).alias == "champion"
         folder, model = resolve(remote, "sms_spam")
-        assert folder == home() / "models" / NAME / "1" and not model.source.startswith("/")
+        assert folder.parent == home() / "models" / NAME and not model.source.startswith("/")
         assert (folder / "adapter_model.safetensors").read_text() == trial.id
         with monkeypatch.context() as patch:
             patch.setattr("mlflow.artifacts.download_artifacts", pytest.fail)
             assert resolve(remote, "sms_spam")[0] == folder
-        assert [p.name for p in folder.parent.iterdir()] == ["1"]
+        assert [p.name for p in folder.parent.iterdir()] == [f"1-{weights_digest(folder)[:16]}"]
+        connect(remote.tracking).delete_registered_model(NAME)
+        other = make_trial(2, 0.9)
+        assert register(remote, task, other).model.version == 1, "numbers begin again"
+        again, model = resolve(remote, "sms_spam")
+        assert (again / "adapter_model.safetensors").read_text() == other.id
+        assert weights_digest(again) == model.weights
     finally:
         os.killpg(server.pid, 15)
         server.wait(timeout=30)

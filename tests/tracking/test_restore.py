@@ -19,6 +19,7 @@ from metapeft.errors import UserError
 from metapeft.meta.experience import Experience
 from metapeft.settings import Settings, home
 from metapeft.tracking import knowledge
+from metapeft.tracking.models import resolve
 from metapeft.tracking.restore import restore
 from tests.stages.made import spam_file, spam_rows
 from tests.tracking.made import make_adapter, make_trial
@@ -106,6 +107,23 @@ def test_what_cannot_be_restored_is_said_and_leaves_nothing(settings: Settings, 
         restore(settings, "spam", Path("../lost"))
     assert not Path("../lost").exists()
     assert run("git", "worktree", "list").count("\n") == 1, "the project and the folder that was restored"
+
+
+def test_a_run_without_settings_and_weights_that_are_others_are_told(settings: Settings, project: Path) -> None:
+    file = Path("data/spam.jsonl")
+    spam_file(project / "data")
+    commit("first")
+    trained(settings, file)
+    folder, model = resolve(settings, "spam")
+    weights = folder / "adapter_model.safetensors"
+    weights.write_text("others")
+    with pytest.raises(UserError, match="are not those registered"):
+        restore(settings, "spam", Path("../other"))
+    weights.write_text("weights")
+    (folder.parents[1] / "settings.json").unlink()
+    with pytest.raises(UserError, match=f"run {model.run_id} of {model.name} has lost its settings"):
+        restore(settings, "spam", Path("../lost"))
+    assert not Path("../other").exists() and not Path("../lost").exists()
 
 
 def test_experience_and_meta_models_are_versioned_registered_and_come_back(
