@@ -58,8 +58,9 @@ def profile(task: str | Path, *, work: Path | None = None, **options: Any) -> Pr
 
     settings = settings_for(task, **options)
     work = work or work_folder(settings)
-    stages.run(PROFILED, settings, work)
-    return Profile.from_json(read_json(work / "profile" / "profile.json"))
+    with alone(work):
+        stages.run(PROFILED, settings, work)
+        return Profile.from_json(read_json(work / "profile" / "profile.json"))
 
 
 def recommend(
@@ -81,8 +82,9 @@ def recommend(
     wanted = {"prefer": prefer, "max_seconds": max_seconds, "max_memory_mb": max_memory_mb}
     settings = settings_for(task, recommend=wanted, **options)
     work = work or work_folder(settings)
-    stages.run(PROFILED, settings, work)
-    return ranked(settings, work)
+    with alone(work):
+        stages.run(PROFILED, settings, work)
+        return ranked(settings, work)
 
 
 def sweep(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_a_task_has_one_work_folder_per_backbone_and_data_settings(tmp_path: Pat
     assert folder(str(path), train={"steps": 7}, seed=3) == folder(str(path))
 
 
-@pytest.mark.parametrize("command", ["train", "sweep"])
+@pytest.mark.parametrize("command", ["train", "sweep", "recommend", "profile"])
 def test_others_are_kept_out_until_the_results_are_read(command: str, tmp_path: Path, monkeypatch: Any) -> None:
     work, seen = tmp_path / "work", []
 
@@ -101,15 +102,17 @@ def test_others_are_kept_out_until_the_results_are_read(command: str, tmp_path: 
             lock = FileLock(work / ".stages" / "pipeline.lock")
             return isinstance(other.submit(lock.acquire, timeout=0).exception(), Timeout)
 
-    name = {"train": "read_trial", "sweep": "read_sweep"}[command]
-    read = getattr(api, name)
-    monkeypatch.setattr(api, name, lambda folder: (seen.append(held()), read(folder))[1])
+    name = {"train": "metapeft.api.read_trial", "sweep": "metapeft.api.read_sweep"}.get(command)
+    name = name or {"recommend": "metapeft.stages.recommend.ranked", "profile": "metapeft.api.read_json"}[command]
+    module, function = name.rsplit(".", 1)
+    read = getattr(import_module(module), function)
+    monkeypatch.setattr(name, lambda *arguments: (seen.append(held()), read(*arguments))[1])
     params = tmp_path / "params.yaml"
     params.write_text(
         "data: {max_train: 24, max_validation: 8, max_test: 16}\nsweep: {trials: 1, steps: 1}\ntrain: {steps: 1}\n"
     )
     found = getattr(api, command)(spam_file(tmp_path), backbone=str(tiny_folder("llama")), work=work, params=params)
-    assert found is not None and seen == [True] and not held()
+    assert found is not None and seen and all(seen) and not held()
 
 
 def test_settings_come_from_the_folders_params_file(tmp_path: Path, monkeypatch: Any) -> None:

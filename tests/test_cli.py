@@ -266,6 +266,8 @@ def test_help_names_the_strategies_and_what_growing_fetches(capsys: pytest.Captu
 def test_an_unknown_hyperparameter_gets_close_names(tmp_path: Path) -> None:
     words = ["train", spam_file(tmp_path), "--backbone", tiny_folder("llama"), "--method", "lora"]
     assert "'rank'" in mistake(*words, "--set", "rnak=4")
+    said = mistake(*words[:-2], "--set", "rank=4", "--set", "tokens=4")  # no method has both
+    assert "no hyperparameter" in said and "is recommended, rank 1; --method names another one" in said
 
 
 def test_a_defect_is_one_line_and_a_traceback_only_on_demand(

@@ -95,7 +95,8 @@ def outcomes(trials: Sequence[Trial]) -> list[Outcome]:
 
 
 def _joined(entry: dict[str, Any], trials: Sequence[Trial]) -> Outcome:
-    later = [t for t in trials if t.started >= entry["at"][:19]]
+    budget = entry.get("steps")  # what was predicted; a trial of fewer or more steps says nothing about it
+    later = [t for t in trials if t.started >= entry["at"][:19] and budget in (None, t.budget)]
     ranks = {key(e["configuration"]): e for e in entry["recommendations"]}
     followed = [(t, ranks[key(t.configuration)]) for t in later if key(t.configuration) in ranks]
     scores = {t.id: t.score.value for t in later if t.score is not None}

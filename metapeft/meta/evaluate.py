@@ -275,9 +275,9 @@ def mean_of(judged: Sequence[Judged], measure: str, selector: str) -> float:
 
 
 def bootstrap(judged: Sequence[Judged], statistic: Callable[[Sequence[Judged]], float]) -> tuple[float, float]:
-    """90 % percentile interval over tasks (all groups of a task are drawn together)."""
-    names = sorted({j.task for j in judged})
-    by_name = {name: [j for j in judged if j.task == name] for name in names}
+    """90 % percentile interval over families: what is predicted for the tasks of one stands on the same other ones."""
+    names = sorted({j.family for j in judged})
+    by_name = {name: [j for j in judged if j.family == name] for name in names}
     random = np.random.default_rng(0)
     values = []
     for _ in range(RESAMPLES):

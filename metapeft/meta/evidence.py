@@ -31,7 +31,10 @@ Configuration = dict[str, Any]
 
 @dataclass(frozen=True)
 class Known:
-    """A task as one backbone sees it. `features`: its profile's, None when it was never profiled."""
+    """A task as one backbone sees it. `features`: its profile's, None when it was never profiled.
+
+    metric: what it is scored by ("" where no trial says); by another one it is another task.
+    """
 
     version: str
     backbone: str
@@ -39,6 +42,7 @@ class Known:
     family: str = field(compare=False)  # tasks that resemble each other by construction
     train_examples: int = field(compare=False)
     features: dict[str, float] | None = field(default=None, compare=False)
+    metric: str = ""
 
     @cached_property
     def vector(self) -> np.ndarray:
@@ -63,8 +67,8 @@ class Known:
 class Observation:
     """The gain of a configuration on a task, the mean of `repeats` trainings with different seeds.
 
-    `error` is the standard error that the test split's size gives it; `score` is the mean test score, and `validation`
-    the mean score on the validation split, where there is one.
+    The gain is that on the test and the validation split together, `error` the standard error that their size gives it;
+    `score` is the mean test score alone, and `validation` the mean score on the validation split, where there is one.
     """
 
     task: Known
@@ -114,8 +118,8 @@ def gather(
     untuned: Mapping[str, float] | None = None,
     remaining: Remaining | None = None,
 ) -> list[Observation]:
-    """One observation per (task, backbone, configuration, steps, device), in an order that the trials' order does not
-    change.
+    """One observation per (task, metric, backbone, configuration, steps, device), in an order that the trials' order
+    does not change.
 
     features: by (task version, backbone). untuned: scores of the untuned backbone by task version, for trials that do
     not carry their own. remaining: what trials that were stopped would have gained still.
@@ -127,15 +131,16 @@ def gather(
         measured = trial.score or trial.validation
         useful = trial.status == "diverged" or (trial.status in ("ok", "stopped") and _finite(measured))
         if trial.method in METHODS and useful and base is not None and math.isfinite(base):
-            place = (trial.task_version, trial.backbone, key(trial.configuration), trial.budget, trial.device)
+            by = metric(trial)
+            place = (trial.task_version, trial.backbone, key(trial.configuration), trial.budget, trial.device, by)
             groups.setdefault(place, []).append((trial, base))
-    tasks: dict[tuple[str, str], Known] = {}
+    tasks: dict[tuple[str, str, str], Known] = {}
     found = []
-    for (version, backbone, _, steps, _), group in sorted(groups.items(), key=lambda item: item[0]):
+    for (version, backbone, _, steps, _, by), group in sorted(groups.items(), key=lambda item: item[0]):
         group.sort(key=lambda member: (member[0].seed, member[0].id))
         first = group[0][0]
         task = tasks.setdefault(
-            (version, backbone),
+            (version, backbone, by),
             Known(
                 version,
                 backbone,
@@ -143,10 +148,17 @@ def gather(
                 families().get(first.task, first.task),
                 max(t.train_examples for t, _ in group),
                 features.get((version, backbone)),
+                by,
             ),
         )
         found.append(_averaged(task, steps, group, remaining))
     return found
+
+
+def metric(trial: Trial) -> str:
+    """What a trial was scored by."""
+    measured = trial.score or trial.validation or trial.untuned_score
+    return measured.metric if measured else ""
 
 
 def _averaged(task: Known, steps: int, group: Sequence[tuple[Trial, float]], remaining: Remaining) -> Observation:
@@ -159,8 +171,10 @@ def _averaged(task: Known, steps: int, group: Sequence[tuple[Trial, float]], rem
         more, unsure = remaining.at(fraction(trial)) if trial.status == "stopped" else (0.0, 0.0)
         gains.append(min(1.0, gain(value, base) + more))
         errors.append(math.hypot(error / room(base), unsure))
-        if lost or trial.score is not None:
-            scores.append(value)
+        if lost:
+            scores.append(base)
+        elif trial.score is not None:
+            scores.append(trial.score.value)
         if trial.validation is not None and not lost:
             validations.append(trial.validation.value)
         if measured is not None and not lost:

@@ -22,7 +22,7 @@ import numpy as np
 
 from metapeft.meta import prior
 from metapeft.meta.embedding import Metric, plain
-from metapeft.meta.evidence import FEATURES, Configuration, Known, Observation, key
+from metapeft.meta.evidence import FEATURES, Configuration, Known, Observation, families, key
 from metapeft.meta.unfinished import Remaining
 
 MOST = 600  # observations that variances are fitted to
@@ -137,8 +137,9 @@ def terms(model: Model, left: Places, right: Places) -> dict[str, np.ndarray]:
         return values[np.ix_(left.configuration, right.configuration)]
 
     backbone = by_task(_shared_backbone(left.tasks, right.tasks))
-    same = by_task(_same_task(left.tasks, right.tasks))
-    near = by_task(model.metric.similarity(left.tasks, right.tasks, model.length)) * backbone
+    similar = model.metric.similarity(left.tasks, right.tasks, model.length)
+    same = by_task(_same_task(left.tasks, right.tasks, similar))
+    near = by_task(similar) * backbone
     linear = by_task(_linear(left.tasks, right.tasks)) * backbone
     method, alike = (by_configuration(values) for values in prior.alike(left.configurations, right.configurations))
     device = np.equal.outer(left.device, right.device)
@@ -285,12 +286,18 @@ def _shared_backbone(left: Sequence[Known], right: Sequence[Known]) -> np.ndarra
     return np.where(same, 1.0, prior.OTHER_BACKBONE)
 
 
-def _same_task(left: Sequence[Known], right: Sequence[Known]) -> np.ndarray:
-    """1 for a task with itself, less for a sample of it of another size, or another backbone; 0 for other tasks."""
+def _same_task(left: Sequence[Known], right: Sequence[Known], similar: np.ndarray) -> np.ndarray:
+    """1 for a task with itself, less for a sample of it of another size, or another backbone; 0 for other tasks.
+
+    Outside of the catalog a name is a file's and proves little: there other rows of that name count as the same task
+    as far as they are `similar`.
+    """
+    own = np.equal.outer(np.array([t.version for t in left], object), np.array([t.version for t in right], object))
+    catalog = np.array([t.name in families() for t in left])[:, None]
     names = np.equal.outer(np.array([t.name for t in left], object), np.array([t.name for t in right], object))
     sizes = [np.log2([max(1, t.train_examples) for t in side]) for side in (left, right)]
     alike = prior.OTHER_SIZE ** np.abs(np.subtract.outer(*sizes))
-    return names * alike * _shared_backbone(left, right)
+    return names * np.where(catalog | own, 1.0, similar) * alike * _shared_backbone(left, right)
 
 
 def _linear(left: Sequence[Known], right: Sequence[Known]) -> np.ndarray:

@@ -187,6 +187,7 @@ def recommend(
         families().get(task.name, task.name),
         len(task.train),
         profile.features,
+        task.metric,
     )
     evidence = counting(known, version.model, here, own)
     with one_thread():
@@ -196,7 +197,7 @@ def recommend(
         needs = costs.corrected(candidates, profile, speed, settings.train.steps, trials, known.profiles)
         feasible = _feasible(candidates, needs, settings)
         candidates, needs = [candidates[i] for i in feasible], [needs[i] for i in feasible]
-        untuned = _untuned(mine, profile)
+        untuned = _untuned(mine, profile, task.metric)
         whole = [complete(c) for c in candidates]
         device = speed.measured.get("device", "")
         told = forecast(conditioned, here, whole, settings.train.steps, untuned, len(task.test), device=device)
@@ -229,7 +230,7 @@ def recommend(
         model=version.number,
         tasks=len({o.task.name for o in evidence if o.task != here}),
         trials=sum(o.repeats for o in evidence),
-        untuned=Untuned(_r(untuned[0]), _r(untuned[1]), enough),
+        untuned=Untuned(_r(untuned[0]), _r(_open(mine, profile, task.metric)), enough),
         recommendations=entries,
         neighbours=neighbours(version.model, here, evidence, known),
         together=tuple(order.index(i) + 1 for i in told.together(TOGETHER, penalty)),
@@ -274,12 +275,20 @@ def _conditioned(model: Model, evidence: list[Observation]) -> Conditioned:
     return found
 
 
-def _untuned(own: Sequence[Trial], profile: Profile) -> tuple[float, float]:
-    """The untuned backbone's score and its standard error: measured on the test split, else by the profile."""
+def _untuned(own: Sequence[Trial], profile: Profile, metric: str) -> tuple[float, float]:
+    """The untuned backbone's score and what it leaves open about that on the test split: nothing where it was measured
+    there, else the standard error of the profile's."""
     for trial in own:
-        if trial.untuned_score is not None:
+        if trial.untuned_score is not None and trial.untuned_score.metric == metric:
             return trial.untuned_score.value, 0.0
     return profile.features["zero_shot_score"], profile.features["zero_shot_standard_error"]
+
+
+def _open(own: Sequence[Trial], profile: Profile, metric: str) -> float:
+    """The standard error of the untuned backbone's score, as people mean it: on other examples."""
+    scores = (t.untuned_score for t in own if t.untuned_score is not None and t.untuned_score.metric == metric)
+    measured = next(scores, None)
+    return measured.standard_error if measured else profile.features["zero_shot_standard_error"]
 
 
 def _penalty(needs: list[Cost], prefer: Prefer) -> np.ndarray:
@@ -296,6 +305,11 @@ def _advice(found: Recommendation, evidence: list[Observation]) -> str:
         said.append(
             f"The untuned backbone ({untuned.score:.3f}) is probably good enough: {untuned.p_enough:.0%} sure that"
             f" {first.method} does not beat it by 0.01."
+        )
+    elif first.score.mean <= untuned.score:
+        said.append(
+            f"Perhaps leave the backbone untuned ({untuned.score:.3f}): {first.method}, the best of those listed, is"
+            f" expected at {first.score.mean:.3f}; {untuned.p_enough:.0%} sure that it does not beat it by 0.01."
         )
     else:
         said.append(f"Use {first.method}; {first.p_within_1pct:.0%} sure that it is within 0.01 of the best listed.")

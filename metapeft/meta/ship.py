@@ -60,12 +60,14 @@ def ship(store: Experience, table: Path, profiles: Path, docs: Path) -> list[Tri
 def fit_shipped(folder: Path) -> Version:
     """Fits the meta-model to what ships in a folder and nothing else, and writes `model.json` into it."""
     from metapeft.meta.fitting import fit, groups
+    from metapeft.meta.unfinished import learn
 
     known = shipped(folder)
-    observations = known.observations()
+    remaining = learn(known.trials)
+    observations = known.observations(remaining)
     found = Version(
         0,
-        fit(observations),
+        replace(fit(observations), remaining=remaining),
         made=max(trial.started for trial in known.trials),
         tasks=len({group[0].task.name for group in groups(observations)}),
         observations=len(observations),

@@ -134,7 +134,8 @@ def main() -> None:
     from metapeft.meta.ship import shipped
     from metapeft.meta.versions import shipped as version
 
-    ship(version(), shipped().observations(), SHIPPED / "promise.json")
+    found = version()
+    ship(found, shipped().observations(found.model.remaining), SHIPPED / "promise.json")
     say(f"what is promised of the meta-model that ships: {SHIPPED / 'promise.json'}")
 
 

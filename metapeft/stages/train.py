@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metapeft.errors import MetapeftError
+from metapeft.errors import MetapeftError, UserError
 from metapeft.progress import progress
 from metapeft.settings import Settings, home
 from metapeft.stages.files import current_sweep, read_task, read_trials, write_csv
@@ -29,7 +29,12 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
 
     task = read_task(work / "version")
     chosen, why = choose(settings, work)
-    configuration = full(chosen)
+    try:
+        configuration = full(chosen)
+    except UserError as error:
+        if settings.train.method is not None or "method" in settings.train.configuration:
+            raise
+        raise UserError(f"{error} ({chosen['method']} is {why}; --method names another one)") from error
     steps = settings.train.steps
     profile = read_json(work / "profile" / "profile.json")
     with progress(f"train {configuration['method']}", steps) as advance:

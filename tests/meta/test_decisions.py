@@ -42,6 +42,15 @@ def test_outcomes_are_the_trials_that_came_after(tmp_path: Path) -> None:
     assert wrong.inside_90 == 0.0 and wrong.regret == 0
 
 
+def test_a_training_of_other_steps_says_nothing_about_what_was_predicted(tmp_path: Path) -> None:
+    found = given(tmp_path)
+    decisions.record(found)
+    first = found.recommendations[0].configuration
+    short = trial(0.1, **first, budget=5, started=later())
+    (outcome,) = decisions.outcomes([trial(0.9, **first, budget=found.steps, started=later()), short])
+    assert len(outcome.followed) == 1 and (outcome.best, outcome.regret) == (0.9, 0)
+
+
 def test_a_torn_line_costs_only_itself(tmp_path: Path, home: Path) -> None:
     found = given(tmp_path)
     decisions.record(found)

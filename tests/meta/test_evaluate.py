@@ -164,10 +164,12 @@ def test_rivals_know_nothing_of_the_task_and_rank_sensibly(told: World) -> None:
     assert CONFIGURATIONS[int(values.argmax())]["learning_rate"] == 1e-3
 
 
-def test_the_bootstrap_is_over_tasks(judged: list[Judged]) -> None:
+def test_the_bootstrap_is_over_families(judged: list[Judged]) -> None:
     low, high = bootstrap(judged, gap)
     assert low < gap(judged) < high
     assert bootstrap(judged * 2, gap) == pytest.approx((low, high))  # doubling every task's groups adds no evidence
+    again = [replace(j, task=f"{j.task} again") for j in judged]  # nor do more tasks of the same families
+    assert bootstrap([*judged, *again], gap) == pytest.approx((low, high))
 
 
 def test_what_another_seed_changes_is_measured() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -38,6 +40,23 @@ def test_seeds_are_averaged_and_budgets_are_not() -> None:
     assert len(gather([trial(0.9), trial(0.9, budget=15)], {})) == 2
     assert len(gather([trial(0.9), trial(0.9, learning_rate=2e-3)], {})) == 2
     assert len(gather([trial(0.9, device="cpu"), trial(0.9, seed=1, device="metal")], {})) == 2
+
+
+def test_the_score_is_the_test_splits_alone_and_the_gain_is_that_of_both_splits() -> None:
+    held = Score("accuracy", 0.7, 0.04, 100, 1.0)
+    (one,) = gather([trial(0.9, validation=held)], {})  # 300 test examples, 100 validation examples
+    assert one.score == 0.9 and one.validation == 0.7
+    assert one.gain == pytest.approx(gain(0.85, 0.5)) and one.error < 0.04
+    (diverged,) = gather([trial(None, validation=held, status="diverged")], {})
+    assert diverged.score == 0.5
+
+
+def test_scores_by_different_metrics_are_never_averaged() -> None:
+    f1 = Score("macro_f1", 0.4, 0.03, 300, 0.5)
+    other = replace(trial(0.9, seed=1), score=f1, untuned_score=f1)
+    found = gather([trial(0.9), other], {})
+    assert sorted((o.task.metric, o.score, o.repeats) for o in found) == [("accuracy", 0.9, 1), ("macro_f1", 0.4, 1)]
+    assert found[0].task != found[1].task
 
 
 def test_failures_teach_what_they_can() -> None:

@@ -17,6 +17,7 @@ from metapeft.meta.model import Conditioned, Model, fit_deviations
 from metapeft.meta.portfolio import portfolio
 from metapeft.meta.threads import one_thread
 from metapeft.training.configuration import full
+from tests.meta.made import profile
 from tests.meta.synthetic import world
 
 DEFAULTS = [full(c) for c in portfolio(30)]
@@ -37,6 +38,27 @@ def believed(
     evidence: list[Observation], task: Known | None = None, steps: int = 40, model: Model | None = None
 ) -> Any:
     return Conditioned(model or Model(), evidence).predict(task or known("new"), DEFAULTS, steps)
+
+
+def test_another_file_of_the_same_name_is_the_same_task_as_far_as_it_is_alike() -> None:
+    """Beside the same evidence under another name; of the catalog's names nobody else has one."""
+    features = profile().features
+    unlike = {name: value + 30.0 for name, value in features.items()}
+
+    def told(name: str, rows: dict[str, float]) -> float:
+        other = Known("elsewhere", "b", name, name, 1000, rows)
+        here = Known("here", "b", "tickets", "tickets", 1000, features)
+        return float(believed([seen(other, c, -0.4) for c in DEFAULTS[:4]], here)[0].mean())
+
+    assert told("tickets", features) < told("tickets", unlike) - 0.05
+    assert abs(told("tickets", unlike) - told("others", unlike)) < 0.05
+
+    def catalogs(name: str) -> float:
+        here = Known("here", "b", "sms_spam", "sms_spam", 1000, features)
+        other = Known("elsewhere", "b", name, name, 2000, unlike)
+        return float(believed([seen(other, c, -0.4) for c in DEFAULTS[:4]], here)[0].mean())
+
+    assert catalogs("sms_spam") < catalogs("others") - 0.05
 
 
 def test_without_evidence_the_portfolio_is_what_is_believed() -> None:

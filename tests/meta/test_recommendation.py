@@ -20,9 +20,11 @@ from metapeft.meta.evidence import without
 from metapeft.meta.fitting import fit, groups
 from metapeft.meta.forecast import forecast, untuned_of
 from metapeft.meta.model import Conditioned
+from metapeft.peft import METHODS
 from metapeft.profiling import Profile, cache
 from metapeft.settings import home, load_settings
 from metapeft.training.configuration import full
+from metapeft.training.trial import Score
 from tests.meta.made import CONTENT, SPEED, profile, task, trial
 from tests.meta.synthetic import world
 
@@ -91,6 +93,21 @@ def test_ignorance_is_wide_and_ends_where_scores_end(store: Experience) -> None:
         assert first.high - first.low > 0.6 * (1 - untuned) and first.level == 0.9
         assert first.low < first.mean < first.high
     assert asked(store, profile(untuned=0.97)).recommendations[0].score.mean > 0.9
+
+
+def test_advice_does_not_contradict_its_own_numbers(store: Experience) -> None:
+    lost = [trial(0.85, untuned=0.9, method=method, seed=seed) for method in METHODS for seed in range(3)]
+    store.extend(lost)
+    found = asked(store, profile(untuned=0.9))
+    first = found.recommendations[0]
+    assert first.score.mean <= found.untuned.score == 0.9 and "untuned" in found.advice
+    assert not found.advice.startswith("Use")
+    assert found.untuned.standard_error == 0.03, "as the trials measured it"
+
+
+def test_an_untuned_score_by_another_metric_is_not_the_tasks(store: Experience) -> None:
+    store.append(replace(trial(0.9), untuned_score=Score("macro_f1", 0.1, 0.02, 300, 1.0)))
+    assert asked(store, profile(untuned=0.5)).untuned.score == 0.5
 
 
 def test_what_frozen_features_reach_is_a_hint_upwards_only(store: Experience) -> None:
