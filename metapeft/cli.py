@@ -739,7 +739,7 @@ def serve(
     rows: Annotated[int, Option(min=1, help="Sequences written at the same time.")] = 64,
     queue: Annotated[int, Option(min=1, help="Requests that may wait; more get 429.")] = 256,
     adapter_mb: Annotated[float, Option(min=0, help="Adapters kept in memory.")] = 512.0,
-    poll_seconds: Annotated[float, Option(min=1, help="How often to look at the registry unasked.")] = 60.0,
+    poll_seconds: Annotated[float, Option(min=1, max=86_400, help="How often to look at the registry unasked.")] = 60.0,
     timeout: Annotated[float, Option(min=1, help="Seconds that one request may take.")] = 300.0,
     params: Params = None,
 ) -> None:

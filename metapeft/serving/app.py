@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import itertools
 import json
 import math
 import secrets
@@ -12,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
@@ -30,20 +32,21 @@ from metapeft.data.task import separator
 from metapeft.data.templates import check_template, render
 from metapeft.errors import UserError
 from metapeft.serving import feedback, openai
-from metapeft.serving.engine import Busy, Classification, Engine, Generation, Piece, TooSlow
+from metapeft.serving.engine import Busy, Classification, Engine, Generation, Piece, TooSlow, Unavailable
 from metapeft.serving.keys import Key, Keyring
 from metapeft.serving.metrics import Metrics
 from metapeft.serving.openai import Body, ChatRequest, ClassifyRequest, CompletionRequest
 from metapeft.serving.overview import overview
-from metapeft.serving.registry import Registry, UnknownModel, Version
+from metapeft.serving.registry import Registry, UnknownModel, Version, out_of_reach
 from metapeft.serving.score import Answers
 from metapeft.serving.select import Job, Selector
-from metapeft.settings import Prefer
+from metapeft.settings import Prefer, brief
 from metapeft.training.encode import prompt_ids
 
 PAGE = Path(__file__).parent / "page"
 DEFAULT_TOKENS = 256  # written where the request says nothing
 LABEL_TOKENS = 64  # that a label may have
+SELECTIONS = 8  # made at the same time; each takes seconds
 STATUS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -141,6 +144,7 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
         responses=FAILURES,
     )
+    selecting = ThreadPoolExecutor(SELECTIONS, "metapeft-selecting")  # of their own: nothing else waits for them
     page, docs = ((PAGE / name).read_text(encoding="utf-8") for name in ("index.html", "docs.html"))
 
     def caller(request: Request) -> Key | None:
@@ -203,9 +207,9 @@ def create_app(service: Service) -> FastAPI:
     def model(id: str) -> dict[str, Any]:
         if id == engine.name:
             return own()
-        version = registry.resolve(id)
-        assert version is not None
-        return described(id, version.model)
+        found = registry.find(id)
+        assert found is not None
+        return described(id, found)
 
     @app.post("/v1/deploy", tags=["models"], status_code=202, dependencies=[Depends(administrator)])
     def deploy(body: DeployRequest) -> dict[str, str]:
@@ -220,7 +224,10 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/overview", tags=["selection"], summary="What the page shows", dependencies=[known])
     def view() -> dict[str, Any]:
-        return overview(service.engine, registry, service.selector)
+        try:
+            return overview(service.engine, registry, service.selector)
+        except UserError as error:  # nothing was asked that could be wrong
+            raise Unavailable("the overview cannot be made now") from error
 
     @app.post("/v1/chat/completions", tags=["completions"], dependencies=[known], responses=ANSWERS)
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -361,7 +368,8 @@ def create_app(service: Service) -> FastAPI:
     async def select(body: SelectRequest) -> JSONResponse:
         """What `metapeft recommend` says of a task: at once when it was measured before, else after its measurement."""
         asked = body.model_dump(exclude={"wait"}, exclude_none=True)
-        job: Job | None = await asyncio.to_thread(service.selector.ask, asked)
+        loop = asyncio.get_running_loop()
+        job: Job | None = await loop.run_in_executor(selecting, service.selector.ask, asked)
         until = time.monotonic() + body.wait
         while job and job.state in ("queued", "running") and time.monotonic() < until:
             await asyncio.sleep(0.1)
@@ -406,7 +414,10 @@ def create_app(service: Service) -> FastAPI:
     async def resolved(id: str) -> Version | None:
         if not registry.ready.is_set():
             raise Busy(2.0)
-        return await asyncio.to_thread(registry.resolve, id)
+        model = registry.find(id)
+        if model is None:
+            return None
+        return registry.known(model) or await asyncio.to_thread(registry.fetch, model)
 
     def room(prompt: int, wanted: int | None) -> int:
         """Tokens that may be written after so many. Raises UserError when the prompt fills the context."""
@@ -429,26 +440,20 @@ def create_app(service: Service) -> FastAPI:
     ) -> list[Generation]:
         """Submit every prompt n times; answers come through `events` with their index. All or none are accepted."""
         deadline = time.monotonic() + service.bounds.seconds
-        jobs: list[Generation] = []
-        try:
-            for ids in prompts:
-                for place in range(body.n or 1):
-                    job = Generation(
-                        source=version,
-                        prompt=ids,
-                        limit=limit,
-                        deliver=threadsafe(events, len(jobs)),
-                        deadline=deadline,
-                        sampling=body.sampling(place, logprobs),
-                        stop=tuple(body.stop or ()),
-                        stream=body.stream,
-                    )
-                    engine.submit(job)
-                    jobs.append(job)
-        except Exception:
-            for job in jobs:
-                job.cancelled = True
-            raise
+        jobs = [
+            Generation(
+                source=version,
+                prompt=ids,
+                limit=limit,
+                deliver=threadsafe(events, n),
+                deadline=deadline,
+                sampling=body.sampling(place, logprobs),
+                stop=tuple(body.stop or ()),
+                stream=body.stream,
+            )
+            for n, (ids, place) in enumerate(itertools.product(prompts, range(body.n or 1)))
+        ]
+        engine.submit(*jobs)
         return jobs
 
     async def everything(
@@ -519,7 +524,15 @@ def create_app(service: Service) -> FastAPI:
     async def bad_input(request: Request, error: UserError) -> JSONResponse:
         if isinstance(error, UnknownModel):
             return fail(404, str(error), "model_not_found")
+        if out_of_reach(error):  # a file of the server's own; where it lies is nobody's business
+            request.state.error = brief(error, 300)
+            return fail(503, "the server cannot read or write its files now")
         return fail(400, str(error))
+
+    @app.exception_handler(Unavailable)
+    async def unavailable(request: Request, error: Unavailable) -> JSONResponse:
+        request.state.error = brief(error.__cause__ or error, 300)
+        return fail(503, str(error))
 
     @app.exception_handler(Busy)
     async def busy(request: Request, error: Busy) -> JSONResponse:
@@ -684,7 +697,8 @@ def written_by(job: Generation) -> int:
 
 def said(error: Exception) -> str:
     """What a caller may know of a failure inside: its kind, and for ours its message."""
-    return str(error) if isinstance(error, UserError | Busy | TooSlow) else f"internal error ({type(error).__name__})"
+    ours = isinstance(error, UserError | Busy | TooSlow | Unavailable)
+    return str(error) if ours else f"internal error ({type(error).__name__})"
 
 
 def traced(error: Exception) -> str:

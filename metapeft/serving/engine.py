@@ -1,7 +1,7 @@
 """The one owner of the device: a thread that reads prompts, writes tokens and weighs answers for all requests.
 
 Requests come through a bounded queue. Every turn of the loop admits what fits, reads one piece of the prompts that were
-admitted last, writes one token for every row in flight, and answers what is to be classified. Rows of different
+admitted last and one of what is to be classified, and writes one token for every row in flight. Rows of different
 adapters share one forward pass. Adapters are kept by use within a bound in bytes; one that rows are using stays.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from metapeft.errors import MetapeftError, UserError
 from metapeft.kernels import serve
 from metapeft.runtime import free_memory_mb, mx
-from metapeft.serving.generate import Batch, Batched, Row, Sampling, Text, Token, check, write
+from metapeft.serving.generate import Batch, Batched, Pieces, Row, Sampling, Text, Token, check, write
 from metapeft.serving.mixed import Mixture, Resident, read
 from metapeft.serving.native import NativeBatch, Steps
 from metapeft.serving.score import Answers, Question, score
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 GREEDY = Sampling()
 BUFFER_MB = 512  # freed arrays that MLX keeps for the next step
-READ_TOKENS = 256  # prompt tokens between two steps: what a row in flight waits for at most
+READ_TOKENS = 256  # prompt tokens of each kind between two steps: what a row in flight waits for at most
 READ_ROWS = 16  # prompts read together
-SCORE_ROWS = 32  # questions answered together
+SCORE_ROWS = 32  # questions taken up together
 
 
 class Busy(MetapeftError):
@@ -48,6 +48,10 @@ class Busy(MetapeftError):
 
 class TooSlow(MetapeftError):
     """The request's time is over."""
+
+
+class Unavailable(MetapeftError):
+    """What was asked for exists, and this server cannot give it now. The cause is for its log, not for the caller."""
 
 
 class Source(Protocol):
@@ -168,6 +172,8 @@ class Engine:
         self.held: OrderedDict[str, _Held] = OrderedDict()
         self.pending: deque[Generation] = deque()
         self.questions: deque[Classification] = deque()
+        self.weighed: list[Classification] = []  # whose answers are being weighed
+        self.weighing: Pieces[None] | None = None  # the rest of that work
         self.reading: Batched | None = None
         self.writing = self.batch([])
         self.jobs: dict[Row, Generation] = {}
@@ -206,18 +212,24 @@ class Engine:
     def resident_bytes(self) -> int:
         return sum(held.resident.bytes for held in list(self.held.values()))
 
-    def submit(self, job: Job) -> None:
-        """Queue a request. Raises Busy when the queue is full, UserError when the request can never fit."""
-        if job.places > self.places:
-            raise UserError(f"{job.places} tokens do not fit into the server's cache of {self.places} tokens")
+    def submit(self, *jobs: Job) -> None:
+        """Queue requests: all or none. Raises Busy when the queue is full, UserError when they can never fit."""
+        if (most := max(job.places for job in jobs)) > self.places:
+            raise UserError(f"{most} tokens do not fit into the server's cache of {self.places} tokens")
+        if len(jobs) > self.limits.queue:
+            raise UserError(
+                f"this asks for {len(jobs)} answers at once, and {self.limits.queue} may wait here; "
+                "send fewer prompts, or a smaller n"
+            )
         with self._lock:
             if self._closing:
                 raise Busy(5.0)
-            if self._waiting >= self.limits.queue:
+            if self._waiting + len(jobs) > self.limits.queue:
                 self.counts.refused += 1
                 raise Busy(max(1.0, min(60.0, self._waiting / max(self._rate, 0.1))))
-            self._waiting += 1
-        self._inbox.put(job)
+            self._waiting += len(jobs)
+        for job in jobs:
+            self._inbox.put(job)
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run a function on the engine's thread, between two steps."""
@@ -232,7 +244,7 @@ class Engine:
         self._inbox.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
-            jobs: list[Job] = [*self.jobs.values(), *self.pending, *self.questions]
+            jobs: list[Job] = [*self.jobs.values(), *self.pending, *self.questions, *self.weighed]
             for job in jobs:
                 job.cancelled = True
             self._thread.join(10)
@@ -291,10 +303,13 @@ class Engine:
         mx.clear_streams()
 
     def _busy(self) -> bool:
-        return bool(self.pending or self.questions or self.jobs) or not self._inbox.empty()
+        return self._computing() or not self._inbox.empty()
+
+    def _computing(self) -> bool:
+        return bool(self.pending or self.questions or self.weighed or self.jobs)
 
     def _receive(self) -> None:
-        block = not (self.pending or self.questions or self.jobs)
+        block = not self._computing()
         while True:
             try:
                 item = self._inbox.get(block=block and not self._closing, timeout=None)
@@ -316,8 +331,8 @@ class Engine:
         self._drop()
         if self.reading is None or self.reading.open:
             self._admit()
-        if self.questions:
-            self._answer()
+        if self.questions or self.weighed:
+            self._weigh()
         if self.reading is not None:
             self._read()
         if self.writing.rows:
@@ -332,6 +347,13 @@ class Engine:
                 (self.pending if isinstance(job, Generation) else self.questions).remove(job)  # type: ignore[arg-type]
                 self._left()
                 job.deliver(TooSlow("the request waited longer than its time limit"))
+        for question in list(self.weighed):
+            if question.cancelled or question.deadline < now:
+                self.weighed.remove(question)
+                question.deliver(TooSlow("the request took longer than its time limit"))
+        if self.weighing is not None and not self.weighed:
+            self.weighing.close()
+            self.weighing = None
         reading = self.reading.rows if self.reading is not None and self.reading.open else []
         for row in [*self.writing.rows, *reading]:
             flying = self.jobs[row]
@@ -442,39 +464,57 @@ class Engine:
     def _keep_unfinished(self) -> None:
         self.writing.keep([i for i, row in enumerate(self.writing.rows) if row in self.jobs])
 
-    def _answer(self) -> None:
-        """Classify what waits, as many prompts at once as fit."""
+    def _weigh(self) -> None:
+        """One piece of what is to be classified."""
+        if self.weighing is None:
+            self.weighing = self._answers()
+        try:
+            next(self.weighing)
+        except StopIteration:
+            self.weighing = None
+
+    def _answers(self) -> Pieces[None]:
+        """Classify what waits, as many prompts at once as fit; of requests that leave meanwhile no more is weighed."""
         jobs: list[Classification] = []
         while self.questions and (not jobs or sum(len(j.prompts) for j in jobs) < SCORE_ROWS):
             jobs.append(self.questions.popleft())
             self._left()
-        questions: list[Question] = []
-        owners: list[Classification] = []
+        pinned: list[Classification] = []
+        questions: list[tuple[Classification, Question]] = []
         for job in jobs:
             try:
                 resident = self._pin(job.source)
             except Exception as error:
                 job.deliver(error)
                 continue
-            owners.append(job)
-            questions += [Question(prompt, job.answers, resident) for prompt in job.prompts]
+            pinned.append(job)
+            questions += [(job, Question(prompt, job.answers, resident)) for prompt in job.prompts]
+        self.weighed = list(pinned)
         try:
-            found = self._scores(questions)
+            found: dict[Classification, dict[int, np.ndarray]] = {job: {} for job in pinned}
+            for n, group in enumerate(self._groups([question for _, question in questions])):
+                if n:
+                    yield
+                part = [i for i in group if questions[i][0] in self.weighed]
+                some = [questions[i][1] for i in part]
+                if not some:
+                    continue
+                values = yield from score(self.batch([question.row for question in some]), some, READ_TOKENS)
+                self.counts.questions += len(some)
+                for i, value in zip(part, values, strict=True):
+                    found[questions[i][0]][i] = value
+            for job in self.weighed:
+                job.deliver([found[job][i] for i in sorted(found[job])])
         except Exception as error:
-            for job in owners:
+            for job in self.weighed:
                 job.deliver(error)
-            return
         finally:
-            for job in owners:
+            self.weighed = []
+            for job in pinned:
                 self._unpin(job.source)
-        self.counts.questions += len(questions)
-        for job in owners:
-            mine, found = found[: len(job.prompts)], found[len(job.prompts) :]
-            job.deliver(mine)
 
-    def _scores(self, questions: list[Question]) -> list[np.ndarray]:
-        """In groups of similar length that the cache holds."""
-        result: dict[int, np.ndarray] = {}
+    def _groups(self, questions: list[Question]) -> list[list[int]]:
+        """Questions of similar length that the cache holds together."""
         groups: list[list[int]] = []
         lengths: list[int] = []  # of the rows of the last group; without `open`, every path becomes a row
         for i in sorted(range(len(questions)), key=lambda i: len(questions[i].prompt)):
@@ -485,16 +525,15 @@ class Engine:
             else:
                 groups.append([i])
                 lengths = mine
-        for part in groups:
-            some = [questions[i] for i in part]
-            values = score(self.batch([question.row for question in some]), some, READ_TOKENS)
-            result |= dict(zip(part, values, strict=True))
-        return [result[i] for i in range(len(questions))]
+        return groups
 
     def _pin(self, source: Source | None) -> Resident | None:
         if source is None:
             return None
-        resident = self.load(source)
+        try:
+            resident = self.load(source)
+        except Exception as error:
+            raise Unavailable("this model cannot be served now; the server's log says why") from error
         self.held[source.key].pins += 1
         return resident
 

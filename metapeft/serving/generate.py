@@ -7,9 +7,9 @@ cache from the start. One `step` is one forward pass for all rows. `metapeft.ser
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -93,6 +93,8 @@ def sample(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
 
 
 Logits = mx.array | np.ndarray
+T = TypeVar("T")
+Pieces = Generator[None, None, T]  # a computation that pauses after every piece of it
 
 
 class Batched(Protocol):
@@ -109,8 +111,8 @@ class Batched(Protocol):
     def greedy(self, go_on: bool) -> None: ...
     def extend(self, other: Any) -> None: ...
     def keep(self, places: Sequence[int]) -> None: ...
-    def read_all(self, tokens: int) -> np.ndarray: ...
-    def peek(self, owners: Sequence[int], paths: Sequence[Sequence[int]]) -> list[np.ndarray]: ...
+    def read_all(self, tokens: int) -> Pieces[np.ndarray]: ...
+    def peek(self, owners: Sequence[int], paths: Sequence[Sequence[int]]) -> Pieces[list[np.ndarray]]: ...
 
 
 class Batch:
@@ -165,14 +167,15 @@ class Batch:
         """The rows whose prompts are read: all of them."""
         return self
 
-    def read_all(self, tokens: int) -> np.ndarray:
+    def read_all(self, tokens: int) -> Pieces[np.ndarray]:
         """Read the prompts to their ends; the logits after them, (rows, vocabulary) float32."""
         while (logits := self.advance(tokens)) is None:
-            pass
+            yield
         return np.array(logits.astype(mx.float32))
 
-    def peek(self, owners: Sequence[int], paths: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def peek(self, owners: Sequence[int], paths: Sequence[Sequence[int]]) -> Pieces[list[np.ndarray]]:
         """Logits at every token of each path behind its owner's prompt, (tokens, vocabulary). It ends the batch."""
+        yield
         for cache in self.cache:
             cache.filter(mx.array(list(owners)))
         longest = max(len(path) for path in paths)
@@ -235,6 +238,16 @@ def write(rows: Sequence[Row], logits: Logits) -> None:
     for i, (row, token) in enumerate(zip(rows, greedy, strict=True)):
         row.written.append(row.choose(values.get(i, NOTHING), int(token)))
         row.last = row.written[-1].id
+
+
+def whole(pieces: Pieces[T]) -> T:
+    """What a computation in pieces comes to, without a pause."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 NOTHING = np.zeros(0, dtype=np.float32)

@@ -14,7 +14,7 @@ import numpy as np
 
 from metapeft.kernels.serve import Cache, LowRank, Native, Part
 from metapeft.runtime import mx
-from metapeft.serving.generate import Row, write
+from metapeft.serving.generate import Pieces, Row, write
 from metapeft.serving.mixed import Resident
 
 REMEMBERED_MB = 256  # keys and values of earlier rows
@@ -125,7 +125,7 @@ class NativeBatch:
         self.keep([i for i in range(len(self.rows)) if i not in set(done)])
         return batch
 
-    def read_all(self, tokens: int) -> np.ndarray:
+    def read_all(self, tokens: int) -> Pieces[np.ndarray]:
         """Read the prompts to their ends; the logits after them, (rows, vocabulary). The rows stay."""
         found: dict[int, np.ndarray] = {}
         while len(found) < len(self.rows):
@@ -134,6 +134,8 @@ class NativeBatch:
             ended = [i for i, row in enumerate(self.rows) if before[i] < self.read[i] == len(row.prompt)]
             if logits is not None:
                 found |= dict(zip(ended, logits, strict=True))
+            if len(found) < len(self.rows):
+                yield
         return np.stack([found[i] for i in range(len(self.rows))])
 
     def step(self) -> np.ndarray:
@@ -157,7 +159,7 @@ class NativeBatch:
         self.caches = [self.caches[i] for i in places]
         self.read = [self.read[i] for i in places]
 
-    def peek(self, owners: Sequence[int], paths: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def peek(self, owners: Sequence[int], paths: Sequence[Sequence[int]]) -> Pieces[list[np.ndarray]]:
         """Logits at every token of each path behind its owner's prompt, (tokens, vocabulary); nothing is kept."""
         found: list[np.ndarray] = [np.zeros(0)] * len(paths)
         left = list(range(len(paths)))
@@ -170,6 +172,8 @@ class NativeBatch:
                 self.caches[owners[i]].length = length
                 found[i] = part
             left = [i for i in left if i not in now]
+            if left:
+                yield
         return found
 
     def _step(self, places: Sequence[int], pieces: Sequence[Sequence[int]], wanted: Sequence[int]) -> np.ndarray:

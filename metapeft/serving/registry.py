@@ -3,11 +3,13 @@
 `refresh` looks at the registry. Where an alias means another version than before, that version is deployed: its files
 are fetched and compared with the sha256 that the registry holds, it is loaded next to what is served, a smoke test runs
 through it, and only then does the alias change. What fails stays out, requests go on with the version before, and a
-failed champion's place is given back in the registry. Requests hold the version that they began with.
+failed champion's place is given back in the registry. A version that could not be looked at, because the store, the
+files or the disk are away, is tried again until they are back. Requests hold the version that they began with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -15,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +25,9 @@ import numpy as np
 
 from metapeft.errors import MetapeftError, UserError
 from metapeft.peft import checkpoints
-from metapeft.serving.generate import Logits, Row, write
-from metapeft.settings import Settings, home
+from metapeft.serving.engine import Unavailable
+from metapeft.serving.generate import Logits, Row, whole, write
+from metapeft.settings import Settings, brief, home
 from metapeft.tracking import models
 from metapeft.tracking.models import CHAMPION, Model
 
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
 
 PROBE = "Hello"
 HISTORY = 200  # deployments that are remembered
+RETRY_SECONDS = 2.0  # until the first new try of what could not be looked at; then twice as long each time
+LONGEST_SECONDS = 86_400.0  # between two looks at the registry
 
 
 class UnknownModel(UserError):
@@ -53,7 +59,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What became of a version that an alias was to mean. outcome: "deployed" or "refused"."""
+    """What became of a version that an alias was to mean. outcome: "deployed", "refused" or "postponed"."""
 
     time: str
     model: str
@@ -70,7 +76,8 @@ class Registry:
     """`resolve` may be called from any thread; one thread refreshes, when told or every `seconds`."""
 
     def __init__(self, engine: Engine, settings: Settings, seconds: float = 60.0):
-        self.engine, self.settings, self.seconds = engine, settings, seconds
+        self.engine, self.settings = engine, settings
+        self.seconds = min(LONGEST_SECONDS, seconds)  # in this order also for what is no number
         self.ready = threading.Event()
         self.problem = ""  # why the last look at the registry failed
         self.models: tuple[Model, ...] = ()
@@ -78,6 +85,7 @@ class Registry:
         self.deployments: deque[Deployment] = deque(_remembered(), maxlen=HISTORY)
         self._versions: dict[str, Version] = {}
         self._failed: dict[tuple[str, str], int] = {}
+        self._postponed: set[tuple[str, str]] = set()  # of the last look: what could not be looked at
         self._wake = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._watch, name="metapeft-registry", daemon=True)
@@ -106,23 +114,44 @@ class Registry:
     def resolve(self, id: str) -> Version | None:
         """The version that an id means now; None is the backbone alone. May fetch files: it may take a while.
 
-        Raises UnknownModel, and UserError when the files are not what was registered.
+        Raises UnknownModel, and Unavailable when the files cannot be read or are not what was registered.
         """
+        model = self.find(id)
+        return None if model is None else self.known(model) or self.fetch(model)
+
+    def find(self, id: str) -> Model | None:
+        """What an id means now, from memory; None is the backbone alone. Raises UnknownModel and Unavailable."""
         if id == self.engine.name:
             return None
-        name, _, which = id.removeprefix("task/").partition("@")
-        names = sorted({m.name for m in self.models if name in (m.task, m.name)})
+        name, which = id.removeprefix("task/"), ""
+        names = self._named(name)
+        if not names and "@" in name:  # the name of a task may hold "@" itself
+            name, _, which = name.rpartition("@")
+            names = self._named(name)
         if len(names) != 1:
             raise UnknownModel(f"there is no model {id[:100]!r} here; GET /v1/models lists them")
-        alias = which or CHAMPION
-        number = self.served.get((names[0], alias))
+        [found], alias = names, which or CHAMPION
+        number = self.served.get((found, alias))
         digits = alias.removeprefix("v")
         if number is None and digits.isdecimal() and len(digits) < 19:  # Python does not read thousands of them
             number = int(digits)
-        model = next((m for m in self.models if m.name == names[0] and m.version == number), None)
+        model = next((m for m in self.models if m.name == found and m.version == number), None)
+        if model is None and (found, alias) in self._postponed:
+            raise Unavailable(f"{name[:100]} cannot be served yet; its {alias[:100]} could not be looked at")
         if model is None:
             raise UnknownModel(f"{name[:100]} has no version or alias {alias[:100]!r} here; GET /v1/models lists them")
-        return self._versions.get(f"{model.name}@{model.version}") or self._fetch(model)
+        return model
+
+    def known(self, model: Model) -> Version | None:
+        """A version whose files were found right before."""
+        return self._versions.get(f"{model.name}@{model.version}")
+
+    def fetch(self, model: Model) -> Version:
+        """A version whose files are looked at now. Raises Unavailable."""
+        try:
+            return self._fetch(model)
+        except Exception as error:
+            raise Unavailable("this model cannot be served now; the server's log says why") from error
 
     def refresh(self) -> None:
         """Look at the registry and deploy what has changed."""
@@ -131,37 +160,49 @@ class Registry:
         self.models = tuple(found)
         for key in [key for key in self.served if key not in wanted]:
             del self.served[key]
-        for key, model in wanted.items():
-            if self.served.get(key) != model.version and self._failed.get(key) != model.version:
-                self._deploy(key, model)
+        changed = {
+            key: model
+            for key, model in wanted.items()
+            if self.served.get(key) != model.version and self._failed.get(key) != model.version
+        }
+        done = {key: self._deploy(key, model) for key, model in changed.items()}
+        self._postponed = {key for key, deployment in done.items() if deployment.outcome == "postponed"}
+
+    def _named(self, name: str) -> set[str]:
+        """Registered names that a task's name, or one of themselves, means."""
+        return {m.name for m in self.models if name in (m.task, m.name)}
 
     def _watch(self) -> None:
+        tries = 0
         while not self._closing:
             self._wake.clear()
             try:
                 self.refresh()
                 self.problem = ""
-            except MetapeftError as error:
-                self.problem = str(error)
             except Exception as error:  # the tracking store's client leaks the errors of its libraries
-                self.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                self.problem = _told(error)
             self.ready.set()
-            self._wake.wait(self.seconds)
+            tries = min(tries + 1, 20) if self.problem or self._postponed else 0
+            self._wake.wait(min(self.seconds, RETRY_SECONDS * 2 ** (tries - 1)) if tries else self.seconds)
 
-    def _deploy(self, key: tuple[str, str], model: Model) -> None:
+    def _deploy(self, key: tuple[str, str], model: Model) -> Deployment:
         begin = time.perf_counter()
         before = self.served.get(key) or self._served_before(key, model.version)
-        reason = ""
+        outcome, reason = "deployed", ""
+        version: Version | None = None
         try:
             version = self._fetch(model)
-            self.engine.call(lambda: smoke(self.engine, version)).result()
+            self.engine.call(partial(smoke, self.engine, version)).result()
         except Exception as error:  # whatever a broken adapter fails with
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-        if reason:
+            away = out_of_reach(error) or (version is not None and not _weights(version.folder))
+            outcome = "postponed" if away else "refused"
+        if outcome == "refused":
             self._failed[key] = model.version
+            self._versions.pop(f"{model.name}@{model.version}", None)
             if key[1] == CHAMPION and before is not None:
                 reason += self._give_back(model)
-        else:
+        elif outcome == "deployed":
             self.served[key] = model.version
             self._failed.pop(key, None)
         done = Deployment(
@@ -171,14 +212,16 @@ class Registry:
             key[1],
             model.version,
             before,
-            "refused" if reason else "deployed",
+            outcome,
             reason,
             round(time.perf_counter() - begin, 3),
         )
         if not self._same_as_before(done):
             self.deployments.append(done)
-            _remember(done)
+            with contextlib.suppress(OSError):  # a full disk keeps no version from being served
+                _remember(done)
         self.on_deployment(done)
+        return done
 
     on_deployment: Callable[[Deployment], None] = staticmethod(lambda deployment: None)
 
@@ -196,20 +239,45 @@ class Registry:
         """Undo a promotion, unless another server or a person has; what to add to the reason."""
         try:
             back = models.rollback(self.settings, model.name, of=model.version)
-        except MetapeftError as error:
-            return f" (and it stays champion: {error})"
+        except Exception as error:
+            return f" (and it stays champion: {_told(error)})"
         return f" (champion now: version {back.version})"
 
     def _fetch(self, model: Model) -> Version:
-        """Its files, compared with what the registry says of them; a version that fails is no longer served."""
-        self._versions.pop(f"{model.name}@{model.version}", None)
-        folder, _ = models.resolve(self.settings, f"{model.name}@{model.version}")
+        """Its files, compared with what the registry says of them."""
+        try:
+            folder, _ = models.resolve(self.settings, f"{model.name}@{model.version}")
+        except Exception as error:  # also that there are no files: it says nothing of those that were registered
+            raise MetapeftError(_told(error)) from error
+        if not _weights(folder):
+            raise MetapeftError(f"the weights of {model.name} version {model.version} are gone from {folder}")
         if model.weights and models.weights_digest(folder) != model.weights:
             raise UserError(f"{model.name} version {model.version}: its weights are not those that were registered")
         form = checkpoints.read(folder).metadata.get("task")
         version = Version(model, folder, form if isinstance(form, dict) else {})
         self._versions[version.key] = version
         return version
+
+
+def out_of_reach(error: BaseException | None) -> bool:
+    """Whether a failure is of the store, a disk, the network or memory, and says nothing of what would be read."""
+    while error is not None:
+        if isinstance(error, OSError | MemoryError):
+            return True
+        if isinstance(error, MetapeftError) and not isinstance(error, UserError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _weights(folder: Path) -> bool:
+    """Whether weights lie there."""
+    return any(folder.rglob("*.safetensors"))
+
+
+def _told(error: Exception) -> str:
+    """A failure in one line; of other libraries' with its kind, which their messages are nothing without."""
+    return str(error) if isinstance(error, MetapeftError) else f"{type(error).__name__}: {brief(error)}"
 
 
 def smoke(engine: Engine, version: Version) -> None:
@@ -219,7 +287,7 @@ def smoke(engine: Engine, version: Version) -> None:
     ids = engine.backbone.tokenizer.encode(PROBE, add_special_tokens=False)
     row = Row(list(ids) or [0], resident, 3)
     batch = engine.batch([row])
-    logits: Logits = batch.read_all(len(row.prompt))
+    logits: Logits = whole(batch.read_all(len(row.prompt)))
     for _ in range(3):
         if not bool(np.isfinite(np.array(logits)).all()):
             raise UserError(f"{version.key} failed its smoke test: what it computes is not finite")

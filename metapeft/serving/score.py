@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from metapeft.errors import UserError
-from metapeft.serving.generate import Batched, Row
+from metapeft.serving.generate import Batched, Pieces, Row
 from metapeft.serving.mixed import Resident
 
 Tokens = tuple[int, ...]
@@ -63,15 +63,16 @@ class Question:
         return Row(self.prompt, self.resident, self.answers.longest)
 
 
-def score(batch: Batched, questions: Sequence[Question], piece: int = 256) -> list[np.ndarray]:
+def score(batch: Batched, questions: Sequence[Question], piece: int = 256) -> Pieces[list[np.ndarray]]:
     """Log-likelihood of every answer of every question. batch: their rows, in order. piece: tokens read at once."""
-    logs = _log_softmax(batch.read_all(max(1, piece // len(questions))))
+    logs = _log_softmax((yield from batch.read_all(max(1, piece // len(questions)))))
     result = [logs[i, [s[0] for s in q.answers.sequences]] for i, q in enumerate(questions)]
     pairs = [(i, path) for i, q in enumerate(questions) for path in q.answers.paths]
     if not pairs:
         return result
     # What the tokens after the first say: every shared beginning is read once, behind its question's prompt.
-    deeper = [_log_softmax(logits) for logits in batch.peek([i for i, _ in pairs], [path for _, path in pairs])]
+    peeked = yield from batch.peek([i for i, _ in pairs], [path for _, path in pairs])
+    deeper = [_log_softmax(logits) for logits in peeked]
     for i, question in enumerate(questions):
         for n, (sequence, end) in enumerate(zip(question.answers.sequences, question.answers.decided, strict=True)):
             if end == 1:

@@ -7,8 +7,10 @@ interrupted start again when they are asked for.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import resource
 import signal
 import socket
 import sys
@@ -17,6 +19,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from metapeft import backbones
 from metapeft.errors import UserError
@@ -33,6 +38,9 @@ from metapeft.tracking import servers
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 GRACE_SECONDS = 30
+HEAD_SECONDS = 30.0  # until the whole head of a request is here; bodies have a bound of their own (`Bounds`)
+HEAD_BYTES = 64 * 1024
+CONNECTIONS = 2000
 
 
 def serve(
@@ -45,8 +53,6 @@ def serve(
     params: Path | None = None,
 ) -> None:
     """Serve until a signal comes. port 0: any that is free. Raises UserError before anything is loaded where it can."""
-    import uvicorn
-
     local = host in LOCAL
     keyring = Keyring()
     if not local and not keyring.any:
@@ -68,24 +74,61 @@ def serve(
 
         registry.on_deployment = deployed
         service = Service(engine, registry, selector, keyring, metrics, local, bounds=bounds or Bounds(), log=_log)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(service),
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=GRACE_SECONDS,
-                timeout_keep_alive=30,
-                limit_concurrency=2000,
-                backlog=1024,
-                h11_max_incomplete_event_size=64 * 1024,
-                server_header=False,
-            )
-        )
+        server = uvicorn.Server(configured(create_app(service)))
         with _running(engine, registry, selector), servers.listed(url, service.token):
             say(f"serving {settings.backbone} on {describe()['device']} at {url}")
             for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn, having ended in order, raises them once more
                 signal.signal(number, lambda *_: None)
             server.run(sockets=[listener])
+
+
+class Connection(H11Protocol):
+    """uvicorn's, which waits for ever for a request that does not come, and takes every connection there is."""
+
+    patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        assert self.limit_concurrency is not None  # beyond it requests get 503; far beyond it nobody is listened to
+        if len(self.connections) > self.limit_concurrency * 7 // 6:
+            transport.abort()
+        self._wait()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.patience is not None:
+            self.patience.cancel()
+
+    def _wait(self) -> None:
+        """For the head of the next request, however often a piece of it comes."""
+        if self.patience is not None:
+            self.patience.cancel()
+        self.patience = self.loop.call_later(HEAD_SECONDS, self._hang_up)
+
+    def _hang_up(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
+def configured(app: Any) -> uvicorn.Config:
+    """How it is listened to. h11 bounds the head of a request; httptools, which uvicorn prefers, does not."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=30,
+        limit_concurrency=CONNECTIONS if files == resource.RLIM_INFINITY else min(CONNECTIONS, files * 3 // 4),
+        backlog=1024,
+        h11_max_incomplete_event_size=HEAD_BYTES,
+        server_header=False,
+    )
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from metapeft.errors import UserError
-from metapeft.serving.engine import Busy, Classification, Engine, Generation, Limits, Piece, TooSlow
+from metapeft.serving.engine import Busy, Classification, Engine, Generation, Limits, Piece, TooSlow, Unavailable
 from metapeft.serving.generate import Sampling
 from metapeft.serving.score import Answers
 from tests.backbones.tiny import tiny
@@ -112,6 +112,67 @@ def test_a_full_queue_and_a_closed_engine_refuse(engine: Engine) -> None:
         ask(engine, None)
 
 
+def test_what_asks_for_several_answers_gets_all_places_or_none(engine: Engine) -> None:
+    gate = threading.Event()
+    engine.call(gate.wait)  # the engine's thread is held: all requests wait
+    taken = [ask(engine, None, "x", 3) for _ in range(3)]
+    several = [Asked(None, "x", 3) for _ in range(7)]
+    with pytest.raises(Busy):
+        engine.submit(*(asked.job for asked in several[:4]))
+    assert engine.waiting == 3
+    with pytest.raises(UserError, match="7 answers at once, and 6 may wait"):
+        engine.submit(*(asked.job for asked in several))
+    engine.submit(*(asked.job for asked in several[:3]))
+    gate.set()
+    assert len({asked.result() for asked in [*taken, *several[:3]]}) == 1
+
+
+def weighing(prompts: int, deliver: Any, source: Folder | None = None) -> Classification:
+    """A request that takes a dozen turns, with paths of two tokens."""
+    answers = Answers.of([(1, 2, 3), (1, 2, 4), (5,)])
+    return Classification(source, [[n, *[7] * 60] for n in range(prompts)], answers, deliver, time.monotonic() + 60)
+
+
+def test_what_is_long_to_weigh_keeps_nobody_waiting_and_changes_no_bit(engine: Engine, folders: list[Folder]) -> None:
+    alone: queue.Queue[Any] = queue.Queue()
+    for source in (None, folders[0], folders[2]):
+        engine.submit(weighing(100, alone.put, source))
+        wanted = alone.get(timeout=60)
+        gate, events = threading.Event(), queue.Queue[tuple[str, Any]]()
+        engine.call(gate.wait)
+        engine.submit(weighing(100, lambda event, events=events: events.put(("weighed", event)), source))
+        asked = Asked(folders[1], "x", 3)
+        asked.job.deliver = lambda event, events=events: events.put(("written", event))
+        engine.submit(asked.job)
+        gate.set()
+        assert events.get(timeout=60)[0] == "written"
+        which, found = events.get(timeout=60)
+        assert which == "weighed" and all((a == b).all() for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("how", ["gone", "late"])
+def test_what_is_being_weighed_ends_when_nobody_waits_for_it(engine: Engine, folders: list[Folder], how: str) -> None:
+    events: queue.Queue[Any] = queue.Queue()
+    job = weighing(40, events.put, folders[0])
+    asked = Asked(None, "x", 3, stream=True)
+
+    def first(event: Any) -> None:  # on the engine's thread, some turns after the other began
+        job.cancelled, job.deadline = how == "gone", 0.0 if how == "late" else job.deadline
+
+    asked.job.deliver = first
+    gate = threading.Event()
+    engine.call(gate.wait)
+    engine.submit(job)
+    engine.submit(asked.job)
+    gate.set()
+    with pytest.raises(TooSlow, match="took longer"):
+        raise events.get(timeout=60)
+    assert engine.call(lambda: engine.counts.questions).result() < 40
+    assert not any(held.pins for held in engine.held.values()) and engine.waiting == 0
+    engine.submit(weighing(3, events.put, folders[0]))
+    assert len(events.get(timeout=60)) == 3
+
+
 def test_time_limits_hold_in_the_queue_and_in_flight(engine: Engine) -> None:
     gate = threading.Event()
     engine.call(gate.wait)
@@ -172,8 +233,9 @@ def test_a_failing_step_fails_its_rows_only(engine: Engine, monkeypatch: pytest.
 
 
 def test_an_adapter_that_cannot_be_read_fails_its_own_request(engine: Engine, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no adapter"):
+    with pytest.raises(Unavailable, match="cannot be served now") as failed:
         ask(engine, Folder("none", tmp_path)).result()
+    assert "no adapter" in str(failed.value.__cause__) and str(tmp_path) not in str(failed.value)
     answers: queue.Queue[Any] = queue.Queue()
     broken = Classification(
         Folder("none", tmp_path), [[65]], Answers.of([(1,), (2,)]), answers.put, time.monotonic() + 9
@@ -182,7 +244,7 @@ def test_an_adapter_that_cannot_be_read_fails_its_own_request(engine: Engine, tm
     engine.submit(broken)
     engine.submit(good)
     found = [answers.get(timeout=30), answers.get(timeout=30)]
-    assert sorted(type(f).__name__ for f in found) == ["UserError", "list"]
+    assert sorted(type(f).__name__ for f in found) == ["Unavailable", "list"]
     assert ask(engine, None, "x", 5).result()
 
 

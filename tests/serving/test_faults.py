@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import queue
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from metapeft.serving.engine import Classification, Engine, Limits
 from metapeft.serving.keys import Keyring
 from metapeft.serving.metrics import Metrics
 from metapeft.serving.registry import Registry, UnknownModel
-from metapeft.serving.score import Answers, Question
+from metapeft.serving.score import Answers
 from metapeft.serving.select import Job, Selector
 from metapeft.serving.server import url_of
 from metapeft.settings import load_settings
@@ -81,6 +83,22 @@ def test_what_nobody_expected_is_answered_counted_and_logged(client: TestClient)
     assert record["status"] == 500 and record["id"] == answer.headers["x-request-id"]
     assert record["error"].startswith("RuntimeError < test_faults.py:") and "private" not in log.getvalue()
     assert 'metapeft_http_requests_total{route="/broken",status="500"} 1.0' in client.get("/metrics").text
+
+
+def test_selections_that_take_long_keep_no_completion_waiting(service: Service) -> None:
+    with TestClient(create_app(service), base_url="http://localhost") as client:  # one event loop for all
+        body = {"model": backbone(client), "prompt": "abc", "max_tokens": 1}
+        with ThreadPoolExecutor(41) as pool:
+            with service.selector._lock:
+                selections = [pool.submit(client.post, "/v1/select", json={"task": "sms_spam"}) for _ in range(40)]
+                time.sleep(0.3)  # until they wait for the lock
+                assert pool.submit(client.post, "/v1/completions", json=body).result(20).status_code == 200
+            assert {selection.result(20).status_code for selection in selections} == {202}
+
+
+def test_more_answers_than_may_ever_wait_are_refused_for_good(client: TestClient) -> None:
+    body = {"model": backbone(client), "prompt": ["abc"] * 64, "n": 8, "max_tokens": 1}
+    assert "512 answers at once, and 256 may wait" in said(client.post("/v1/completions", json=body))
 
 
 @pytest.mark.parametrize("name", ["max_seconds", "max_memory_mb"])
@@ -161,8 +179,9 @@ def test_the_longest_path_must_fit_behind_the_prompt(client: TestClient) -> None
 def test_questions_are_weighed_in_groups_that_the_cache_holds(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tiny("llama"), Limits(cache_mb=0.1), native=native)  # some 100 tokens
     answers = Answers.of([(1, 2, 3), (1, 4), (5,)])
-    asked = [Question([7] * n, answers, None) for n in (30, 1, 40, 20, 30, 2, 60, 9)]
-    roomy = [engine._scores([question])[0] for question in asked]
+    prompts = [[7] * n for n in (30, 1, 40, 20, 30, 2, 60, 9)]
+    engine.start()
+    roomy = [weighed(engine, [prompt], answers)[0] for prompt in prompts]
     groups: list[int] = []
     batch = engine.batch
 
@@ -172,12 +191,19 @@ def test_questions_are_weighed_in_groups_that_the_cache_holds(native: bool, monk
         return batch(rows)
 
     monkeypatch.setattr(engine, "batch", counted)
-    for alone, together in zip(roomy, engine._scores(asked), strict=True):
+    for alone, together in zip(roomy, weighed(engine, prompts, answers), strict=True):
         assert together == pytest.approx(alone, abs=1e-4)
-    assert max(groups) <= engine.places and 1 < len(groups) < len(asked)
+    assert max(groups) <= engine.places and 1 < len(groups) < len(prompts)
     long = Classification(None, [[7] * 3, [7] * engine.places], answers, lambda _: None, time.monotonic() + 9)
     with pytest.raises(UserError, match="do not fit"):
         engine.submit(long)
+    engine.stop(20)
+
+
+def weighed(engine: Engine, prompts: list[list[int]], answers: Answers) -> Any:
+    told: queue.Queue[Any] = queue.Queue()
+    engine.submit(Classification(None, prompts, answers, told.put, time.monotonic() + 60))
+    return told.get(timeout=60)
 
 
 def test_text_that_no_tokenizer_takes_is_refused(client: TestClient) -> None:

@@ -14,7 +14,7 @@ from metapeft.peft import adapters
 from metapeft.peft.base import METHODS
 from metapeft.runtime import mx
 from metapeft.serving.engine import Engine
-from metapeft.serving.generate import Batch, Row, Sampling, Text, sample, write
+from metapeft.serving.generate import Batch, Row, Sampling, Text, sample, whole, write
 from metapeft.serving.mixed import MOST_STACKED, Mixture, Resident, read
 from metapeft.serving.score import Answers, Question, score
 from tests.backbones.tiny import tiny
@@ -129,7 +129,7 @@ def test_answers_are_weighed_as_in_the_evaluation(folders: list[Path | None]) ->
     mixture = Mixture(backbone.model)
     held = [None if f is None else read(f, backbone.model, f.name) for f in folders]
     questions = [Question(p, answers, r) for p, r in zip(prompts(), held, strict=True)]
-    found = score(Batch(backbone.model, mixture, [q.row for q in questions]), questions, piece=30)
+    found = whole(score(Batch(backbone.model, mixture, [q.row for q in questions]), questions, piece=30))
     for ids, folder, values in zip(prompts(), folders, found, strict=True):
         model = tiny("llama").model
         if folder is not None:

@@ -9,7 +9,7 @@ import pytest
 
 from metapeft.kernels.serve import BRAIN, FULL, HALF, Native, Part, _Pace, native, pack
 from metapeft.peft.base import METHODS
-from metapeft.serving.generate import Batch, Row, write
+from metapeft.serving.generate import Batch, Row, whole, write
 from metapeft.serving.mixed import Mixture, Resident, read
 from metapeft.serving.native import Memory, NativeBatch, Steps
 from metapeft.serving.score import Answers, Question, score
@@ -41,7 +41,7 @@ def test_every_method_and_none_in_one_batch(folders: list[Path | None]) -> None:
     """Greedy tokens and logits, beside each adapter alone without a cache; the prompts are read in pieces."""
     batch = NativeBatch(Steps(packed()), [Row(ids, r, 6) for ids, r in zip(prompts(), residents(folders), strict=True)])
     rows = list(batch.rows)
-    write(rows, batch.read_all(7))
+    write(rows, whole(batch.read_all(7)))
     for _ in range(5):
         logits = batch.step()
         write(rows, logits)
@@ -58,7 +58,7 @@ def test_other_architectures(architecture: str, tmp_path: Path) -> None:
     resident = read(save(tmp_path / "a", backbone, "lora"), backbone.model, "a")
     batch = NativeBatch(Steps(packed(architecture)), [Row(prompts()[2], r, 5) for r in (resident, None)])
     rows = list(batch.rows)
-    write(rows, batch.read_all(11))
+    write(rows, whole(batch.read_all(11)))
     for _ in range(4):
         write(rows, batch.step())
     for row, folder in zip(rows, (tmp_path / "a", None), strict=True):
@@ -79,7 +79,7 @@ def test_bits_do_not_depend_on_pieces_company_or_threads(folders: list[Path | No
         rows = [Row(ids, held[0], 3), *(Row(ids[n % 9 :], held[n % len(held)], 3) for n in range(company))]
         batch = NativeBatch(steps, rows)
         steps.memory.bound = 0
-        write(rows, batch.read_all(piece))
+        write(rows, whole(batch.read_all(piece)))
         found.append(batch.step()[0])
     assert all(np.array_equal(found[0], other) for other in found[1:])
 
@@ -113,14 +113,14 @@ def test_a_beginning_that_was_read_before_is_taken_over(folders: list[Path | Non
         steps = Steps(packed())
         first = NativeBatch(steps, [Row(base, resident, 4), Row(base, other, 4)])
         rows = list(first.rows)
-        write(rows, first.read_all(64))
+        write(rows, whole(first.read_all(64)))
         for _ in range(3):
             write(rows, first.step())
         again = [*base, *(t.id for t in rows[0].written), 7, 8]
         fresh, known = Steps(packed()), NativeBatch(steps, [Row(again, resident, 1)])
         assert known.read == [len(base) + 3]  # the last written token was never read
-        expected = NativeBatch(fresh, [Row(again, resident, 1)]).read_all(64)
-        assert np.array_equal(known.read_all(64), expected)
+        expected = whole(NativeBatch(fresh, [Row(again, resident, 1)]).read_all(64))
+        assert np.array_equal(whole(known.read_all(64)), expected)
 
 
 def test_memory_is_bounded_and_forgets() -> None:
@@ -139,8 +139,8 @@ def test_answers_are_weighed_as_with_mlx(folders: list[Path | None]) -> None:
     answers = Answers.of([(10, 11, 12), (10, 11, 13), (10, 20), (30, 11), (30, 12)])
     questions = [Question(ids, answers, r) for ids, r in zip(prompts(), residents(folders), strict=True)]
     model = tiny("llama").model
-    slow = score(Batch(model, Mixture(model), [q.row for q in questions]), questions, piece=30)
-    fast = score(NativeBatch(Steps(packed()), [q.row for q in questions]), questions, piece=30)
+    slow = whole(score(Batch(model, Mixture(model), [q.row for q in questions]), questions, piece=30))
+    fast = whole(score(NativeBatch(Steps(packed()), [q.row for q in questions]), questions, piece=30))
     np.testing.assert_allclose(np.array(fast), np.array(slow), atol=2e-3)
 
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 from safetensors.numpy import load_file, save_file
 
 from metapeft import backbones
 from metapeft.backbones import Backbone
 from metapeft.peft import folder
-from metapeft.serving.engine import Engine, Limits
-from metapeft.serving.registry import Registry
-from metapeft.settings import load_settings
+from metapeft.serving import registry as serving_registry
+from metapeft.serving.app import Service, create_app
+from metapeft.serving.engine import Engine, Limits, Unavailable
+from metapeft.serving.keys import Keyring
+from metapeft.serving.metrics import Metrics
+from metapeft.serving.registry import Registry, UnknownModel
+from metapeft.serving.select import Selector
+from metapeft.settings import Settings, load_settings
 from metapeft.tracking import models
 from tests.backbones.tiny import tiny_folder
 from tests.serving.made import register, register_all, save
@@ -90,3 +102,172 @@ def test_two_servers_undo_a_promotion_once_and_nobody_elses(tmp_path: Path, monk
         assert models.resolve(settings, "task/alpha")[1].version == 1, "what a person promoted meanwhile stays"
     finally:
         engine.stop()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A METAPEFT_HOME with three adapters, and an engine that keeps none of them longer than it must."""
+
+    home: Path
+    settings: Settings
+    engine: Engine
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """While all files of adapters are."""
+        (self.home / "mlartifacts").rename(self.home / "away")
+        try:
+            yield
+        finally:
+            (self.home / "away").rename(self.home / "mlartifacts")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(tiny_folder("llama"), home / "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAPEFT_HOME", str(home))
+        settings = load_settings(backbone=str(home / "tiny"))
+        backbone = backbones.load(settings.backbone)
+        made = ["alpha", "beta", "mails@2024"]
+        register_all(
+            settings,
+            [(save(home / "made" / name, backbone, "lora", n), name, "lora", 0.5, n) for n, name in enumerate(made)],
+        )
+        engine = Engine(backbone, Limits(adapter_mb=0))
+        engine.start()
+        yield Place(home, settings, engine)
+        engine.stop()
+
+
+@pytest.fixture
+def at_home(place: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setenv("METAPEFT_HOME", str(place.home))
+    return place
+
+
+def number(registry: Registry, id: str) -> int:
+    version = registry.resolve(id)
+    assert version is not None
+    return version.model.version
+
+
+def test_files_that_are_away_for_a_while_make_no_version_bad(at_home: Place) -> None:
+    registry = Registry(at_home.engine, at_home.settings)
+    with at_home.away():
+        registry.refresh()
+        registry.refresh()
+        for id in ("task/alpha", "task/alpha@1"):
+            with pytest.raises(Unavailable) as failed:
+                registry.resolve(id)
+            assert str(at_home.home) not in str(failed.value)
+        assert [d.outcome for d in registry.deployments if d.task == "alpha"] == ["postponed"], "remembered once"
+    registry.refresh()
+    assert number(registry, "task/alpha") == 1
+    assert [d.outcome for d in registry.deployments if d.task == "alpha"] == ["postponed", "deployed"]
+
+
+def test_a_promotion_that_cannot_be_looked_at_is_not_undone(at_home: Place) -> None:
+    registry = Registry(at_home.engine, at_home.settings)
+    registry.refresh()
+    better = save(at_home.home / "better", at_home.engine.backbone, "lora", 5)
+    register(at_home.settings, better, "beta", "lora", score=0.9, seed=5)
+    champion = models.resolve(at_home.settings, "task/beta")[0]
+    weights = champion / "adapter_model.safetensors"
+    for harm in (at_home.away(), moved(weights), moved(champion / "manifest.json"), replaced(weights)):
+        with harm:
+            registry.refresh()
+            assert number(registry, "task/beta") == 1, "what was served still is"
+        assert models.resolve(at_home.settings, "task/beta")[1].version == 2
+    assert registry.deployments[-1].outcome == "postponed"
+    registry.refresh()
+    assert number(registry, "task/beta") == 2
+
+
+@contextmanager
+def moved(path: Path) -> Iterator[None]:
+    path.rename(path.with_name("elsewhere"))
+    try:
+        yield
+    finally:
+        path.with_name("elsewhere").rename(path)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[None]:
+    """By what cannot be read as a file."""
+    with moved(path):
+        path.mkdir()
+        try:
+            yield
+        finally:
+            path.rmdir()
+
+
+def test_what_could_not_be_looked_at_is_tried_again_soon(at_home: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_registry, "RETRY_SECONDS", 0.1)
+    for seconds in (3600.0, math.inf, math.nan):
+        registry = Registry(at_home.engine, at_home.settings, seconds)
+        with at_home.away():
+            registry.start()
+            assert registry.ready.wait(60)
+        for _ in range(3):  # what is noticed is looked at, also after it has waited for the next look
+            until = time.monotonic() + 30
+            while len(registry.served) < 3:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            registry.served.clear()
+            registry.notice()
+        registry.stop()
+        assert not registry._thread.is_alive()
+
+
+def test_the_name_of_a_task_may_hold_an_at_sign(at_home: Place) -> None:
+    registry = Registry(at_home.engine, at_home.settings)
+    registry.refresh()
+    ids = [id for id, _ in registry.ids() if "mails" in id]
+    assert sorted(ids) == ["task/mails@2024@1", "task/mails@2024@champion"]
+    assert [number(registry, id) for id in ("task/mails@2024", "mails@2024", *ids)] == [1] * 4
+    for id in ("task/mails", "task/mails@2023", "task/mails@2024@2", "@2024"):
+        with pytest.raises(UnknownModel):
+            registry.resolve(id)
+
+
+def test_faults_of_the_server_are_its_own_and_tell_no_path(at_home: Place) -> None:
+    registry = Registry(at_home.engine, at_home.settings)
+    registry.refresh()
+    registry.ready.set()
+    selector, keyring, metrics = Selector(at_home.settings.backbone), Keyring(), Metrics(at_home.engine, registry)
+    log: list[dict[str, Any]] = []
+    service = Service(at_home.engine, registry, selector, keyring, metrics, log=log.append)
+    client = TestClient(create_app(service), base_url="http://localhost")
+
+    def ask(model: str) -> Any:
+        return client.post("/v1/completions", json={"model": model, "prompt": "abc", "max_tokens": 1})
+
+    def fault(answer: Any, words: str) -> None:
+        assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error"
+        assert str(at_home.home) not in answer.text
+        assert words in log[-1]["error"] and log[-1]["status"] == 503
+
+    assert ask("task/mails@2024").status_code == 200
+    with at_home.away():
+        fault(ask("task/alpha"), "no adapter folder")
+        fault(client.post("/v1/classify", json={"model": "task/alpha", "input": "x"}), "no adapter folder")
+        registry._versions.clear()  # as of a version that was not asked for yet
+        fault(ask("task/alpha@1"), "are gone from")
+        assert client.get("/v1/models/task/alpha@1").status_code == 200
+    weights = models.resolve(at_home.settings, "task/alpha")[0] / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    assert ask("task/alpha").status_code == 200 and ask("task/mails@2024").status_code == 200
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    fault(ask("task/alpha"), "differs from its manifest")
+    weights.write_bytes(whole)
+    assert ask("task/alpha").status_code == 200
+    feedback = at_home.home / "serving" / "feedback.jsonl"
+    feedback.mkdir()
+    fault(client.post("/v1/feedback", json={"model": "task/alpha", "rating": "right"}), "cannot write")
+    feedback.rmdir()
+    assert ask("task/nobody").status_code == 404 and "error" not in log[-1]
+    assert ask("task/alpha@9").status_code == 404

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+import contextlib
 import json
+import resource
 import shutil
 import signal
 import socket
@@ -16,6 +19,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
@@ -25,6 +29,8 @@ from metapeft import backbones
 from metapeft.backbones import Backbone
 from metapeft.peft import adapters, folder
 from metapeft.runtime import mx
+from metapeft.serving import server as serving_module
+from metapeft.serving.server import configured
 from metapeft.settings import Settings, load_settings
 from metapeft.tracking import models
 from tests.backbones.tiny import tiny_folder
@@ -267,6 +273,81 @@ def test_bodies_are_bounded_and_other_names_refused(server: Server) -> None:
             assert b" 413 " in raw.recv(4096).split(b"\r\n")[0] + b" "
 
 
+def test_heads_are_bounded(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=10) as raw:
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
+        with pytest.raises(OSError):  # long before all of it is here, it hangs up
+            for _ in range(500):
+                raw.sendall(b"X-A: " + b"a" * 100_000 + b"\r\n")
+
+
+@contextlib.contextmanager
+def listening(app: Any) -> Iterator[int]:
+    """An application of our own behind the server's own connections; the port."""
+    running = uvicorn.Server(configured(app))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            running.should_exit = True
+            thread.join(30)
+
+
+async def slow_app(scope: Any, receive: Any, send: Any) -> None:
+    if scope["type"] == "http":
+        await asyncio.sleep(float(scope["path"][1:]))
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+
+def test_connections_that_ask_nothing_are_closed_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_module, "HEAD_SECONDS", 0.5)
+    head = b" HTTP/1.1\r\nHost: x\r\n\r\n"
+    with listening(slow_app) as port, contextlib.ExitStack() as stack:
+        silent, dripping, asking = (
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10)) for _ in range(3)
+        )
+        asking.sendall(b"GET /1" + head)  # takes twice as long as heads may
+        begin = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() - begin < 9:  # a byte now and then is no reason to wait longer
+                dripping.sendall(b"G")
+                time.sleep(0.1)
+        assert 0.4 < time.monotonic() - begin < 8
+        assert silent.recv(1) == b""
+        assert asking.recv(1000).startswith(b"HTTP/1.1 204")
+        asking.sendall(b"GET /0" + head)
+        assert asking.recv(1000).startswith(b"HTTP/1.1 204"), "it may ask again"
+        assert asking.recv(1) == b""
+
+
+def test_connections_are_fewer_than_files_that_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_module, "HEAD_SECONDS", 1.0)
+    assert configured(slow_app).limit_concurrency <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4
+    monkeypatch.setattr(serving_module, "CONNECTIONS", 6)
+    with listening(slow_app) as port, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10)) for _ in range(20)]
+        for connection in silent[7:]:
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(1) == b"", "closed at once"
+        silent[0].setblocking(False)
+        with pytest.raises(BlockingIOError):  # while this one may still ask
+            silent[0].recv(1)
+        until = time.monotonic() + 10
+        while not answers(port):
+            assert time.monotonic() < until, "they were hung up on, and it answers again"
+            time.sleep(0.1)
+
+
+def answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/0", trust_env=False).status_code == 204
+    except httpx.HTTPError:
+        return False
+
+
 def test_operation_routes_and_logs_without_text(server: Server, client: openai.OpenAI) -> None:
     secret = "a very secret sentence"
     client.completions.create(model="task/beta", prompt=secret, max_tokens=3)
@@ -355,8 +436,10 @@ def test_a_broken_version_is_refused_and_its_promotion_undone(
     refused = deployed(server, number)
     assert refused["outcome"] == "refused" and "not those that were registered" in refused["reason"]
     assert models.resolve(served, "task/alpha")[1].version == 1
-    with pytest.raises(openai.BadRequestError, match="not those that were registered"):
+    with pytest.raises(openai.InternalServerError, match="cannot be served now") as failed:
         client.completions.create(model=f"task/alpha@{number}", prompt="abc", max_tokens=9)
+    assert failed.value.status_code == 503 and failed.value.type == "server_error"
+    assert any("not those that were registered" in record.get("error", "") for record in server.records())
     assert client.completions.create(model="task/alpha", prompt="abc", max_tokens=9).choices[0].text == before
 
 
@@ -409,6 +492,13 @@ def test_nothing_listens_for_others_without_a_key(place: Path, capfd: pytest.Cap
 
     assert main(["serve", "--host", "0.0.0.0", "--port", "0", "--backbone", str(place / "tiny")]) == 2
     assert "metapeft keys create" in capfd.readouterr().err
+
+
+def test_how_often_the_registry_is_looked_at_is_bounded(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from metapeft.cli import main
+
+    assert main(["serve", "--poll-seconds", "inf", "--port", "0", "--backbone", str(place / "tiny")]) == 2
+    assert "--poll-seconds" in capfd.readouterr().err
 
 
 def test_json_answers_hold_no_nan(server: Server) -> None:
