@@ -480,9 +480,12 @@ def meta_train(as_json: Json = False) -> None:
     """Fit the meta-model anew; it replaces the champion unless it does worse on tasks left out."""
     from metapeft.meta import versions
     from metapeft.meta.knowledge import knowledge
+    from metapeft.meta.unfinished import learn
 
-    found = versions.train(knowledge().observations())
-    row = {"version": found.version, "champion": "yes" if found.promoted else "no", "why": found.reason}
+    known = knowledge()
+    remaining = learn(known.trials)
+    found = versions.train(known.observations(remaining), remaining)
+    row = {"version": found.version, "promoted": "yes" if found.promoted else "no", "why": found.reason}
     show(found.to_json(), as_json, [row | {"tasks": found.tasks, "observations": found.observations}])
 
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from metapeft.errors import UserError
 
@@ -21,6 +21,14 @@ Prefer = Literal["accuracy", "balanced", "speed", "memory"]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def given(cls, values: Any) -> Any:
+        """A name with nothing after it, such as a section whose lines are all comments, leaves the default."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name not in cls.model_fields}
 
 
 class DataSettings(Section):

@@ -8,7 +8,22 @@ from pathlib import Path
 import pytest
 
 from metapeft.errors import UserError
-from metapeft.settings import shown, user_path
+from metapeft.settings import Settings, load_settings, shown, user_path
+
+
+def test_a_section_of_comments_alone_leaves_its_defaults(tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    params.write_text(
+        "task: trec6\nsweep:\n  # trials: 4\ntrain:\n  steps: 7\n  configuration:\n    # rank: 8\nseed:\n"
+    )
+    assert load_settings(params) == Settings.model_validate({"task": "trec6", "train": {"steps": 7}})
+    assert load_settings(params, sweep={"trials": 3}).sweep.trials == 3
+    params.write_text("sweep: 4\n")
+    with pytest.raises(UserError, match="setting sweep: "):
+        load_settings(params)
+    params.write_text("sweep:\n  trails:\n")
+    with pytest.raises(UserError, match="did you mean 'trials'"):
+        load_settings(params)
 
 
 def test_a_name_that_is_not_utf_8_is_a_mistake(tmp_path: Path) -> None:

@@ -75,7 +75,10 @@ def reptile(
     to be continued. Raises UserError when there are no tasks.
     """
     if not tasks:
-        raise UserError("there are no tasks to learn a start from; fetch some with `metapeft tasks fetch`")
+        raise UserError(
+            "there are no tasks to learn a start from: the adapter library holds none of the catalog; train on some"
+            " (`metapeft train NAME`), or name them with --tasks"
+        )
     found = read(folder)
     state = found.saved if found is not None else None
     about = found.saved.metadata["reptile"] if found is not None else {}

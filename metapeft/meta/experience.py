@@ -1,9 +1,9 @@
 """The experience: every trial ever run here, on top of the experience that ships with the package.
 
 Each process appends to a segment file of its own, one JSON line per trial, in one `write` followed by `fsync`. kill -9
-can tear only the line being written, and a line that does not parse is not a trial. `compact` moves finished segments
-into one Parquet table. A trial that was recorded twice (same id) counts once: the user's own before the shipped one,
-then the one that started later.
+can tear only the line being written, and a line that does not hold a whole trial is passed over. `compact` moves
+finished segments into one Parquet table. A trial that was recorded twice (same id) counts once: one that was finished
+and tested before one that was not, then the user's own before the shipped one, then the one that started later.
 
     experience/segments/HOST-PID-….jsonl    being appended to, or not yet compacted
     experience/experience.parquet           compacted
@@ -23,13 +23,15 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from metapeft.errors import MetapeftError, UserError
-from metapeft.settings import home
-from metapeft.training.trial import Score, Trial
+from metapeft.peft.base import METHODS
+from metapeft.settings import brief, home
+from metapeft.training.trial import Score, Status, Trial
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +52,10 @@ _COLUMNS = {name: tuple((part, f"{name}_{part}") for part in _PARTS) for name in
 _JSON = ("configuration", "curve", "versions")
 _INTEGERS = ("seed", "budget", "tokens", "trained_parameters", "adapter_bytes", "train_examples")
 _FLOATS = ("seconds", "train_seconds", "cpu_seconds", "peak_memory_mb")
+_TEXTS = tuple(name for name in _FIELDS if name not in (*_SCORES, *_JSON, *_INTEGERS, *_FLOATS))
+_DEFAULTS = {f.name: f.default for f in fields(Trial) if f.default is not MISSING}
 _log = logging.getLogger(__name__)
+_log.setLevel(logging.WARNING)  # commands quieten what libraries say; this is of the user's own trials
 
 # Process id and folder -> file descriptor. A forked child inherits the table, but not its parent's segment.
 _open_segments: dict[tuple[int, Path], int] = {}
@@ -141,22 +146,27 @@ class Experience:
     def merge(self, path: Path) -> int:
         """Take over the trials of a .parquet or .jsonl file, or of an experience's folder; returns how many were new.
 
-        Trials that are here already (same id, started at the same time or later) are left alone.
+        Trials of which a record is here that counts as much or more (see above) are left alone. Raises UserError naming
+        the line of a file that does not hold a trial, and then takes over none.
         """
         if path.is_dir():
             other = Experience(path, shipped=None)._records()
         elif path.is_file() and path.suffix in (".parquet", ".jsonl"):
-            other = _unique([(0, _load(path))])
+            other = _load(path, refuse=True)
         else:
             raise UserError(f"cannot import {path}: give an existing .parquet or .jsonl file, or an experience folder")
-        return self.add(other)
+        return self._take(other)
 
     def add(self, records: Iterable[Record]) -> int:
-        """The same for trials as JSON (`Trial.to_json`, NaN being null), of any schema."""
-        other = _unique([(0, [migrate(record) for record in records])])
+        """The same for trials as JSON (`Trial.to_json`, NaN being null), of any schema; those that do not hold one are
+        passed over with a warning: whoever imports from a store that many write into cannot mend it."""
+        return self._take(_kept(((brief(record.get("id"), 40), record) for record in records), "record"))
+
+    def _take(self, records: list[Record]) -> int:
         mine = {record["id"]: _rank(record) for record in self._records(shipped=False)}
+        other = _unique([(0, records)])
         new = [record for record in other if record["id"] not in mine or mine[record["id"]] < _rank(record)]
-        self._write(new)
+        self._write([_finite(record) for record in new])
         return len(new)
 
     @staticmethod
@@ -256,7 +266,6 @@ def _record(trial: Trial) -> Record:
 
 def _trial(record: Record) -> Trial:
     values = {name: record[name] for name in _FIELDS if name in record}
-    values["cpu_seconds"] = values.get("cpu_seconds") or 0.0  # tables written before it was measured
     for name in _SCORES:
         if values.get(name) is not None:
             values[name] = {k: math.nan if v is None else v for k, v in values[name].items()}
@@ -278,9 +287,13 @@ def _line(record: Record) -> bytes:
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def _rank(record: Record) -> tuple[str, str]:
-    """Which of two records of one trial counts: the higher. A total order: merging in any order ends the same."""
-    return record["started"], json.dumps(record, sort_keys=True)
+def _rank(record: Record, layer: int = 0) -> tuple[bool, bool, int, str, str]:
+    """Which of two records of one trial counts: the higher. A total order: merging in any order ends the same.
+
+    What was finished and tested is not hidden by a later start that was stopped, failed, or had no test split.
+    """
+    tested = (record["score"] or {}).get("value") is not None
+    return record["status"] == "ok", tested, layer, record["started"], json.dumps(record, sort_keys=True)
 
 
 def _unique(layers: list[tuple[int, list[Record]]]) -> list[Record]:
@@ -288,43 +301,39 @@ def _unique(layers: list[tuple[int, list[Record]]]) -> list[Record]:
     for layer, records in layers:
         for record in records:
             known = best.get(record["id"])
-            if known is None or (known[0], _rank(known[1])) < (layer, _rank(record)):
+            if known is None or _rank(known[1], known[0]) < _rank(record, layer):
                 best[record["id"]] = (layer, record)
     return sorted((record for _, record in best.values()), key=lambda record: (record["started"], record["id"]))
 
 
-def _load(path: Path) -> list[Record]:
-    return _load_table(path) if path.suffix == ".parquet" else _load_lines(path)
+def _load(path: Path, refuse: bool = False) -> list[Record]:
+    """The trials of a file; what is none is refused, or passed over with a warning."""
+    return _load_table(path, refuse) if path.suffix == ".parquet" else _load_lines(path, refuse)
 
 
-def _load_lines(path: Path) -> list[Record]:
+def _load_lines(path: Path, refuse: bool) -> list[Record]:
     try:
         lines = path.read_bytes().split(b"\n")
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"cannot read {path} ({error.strerror}); move it away or restore it from a copy") from error
-    records = []
+    rows: list[tuple[int, Any]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = migrate(json.loads(line))
-            if not (isinstance(record["id"], str) and isinstance(record["started"], str) and record["configuration"]):
-                raise ValueError
-            _trial(record)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            if number < len(lines):  # the last one is a write that was cut short
-                _log.warning("%s line %d is not a trial; skipped", path, number)
-            continue
-        records.append(record)
-    return records
+            rows.append((number, json.loads(line)))
+        except (ValueError, RecursionError):
+            if refuse or number < len(lines):  # the last one in a segment is a write that was cut short
+                rows.append((number, None))
+    return _kept(rows, f"{path} line", refuse)
 
 
-def _load_table(path: Path) -> list[Record]:
+def _load_table(path: Path, refuse: bool) -> list[Record]:
     import pyarrow.parquet as pq
 
     try:
         rows = pq.ParquetFile(path).read().to_pylist()
-        return _from_rows(rows, path)
+        return _kept(enumerate(_from_rows(rows, path), 1), f"{path} row", refuse)
     except (FileNotFoundError, UserError):
         raise
     except Exception as error:  # pyarrow raises many kinds for broken bytes, and so does what is read of them
@@ -332,7 +341,6 @@ def _load_table(path: Path) -> list[Record]:
 
 
 def _from_rows(rows: list[dict[str, Any]], path: Path) -> list[Record]:
-    records = []
     known: dict[str, Any] = {}  # most configurations and versions come many times
     for row in rows:
         if "id" not in row or "configuration" not in row:
@@ -340,15 +348,113 @@ def _from_rows(rows: list[dict[str, Any]], path: Path) -> list[Record]:
         for name in _JSON:
             text = row[name]
             if text not in known:
-                known[text] = json.loads(text)
+                known[text] = _parsed(text)
             row[name] = copy.copy(known[text])
         for name, parts in _COLUMNS.items():
             value = row[name]
             row[name] = {"value": value} | {part: row.pop(column, None) for part, column in parts}
             if row[name]["metric"] is None:
                 row[name] = None
-        records.append(migrate(row))
+    return rows
+
+
+def _parsed(text: str | None) -> Any:
+    try:
+        return json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return None
+
+
+def _kept(rows: Iterable[tuple[object, Any]], where: str, refuse: bool = False) -> list[Record]:
+    """The trials among rows that are called `where` and their number."""
+    records, faults = [], []
+    for number, row in rows:
+        try:
+            records.append(_checked(row))
+        except ValueError as error:
+            faults.append(f"{where} {number} is not a trial: {error}")
+            if refuse:
+                raise UserError(f"{faults[0]}; correct it or take it out (nothing was imported)") from error
+    if faults:
+        _warn(faults[0] + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "") + "; skipped")
     return records
+
+
+@lru_cache(maxsize=1000)
+def _warn(text: str) -> None:
+    """Once, however often a process reads the file."""
+    _log.warning("%s", text)
+
+
+def _checked(row: Any) -> Record:
+    """A record in today's schema that holds a trial which every later stage can read. Raises ValueError saying what is
+    wrong with it, UserError where it comes from a newer metapeft."""
+    try:
+        record = {**_DEFAULTS, **migrate(row)}
+        record["cpu_seconds"] = record["cpu_seconds"] or 0.0  # null in tables written before it was measured
+        trial = _trial(record)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError("it has not the fields that `metapeft experience export` writes") from error
+    holds = {
+        **{name: isinstance(record[name], str) for name in _TEXTS},
+        **{name: _number(record[name]) and record[name] == int(record[name]) for name in _INTEGERS},
+        **{name: _number(record[name]) for name in _FLOATS},
+        **{name: _scored(getattr(trial, name)) for name in _SCORES},
+        "curve": _curved(record.get("curve")),
+        "versions": isinstance(record.get("versions"), dict),
+    }
+    holds["status"] = trial.status in get_args(Status)
+    holds["budget"] = holds["budget"] and (trial.budget > 0 or not trial.curve)
+    for name in holds:
+        if not holds[name]:
+            raise ValueError(f"{name} is {brief(repr(record.get(name)), 80)}")
+    configuration = trial.configuration
+    if not isinstance(configuration, dict) or configuration.get("method") != trial.method:
+        raise ValueError(f"its configuration is not one of {brief(trial.method, 60)}")
+    if trial.method in METHODS and (fault := _misconfigured(json.dumps(configuration, sort_keys=True))):
+        raise ValueError(fault)
+    return record
+
+
+def _number(value: Any, low: float = 0, high: float = 2**63 - 1) -> bool:
+    return type(value) in (int, float) and low <= value <= high  # of NaN both are false
+
+
+def _scored(score: Score | None) -> bool:
+    """All metrics lie between 0 and 1 (macro F1 may round beyond it); the loss may be NaN."""
+    return score is None or (
+        isinstance(score.metric, str)
+        and _number(score.value, high=1 + 1e-6)
+        and _number(score.standard_error)
+        and _number(score.n)
+        and score.n == int(score.n)
+        and type(score.loss) in (int, float)
+    )
+
+
+def _curved(curve: Any) -> bool:
+    """Points of numbers, null where something was not measured; what was validated has a step."""
+    return isinstance(curve, list) and all(
+        isinstance(point, dict)
+        and all(value is None or type(value) in (int, float) for value in point.values())
+        and (point.get("validation_score") is None or _number(point.get("step")))
+        for point in curve
+    )
+
+
+@lru_cache(maxsize=10_000)
+def _misconfigured(text: str) -> str:
+    """What is wrong with a configuration as JSON; "" where nothing is."""
+    from metapeft.training.configuration import full
+
+    given = json.loads(text)
+    try:
+        checked = full(given)
+    except UserError as error:
+        return str(error)
+    # What is taken from a person, such as "0.001" for a number, no later stage would take from here.
+    other = [name for name in given if checked[name] != given[name]]
+    return f"hyperparameter {other[0]} is {brief(repr(given[other[0]]), 60)}" if other else ""
 
 
 def _table(records: list[Record]) -> pa.Table:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,11 +23,13 @@ from typing import Any
 import numpy as np
 
 from metapeft.errors import UserError
+from metapeft.files import clear
 from metapeft.meta.evaluate import OURS, Fit, Judged, judge
 from metapeft.meta.evidence import Observation
 from metapeft.meta.experience import SHIPPED
 from metapeft.meta.fitting import LEAST_TASKS, fit, groups, standard_errors
 from metapeft.meta.model import Model
+from metapeft.meta.unfinished import Remaining
 from metapeft.profiling import cache
 from metapeft.settings import home
 
@@ -54,7 +56,8 @@ class Version:
 
 @dataclass(frozen=True)
 class Trained:
-    """What `train` did: the new version, and whether it became champion, and why."""
+    """What `train` did: the new version (the champion's, where there was nothing new), whether it became champion, and
+    why."""
 
     version: int
     promoted: bool
@@ -97,12 +100,14 @@ def versions() -> list[Version]:
     return [shipped(), *(v for v in found if v is not None)]
 
 
-def train(observations: Sequence[Observation]) -> Trained:
-    """Fit a new version, judge it beside the champion on families left out, promote it unless it is worse.
+def train(observations: Sequence[Observation], remaining: Remaining | None = None) -> Trained:
+    """Fit a new version, judge it beside the champion on families left out, promote it unless it is worse. Where that
+    is the champion once more, there is none: going back from it would change nothing.
 
     Both are judged as what fitting makes of the observations they were fitted to, without the family in question: a
     champion that has seen the tasks it is judged on would look better than it is. What both predict from are all
-    observations of the other families. Raises UserError when there are too few tasks.
+    observations of the other families. remaining: what curves that broke off leave open, as the observations count it
+    (None: as the champion has it). Raises UserError when there are too few tasks.
     """
     known = {group[0].task.name for group in groups(observations)}
     if len(known) < LEAST_TASKS:
@@ -110,7 +115,20 @@ def train(observations: Sequence[Observation]) -> Trained:
             f"the experience has {len(known)} tasks with 3 configurations or more, fitting needs {LEAST_TASKS}; "
             "run `metapeft experience grow`, or import an experience"
         )
-    before, model = champion(), fit(observations)
+    before = champion()
+    model = replace(fit(observations), remaining=remaining or before.model.remaining)
+    seen = tuple(sorted(o.id for o in observations))
+    if before.seen == seen and before.model == model:
+        return Trained(
+            version=before.number,
+            promoted=False,
+            reason=f"nothing new; version {before.number} stays champion",
+            tasks=len(known),
+            observations=len(observations),
+            challenger={},
+            champion={},
+            model=model.to_json(),
+        )
     ours = judge(observations, rival=())
     theirs = judge(observations, _again(before), rival=())
     worse, why = compared(ours, theirs)
@@ -121,7 +139,6 @@ def train(observations: Sequence[Observation]) -> Trained:
         "verdict": why,
     }
     made = datetime.now(UTC).isoformat(timespec="seconds")
-    seen = tuple(sorted(o.id for o in observations))
     new = _add(Version(0, model, made, len(known), len(observations), seen, judged))
     if not worse:
         promote(new.number)
@@ -167,22 +184,22 @@ def promote(number: int) -> Version:
     found = shipped() if number == 0 else _read(_path(number))
     if found is None:
         raise UserError(f"there is no readable version {number} of the meta-model; `metapeft meta versions` lists them")
-    now, before = _succession()
-    if now != number:
-        before.append(now)
-    cache.write(_folder() / "champion.json", {"champion": number, "before": before})
+    with _succeeding() as temporary:
+        now, before = _succession()
+        _crown(temporary, number, [*before, now] if now != number else before)
     return found
 
 
 def rollback() -> Version:
     """Give the champion's place back to the version before. Raises UserError when there was none."""
-    _, before = _succession()
-    if not before:
-        raise UserError("there is no earlier version of the meta-model to go back to")
-    found = shipped() if before[-1] == 0 else _read(_path(before[-1]))
-    if found is None:
-        raise UserError(f"version {before[-1]} of the meta-model cannot be read; promote another one")
-    cache.write(_folder() / "champion.json", {"champion": before[-1], "before": before[:-1]})
+    with _succeeding() as temporary:
+        _, before = _succession()
+        if not before:
+            raise UserError("there is no earlier version of the meta-model to go back to")
+        found = shipped() if before[-1] == 0 else _read(_path(before[-1]))
+        if found is None:
+            raise UserError(f"version {before[-1]} of the meta-model cannot be read; promote another one")
+        _crown(temporary, before[-1], before[:-1])
     return found
 
 
@@ -202,21 +219,46 @@ def _means(judged: Sequence[Judged]) -> dict[str, float]:
 def _add(version: Version) -> Version:
     """Under the next free number, whole or not at all, whoever else adds one at the same time."""
     folder = _folder() / "versions"
-    temporary = folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _writing(folder) as temporary:
         while True:
             number = 1 + max((int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit()), default=0)
             new = replace(version, number=number)
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(new.to_json(), file, indent=1, allow_nan=False)
-                file.flush()
-                os.fsync(file.fileno())
+            _put(temporary, new.to_json())
             try:
                 os.link(temporary, _path(number))  # unlike a rename it never takes another's place
                 return new
             except FileExistsError:
                 continue
+
+
+@contextlib.contextmanager
+def _succeeding() -> Iterator[Path]:
+    """Nobody else changes the succession meanwhile: of two promotions at once, one would be missing in it."""
+    from filelock import FileLock
+
+    with _writing(_folder()) as temporary, FileLock(_folder() / "champion.lock"):
+        yield temporary
+
+
+def _crown(temporary: Path, number: int, before: list[int]) -> None:
+    path = _folder() / "champion.json"
+    _put(temporary, {"champion": number, "before": before})
+    clear(path)
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the renaming is on disk too
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[Path]:
+    """A temporary file in a folder that may be new. Raises UserError when nothing can be written there."""
+    temporary = folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield temporary
     except OSError as error:
         raise UserError(
             f"cannot write in {folder} ({error.strerror}); set METAPEFT_HOME to a folder you may write in"
@@ -224,6 +266,13 @@ def _add(version: Version) -> Version:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _put(path: Path, record: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(record, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _read(path: Path) -> Version | None:

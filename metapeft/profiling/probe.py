@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from metapeft.data.task import Task
+from metapeft.errors import UserError
 from metapeft.profiling.text import sample
 from metapeft.training.trial import Score
 
@@ -56,7 +57,7 @@ class Probe:
 def probe(task: Task, backbone: Backbone) -> Probe:
     """Runs the backbone. Raises UserError for rows that are longer than its context."""
     from metapeft.data.shots import spelled
-    from metapeft.training.encode import encode
+    from metapeft.training.encode import encode, encode_task
     from metapeft.training.evaluation import score
     from metapeft.training.session import Session
 
@@ -67,7 +68,11 @@ def probe(task: Task, backbone: Backbone) -> Probe:
         if tokens > TOKENS and len(chosen) >= LEAST:
             break
     examples = tuple(task.train[i] for i in chosen)
-    session = Session(backbone, replace(task, train=spelled(task), validation=examples, test=()))
+    try:
+        session = Session(backbone, replace(task, train=spelled(task), validation=examples, test=()))
+    except UserError:
+        encode_task(task, backbone.tokenizer, backbone.context_length)  # says the same of all rows, by their places
+        raise
     predictions, states = _forward(session, "validation")
     truth = [task.labels.index(e.completion.strip()) for e in examples] if task.labels else []
     return Probe(

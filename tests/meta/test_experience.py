@@ -113,6 +113,135 @@ def test_a_trial_counts_once_and_the_later_run_wins(store: Experience) -> None:
     assert store.trials() == [again]
 
 
+@pytest.mark.parametrize(
+    "later",
+    [
+        {"status": "stopped", "score": None},
+        {"status": "out_of_memory", "score": None, "validation": None},
+        {"status": "failed", "score": None, "validation": None},
+        {"status": "diverged"},
+        {"score": None},
+    ],
+    ids=lambda changes: changes.get("status", "untested"),
+)
+def test_a_later_start_does_not_hide_what_was_finished_and_tested(tmp_path: Path, later: dict) -> None:
+    done, again = trial(1), trial(1, started="2026-02-01T00:00:00+00:00", **later)
+    store = Experience(tmp_path / "experience", shipped=None)
+    store.append(done)
+    store.append(again)
+    assert store.trials() == [done]
+    store.compact()
+    assert store.trials() == [done]
+    here = Experience(tmp_path / "here", shipped=None)
+    here.append(again)
+    assert here.merge(store.folder) == 1 and here.trials() == [done]
+    store.export(tmp_path / "shipped" / "experience.parquet")
+    beneath = Experience(tmp_path / "mine", shipped=tmp_path / "shipped")
+    beneath.append(again)
+    assert beneath.trials() == [done]
+
+
+def without(record: dict, name: str) -> dict:
+    return {key: value for key, value in record.items() if key != name}
+
+
+GOOD = json.loads(json.dumps(trial(1).to_json()))
+HYPER, SCORE = GOOD["configuration"], GOOD["score"]
+ODD: dict[str, dict] = {
+    "it is a list": [GOOD],  # type: ignore[dict-item]
+    "no budget": without(GOOD, "budget"),
+    "no curve": without(GOOD, "curve"),
+    "no method": GOOD | {"configuration": without(HYPER, "method")},
+    "another method's": GOOD | {"configuration": HYPER | {"method": "prefix"}},
+    "no configuration": GOOD | {"configuration": ["lora"]},
+    "not lora's": GOOD | {"configuration": HYPER | {"bogus": 1}},
+    "rank -1": GOOD | {"configuration": HYPER | {"rank": -1}},
+    **{f"rate {rate!r}": GOOD | {"configuration": HYPER | {"learning_rate": rate}} for rate in (0, -1, "0.001", None)},
+    **{f"budget {budget!r}": GOOD | {"budget": budget} for budget in (0, "40", None, 40.5, True)},
+    **{f"score {value!r}": GOOD | {"score": SCORE | {"value": value}} for value in ("0.5", 55.0, -0.1, None)},
+    "score n": GOOD | {"score": SCORE | {"n": None}},
+    "scores": GOOD | {"score": [1, 2]},
+    "untuned": GOOD | {"untuned_score": SCORE | {"value": None}},
+    **{f"seconds {seconds!r}": GOOD | {"seconds": seconds} for seconds in (None, "5", -1.0, float("inf"))},
+    **{
+        f"curve {curve!r}": GOOD | {"curve": curve} for curve in (None, "x", [{"step": "4"}], [{"validation_score": 1}])
+    },
+    "versions": GOOD | {"versions": None},
+    "status": GOOD | {"status": "bogus"},
+    "device": GOOD | {"device": None},
+    "schema": GOOD | {"schema": "1"},
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
+def test_what_later_commands_could_not_read_is_refused_and_passed_over(
+    store: Experience, tmp_path: Path, caplog: pytest.LogCaptureFixture, odd: dict
+) -> None:
+    caplog.set_level("WARNING")
+    path = tmp_path / "odd.jsonl"
+    other = json.dumps(trial(2).to_json()) + "\n"
+    path.write_text(other + json.dumps(odd) + "\n" + other)
+    with pytest.raises(UserError, match=r"odd\.jsonl line 2 is not a trial: .*nothing was imported"):
+        store.merge(path)
+    assert store.trials() == []
+    (store.folder / "segments").mkdir(parents=True)
+    path.rename(store.folder / "segments" / "old.jsonl")
+    for _ in range(2):
+        assert Experience(store.folder, shipped=None).trials() == [trial(2)]
+    (record,) = caplog.records  # one line, however often it is read
+    assert "old.jsonl line 2 is not a trial" in record.message
+    if isinstance(odd, dict):
+        assert Experience(tmp_path / "other", shipped=None).add([odd, trial(3).to_json()]) == 1
+    assert len(store.frame()) == 1
+
+
+def test_rows_of_a_table_are_checked_too(store: Experience, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import pandas as pd
+
+    caplog.set_level("WARNING")
+    store.extend([trial(1), trial(2, score=None, validation=None, status="stopped"), trial(3)])
+    store.export(tmp_path / "all.parquet")
+    frame = pd.read_parquet(tmp_path / "all.parquet")
+    frame.to_parquet(tmp_path / "all.parquet")  # pandas makes fractions of integers where some are missing
+    there = Experience(tmp_path / "there", shipped=None)
+    assert there.merge(tmp_path / "all.parquet") == 3 and there.trials() == store.trials()
+    there.compact()
+    assert there.trials() == store.trials()
+    for column, value in (("configuration", "[1"), ("configuration", None), ("score", 55.0), ("curve", "{}")):
+        bad = frame.astype({column: object})
+        bad.loc[1, "score_metric"] = "accuracy"
+        bad.loc[1, column] = value
+        bad.astype({"score": float}).to_parquet(tmp_path / "bad.parquet")
+        with pytest.raises(UserError, match=r"bad\.parquet row 2 is not a trial"):
+            Experience(tmp_path / "other", shipped=None).merge(tmp_path / "bad.parquet")
+        target = tmp_path / f"{column}-{value}" / "experience.parquet"
+        target.parent.mkdir()
+        (tmp_path / "bad.parquet").rename(target)
+        assert Experience(target.parent, shipped=None).trials() == [trial(1), trial(3)]
+        assert "experience.parquet row 2 is not a trial" in caplog.records[-1].message
+
+
+def test_commands_say_in_a_line_what_is_no_trial(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text(json.dumps(GOOD | {"budget": None}) + "\n")
+    command = [sys.executable, "-m", "metapeft.cli", "experience"]
+    refused = subprocess.run([*command, "import", str(path)], capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "odd.jsonl line 1 is not a trial: budget is None" in refused.stderr
+    (home / "experience" / "segments").mkdir(parents=True)
+    path.rename(home / "experience" / "segments" / "odd.jsonl")
+    listed = subprocess.run([*command, "export", str(tmp_path / "all.jsonl")], capture_output=True, text=True)
+    assert listed.returncode == 0 and listed.stderr.count("\n") == 1
+    assert "line 1 is not a trial: budget is None; skipped" in listed.stderr
+
+
+def test_all_that_ships_is_read() -> None:
+    import pyarrow.parquet as pq
+
+    rows = sum(pq.read_metadata(path).num_rows for path in module.SHIPPED.glob("*.parquet"))
+    assert len(Experience(Path("nowhere")).trials()) == rows > 1000
+
+
 def test_shipped_experience_lies_beneath(tmp_path: Path) -> None:
     maker = Experience(tmp_path / "maker", shipped=None)
     maker.extend([trial(1, device="theirs", started="2027-01-01"), trial(2, device="theirs")])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from metapeft.errors import UserError
 from metapeft.meta import versions
@@ -22,7 +23,9 @@ from metapeft.meta.evaluate import OURS, Judged
 from metapeft.meta.evidence import Observation
 from metapeft.meta.fitting import fit
 from metapeft.meta.model import Model
+from metapeft.meta.unfinished import Remaining
 from metapeft.meta.versions import Version
+from metapeft.profiling import cache
 from tests.meta.synthetic import world
 
 
@@ -70,14 +73,33 @@ def test_train_promotes_keeps_and_rolls_back(observations: list[Observation], ho
     first = versions.train(observations)
     assert (first.version, first.promoted) == (1, True)
     assert versions.champion().model.to_json() == first.model
-    second = versions.train(observations)
-    assert second.version == 2 and second.promoted  # the same again is no worse
+    second = versions.train(observations[:-1])
+    assert second.version == 2 and second.promoted  # nearly the same again is no worse
     assert versions.rollback().number == 1 and versions.champion().number == 1
     assert versions.rollback().number == 0
     assert versions.promote(2).number == 2
     assert [v.number for v in versions.versions()] == [0, 1, 2]
     judged = json.loads((home / "meta" / "versions" / "0002.json").read_text())["judged"]
     assert judged["against"] == 1 and judged["challenger"]["regret"] >= 0
+
+
+def test_nothing_new_adds_no_version_to_go_back_to(observations: list[Observation]) -> None:
+    first = versions.train(observations)
+    again = versions.train(observations)
+    assert (again.version, again.promoted, again.reason) == (1, False, "nothing new; version 1 stays champion")
+    assert (again.model, again.tasks, again.observations) == (first.model, first.tasks, first.observations)
+    assert [v.number for v in versions.versions()] == [0, 1]
+    assert versions.rollback().number == 0, "one promotion, one way back"
+    assert versions.train(observations).version == 2, "whoever went back may train again"
+
+
+def test_what_curves_that_broke_off_leave_open_is_kept(observations: list[Observation]) -> None:
+    learned = Remaining(((0.3, 0.1), (0.2, 0.1), (0.1, 0.1)))
+    versions.train(observations, learned)
+    assert versions.champion().model.remaining == learned
+    assert versions.train(observations[:-1]).version == 2
+    assert versions.numbered(2).model.remaining == learned, "as the champion has it"
+    assert versions.shipped().model.remaining != Remaining(), "learned from what ships"
 
 
 def test_a_worse_challenger_is_kept_but_not_promoted(
@@ -116,6 +138,21 @@ def test_two_at_once_get_two_numbers(home: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         numbers = pool.map(_adding, [str(home)] * 6)
     assert sorted(numbers) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_promotion_waits_for_another_and_comes_after_it(home: Path) -> None:
+    for _ in range(2):
+        versions._add(Version(0, Model()))
+    code = "from metapeft.meta import versions\nprint('ready', flush=True)\nversions.promote(2)\n"
+    with FileLock(home / "meta" / "champion.lock"):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        cache.write(home / "meta" / "champion.json", {"champion": 1, "before": [0]})
+    assert process.wait() == 0
+    assert versions._succession() == (2, [0, 1])
+    assert versions.rollback().number == 1
 
 
 def test_kill_while_writing_leaves_whole_versions(home: Path) -> None:

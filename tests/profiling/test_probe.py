@@ -9,14 +9,15 @@ import pytest
 
 from metapeft.backbones import Backbone
 from metapeft.backbones.forward import anatomy, run
-from metapeft.data.task import Task
+from metapeft.data.task import Example, Task
+from metapeft.errors import UserError
 from metapeft.profiling import probe as module
 from metapeft.profiling.probe import _forward, linear_probe, neighbour_disagreement, probe
 from metapeft.runtime import mx
 from metapeft.training.encode import encode
 from metapeft.training.evaluation import predict
 from metapeft.training.session import Session
-from tests.backbones.tiny import tiny
+from tests.backbones.tiny import CONTEXT, tiny
 from tests.profiling.tasks import chat, classification, generation
 
 SHARED = ("ham", "ham and eggs", "spam", "sparse")  # several begin with the same tokens
@@ -98,3 +99,12 @@ def test_labels_seen_once_do_not_break_the_probe() -> None:
 def test_tasks_of_one_domain_lie_closer_than_others(smollm: Backbone) -> None:
     spam, more, sums = (probe(t, smollm).domain for t in (classification(12), classification(12, 1), generation(12)))
     assert np.linalg.norm(spam - more) < 0.5 * np.linalg.norm(spam - sums)
+
+
+def test_of_rows_that_are_too_long_the_tasks_are_counted(llama: Backbone) -> None:
+    task = classification(40)
+    rows = tuple(Example("word " * CONTEXT + str(e.prompt), e.completion) for e in task.train)
+    with pytest.raises(UserError, match=rf"{len(rows)} rows are longer .*first: train row 1,"):
+        probe(replace(task, train=rows), llama)
+    with pytest.raises(UserError, match=r"1 rows are longer .*first: train row 8,"):
+        probe(replace(task, train=(*task.train[:7], rows[7], *task.train[8:])), llama)
