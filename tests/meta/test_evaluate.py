@@ -158,7 +158,7 @@ def test_rivals_know_nothing_of_the_task_and_rank_sensibly(told: World) -> None:
     from tests.meta.synthetic import CONFIGURATIONS, key_of
 
     learned = [effects[key_of(c)][1] for c in CONFIGURATIONS]
-    assert np.corrcoef(learned, true)[0, 1] > 0.9
+    assert np.corrcoef(learned, true)[0, 1] > 0.85
     rank = rivals.defaults("lora")([])
     values = rank(observations[0].task, CONFIGURATIONS, 40)
     assert CONFIGURATIONS[int(values.argmax())]["learning_rate"] == 1e-3
