@@ -999,8 +999,9 @@ def printed(what: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     from metapeft.progress import quiet
-    from metapeft.stages.stage import end_with_parent, report_failure
+    from metapeft.stages.stage import end_with_parent, hear_interrupts, report_failure
 
+    hear_interrupts()
     end_with_parent()
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     debug = "--debug" in words

@@ -7,6 +7,7 @@ all run the same `Stage`; `dvc.yaml` repeats the declarations, and a test compar
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import hashlib
 import json
@@ -178,6 +179,7 @@ def process(
 ) -> int:
     """`run(settings, options)` as a process: log on stderr, summary as one JSON line on stdout; exit code 0, 1 or 2."""
     given = parser.parse_args(arguments)
+    hear_interrupts()
     end_with_parent()
     quiet()
     try:
@@ -345,6 +347,21 @@ def report_failure(error: Exception, debug: bool) -> int:
     hint = "" if debug else "; run with --debug for the traceback"
     print(f"error: {type(error).__name__}: {message}{hint}", file=sys.stderr)
     return 1
+
+
+def hear_interrupts() -> None:
+    """Ctrl-C that comes while Python runs a finalizer or a library's callback is thrown away there: it is raised again,
+    a moment later and elsewhere."""
+    ignored = sys.unraisablehook
+
+    def again(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.1, _thread.interrupt_main).start()
+        else:
+            ignored(unraisable)
+
+    if ignored is sys.__unraisablehook__:
+        sys.unraisablehook = again
 
 
 def end_with_parent() -> None:

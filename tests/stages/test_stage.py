@@ -223,3 +223,29 @@ def test_content_sees_names_and_bytes_but_not_caches(tmp_path: Path) -> None:
     assert content(tmp_path) == first
     (tmp_path / "a").rename(tmp_path / "b")
     assert content(tmp_path) != first
+
+
+def test_an_interrupt_that_a_finalizer_threw_away_is_heard() -> None:
+    code = """
+import os, signal, sys, time
+from metapeft.stages.stage import hear_interrupts
+
+class Closing:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)  # here it is raised, and ignored
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if sys.argv[1:]:
+    hear_interrupts()
+Closing()
+try:
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("heard")
+"""
+    heard, lost = (
+        subprocess.run([sys.executable, "-c", code, *more], capture_output=True, text=True) for more in (["x"], [])
+    )
+    assert (heard.stdout, heard.stderr) == ("heard\n", "")
+    assert lost.stdout == "" and "KeyboardInterrupt" in lost.stderr, "without it, it is lost"
