@@ -197,10 +197,11 @@ def recommend(
         needs = costs.corrected(candidates, profile, speed, settings.train.steps, trials, known.profiles)
         feasible = _feasible(candidates, needs, settings)
         candidates, needs = [candidates[i] for i in feasible], [needs[i] for i in feasible]
-        untuned = _untuned(mine, profile, task.metric)
+        untuned, error, left_open = _untuned(mine, profile, task.metric)
         whole = [complete(c) for c in candidates]
         device = speed.measured.get("device", "")
-        told = forecast(conditioned, here, whole, settings.train.steps, untuned, len(task.test), device=device)
+        start = (untuned, left_open)
+        told = forecast(conditioned, here, whole, settings.train.steps, start, len(task.test), device=device)
     penalty = _penalty(needs, settings.recommend.prefer)
     order = sorted(range(len(needs)), key=lambda i: (penalty[i] - told.mean[i], needs[i].seconds))
     bounds = {level: told.interval(level) for level in (LEVEL, LIKELY)}
@@ -230,7 +231,7 @@ def recommend(
         model=version.number,
         tasks=len({o.task.name for o in evidence if o.task != here}),
         trials=sum(o.repeats for o in evidence),
-        untuned=Untuned(_r(untuned[0]), _r(_open(mine, profile, task.metric)), enough),
+        untuned=Untuned(_r(untuned), _r(error), enough),
         recommendations=entries,
         neighbours=neighbours(version.model, here, evidence, known),
         together=tuple(order.index(i) + 1 for i in told.together(TOGETHER, penalty)),
@@ -275,20 +276,14 @@ def _conditioned(model: Model, evidence: list[Observation]) -> Conditioned:
     return found
 
 
-def _untuned(own: Sequence[Trial], profile: Profile, metric: str) -> tuple[float, float]:
-    """The untuned backbone's score and what it leaves open about that on the test split: nothing where it was measured
-    there, else the standard error of the profile's."""
+def _untuned(own: Sequence[Trial], profile: Profile, metric: str) -> tuple[float, float, float]:
+    """The untuned backbone's score, its standard error, and what it leaves open about the score on the test split:
+    nothing where it was measured there, else that same error of the profile's."""
     for trial in own:
         if trial.untuned_score is not None and trial.untuned_score.metric == metric:
-            return trial.untuned_score.value, 0.0
-    return profile.features["zero_shot_score"], profile.features["zero_shot_standard_error"]
-
-
-def _open(own: Sequence[Trial], profile: Profile, metric: str) -> float:
-    """The standard error of the untuned backbone's score, as people mean it: on other examples."""
-    scores = (t.untuned_score for t in own if t.untuned_score is not None and t.untuned_score.metric == metric)
-    measured = next(scores, None)
-    return measured.standard_error if measured else profile.features["zero_shot_standard_error"]
+            return trial.untuned_score.value, trial.untuned_score.standard_error, 0.0
+    error = profile.features["zero_shot_standard_error"]
+    return profile.features["zero_shot_score"], error, error
 
 
 def _penalty(needs: list[Cost], prefer: Prefer) -> np.ndarray:
