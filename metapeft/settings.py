@@ -74,7 +74,7 @@ class TrainSettings(Section):
     switches: int = Field(2, ge=0, description="exchanges at most")
     confidence: float = Field(0.62, ge=0.5, lt=1, description="that an exchange is better, before it is made")
     tolerance: float = Field(0.02, ge=0, le=1, description="score that an exchange may cost before it is undone")
-    looks: int = Field(4, ge=2, description="evaluations per method, at which decisions are made")
+    looks: int = Field(4, ge=2, description="evaluations, at which decisions are made")
 
 
 class MonitorSettings(Section):

@@ -28,7 +28,8 @@ LEAST = 0.01  # of the score, on average: less is not worth the trouble
 @dataclass(frozen=True)
 class Policy:
     """confidence: that an exchange is better, before it is made. most: exchanges in one training. tolerance: how much
-    score an exchange may cost at its moment, or at the end, before it is undone. looks: evaluations per method."""
+    score an exchange may cost at its moment, or at the end, before it is undone. looks: evaluations; after an
+    exchange those that are left, but two at least."""
 
     confidence: float = 0.62
     most: int = 2

@@ -34,6 +34,7 @@ How = Literal["frozen", "converted", "distilled", "fresh"]
 DISTILL_STEPS = 8
 DISTILL_BATCHES = 4  # cached, and gone through again and again
 GUARD = 64  # examples at most
+CONFIRMED = 16  # of them where outputs stay as they are: enough to see that they do
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,13 @@ def how(old: Tokens, method: str, learned: bool = True) -> How:
     """The way from an adapter with such virtual tokens to a method. learned: whether it is better than the backbone."""
     if method in ("lora", "adalora"):
         return "frozen"
-    exact = (method == "prefix" and old != "none") or (method == "prompt" and old == "embeddings")
-    return "converted" if exact else "distilled" if learned else "fresh"
+    held = (method == "prefix" and old != "none") or (method == "prompt" and old == "embeddings")
+    return "converted" if held else "distilled" if learned else "fresh"
+
+
+def exact(way: How) -> bool:
+    """Whether outputs stay as they are."""
+    return way in ("frozen", "converted")
 
 
 def handover(
@@ -119,14 +125,14 @@ def over(session: Session, below: Adapter | None) -> Iterator[Session]:
         yield upper
 
 
-def guard(session: Session) -> list[int]:
+def guard(session: Session, way: How) -> list[int]:
     """Validation examples that compare outputs before and after: not those that choose weights, if there are others."""
     from metapeft.training.trainer import sample
 
     examples = len(session.encoded["validation"])
     chosen = set(sample(examples) or ())
     rest = [i for i in range(examples) if i not in chosen] or list(range(examples))
-    order = np.random.default_rng(1).permutation(len(rest))[:GUARD]
+    order = np.random.default_rng(1).permutation(len(rest))[: CONFIRMED if exact(way) else GUARD]
     return sorted(rest[i] for i in order)
 
 
@@ -152,9 +158,10 @@ def change(session: Session, guarded: Sequence[int], before: Predictions, after:
 
 
 def predicted(session: Session, adapter: Adapter | None, guarded: Sequence[int]) -> Predictions:
-    """Of an adapter that is not attached, or of the bare backbone."""
+    """Of an adapter that is not attached, or of the bare backbone, whose answers may be known."""
     if adapter is None:
-        return predict(session, None, "validation", guarded)
+        known = session.untuned_answers.get("validation")
+        return predict(session, None, "validation", guarded) if known is None else known.at(guarded)
     adapter.attach(session.model)
     try:
         return predict(session, adapter, "validation", guarded)

@@ -13,7 +13,7 @@ from typing import Any
 from metapeft.meta import costs
 from metapeft.profiling import Profile
 from metapeft.profiling.speed import Speed
-from metapeft.switching.handover import DISTILL_STEPS, How
+from metapeft.switching.handover import CONFIRMED, DISTILL_STEPS, GUARD, How, exact
 from metapeft.training.trial import Trial
 
 FEW, MANY = 20, 120  # steps between which cost is measured: it is a line
@@ -36,8 +36,11 @@ class Price:
         return int((seconds - self.once - looks * self.look) / self.step + 1e-6)  # rounding must not cost a step
 
     def exchange(self, how: How) -> float:
-        """Of handing over to this configuration: outputs before and after, and distillation where it is needed."""
-        return 2 * self.look + (DISTILL_STEPS * SLOWER * self.step if how == "distilled" else 0.0)
+        """Of handing over to this configuration: outputs before and after (the backbone's own are known, and where
+        they do not change few examples show it), and distillation where it is needed."""
+        if exact(how):
+            return 2 * self.look * CONFIRMED / GUARD
+        return self.look if how == "fresh" else 2 * self.look + DISTILL_STEPS * SLOWER * self.step
 
 
 def prices(

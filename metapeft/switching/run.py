@@ -40,6 +40,7 @@ from metapeft.training.trial import Trial, trial_id
 BASIS = "basis.json"  # beside the record, while training
 METHOD = "switching"  # of the trial: it belongs to none of the five
 LEAST_STEPS = 10  # a leg shorter than that is not begun
+LEAST_LOOKS = 2  # of a leg, however many were made before it
 FORCED = 0.5  # confidence that is asked for when the method in hand has failed
 ROW = ("step", "seconds", "train_loss", "validation_loss", "validation_score", "gradient_noise")  # of a curve, kept
 
@@ -155,7 +156,7 @@ class _Training:
             asdict(self.policy),
             [{"configuration": o.configuration, "price": asdict(o.price)} for o in self.advice.others],
             asdict(self.advice.forecaster.calibration),
-            [Leg(self._looking(start), first, asdict(price))],
+            [Leg(_looking(start, self.policy.looks), first, asdict(price))],
         )
 
     def run(self, test: bool) -> tuple[Trial, Record]:
@@ -172,16 +173,13 @@ class _Training:
             number += 1
         return self._finished(test), record
 
-    def _looking(self, configuration: dict[str, Any]) -> dict[str, Any]:
-        return full(configuration | {"evaluations": self.policy.looks})
-
     def _leg(self, number: int) -> None:
         leg = self.record.legs[number]
         began = time.perf_counter()
         given = self._handover(leg)
         configuration = leg.configuration if given is None else given.configuration
         below = None if given is None else given.below
-        guarded = handover.guard(self.session)
+        guarded = handover.guard(self.session, leg.how)  # type: ignore[arg-type]
         old = None if leg.source is None or leg.change else self.whole(leg.source)
         before = None if old is None else handover.predicted(self.session, old, guarded)
         bare = handover.predicted(self.session, None, guarded) if old is not None and leg.how == "fresh" else None
@@ -271,16 +269,15 @@ class _Training:
             if place:
                 total += price.exchange(leg.how)  # type: ignore[arg-type]
             if not leg.undone:
-                done = (
-                    step
-                    if place == number
-                    else leg.trial["curve"][-1]["step"]
-                    if leg.trial and leg.trial["curve"]
-                    else 0
-                )
-                every = max(1, round(leg.steps / self.policy.looks))
-                total += price.seconds(done, min(self.policy.looks, math.ceil(done / every)))
+                done = step if place == number else _reached(leg)
+                total += price.seconds(done, _looked(leg, done))
         return total
+
+    def _looks_left(self, number: int, step: int) -> int:
+        """Of the training, when leg `number` is at `step`: for the leg that follows."""
+        legs = self.record.legs[: number + 1]
+        made = sum(_looked(leg, step if leg is legs[-1] else _reached(leg)) for leg in legs if not leg.undone)
+        return max(LEAST_LOOKS, self.policy.looks - made)
 
     def _evidence(self, number: int, rows: list[dict[str, Any]], spent: float) -> Evidence:
         leg, forecaster = self.record.legs[number], self.advice.forecaster
@@ -290,7 +287,8 @@ class _Training:
         error = math.sqrt(max(best * (1 - best), 0.02) / n)
         untuned = forecaster.untuned
         options = [_in_hand(leg)]
-        options += self._options(number, leg.configuration["method"], left, learned=best > untuned + error)
+        looks = self._looks_left(number, rows[-1]["step"])
+        options += self._options(number, leg.configuration["method"], left, looks, learned=best > untuned + error)
         chosen = [(complete(plain(o["configuration"])), o["steps"]) for o in options]
         ahead = forecaster.ahead(rows, leg.steps)
         calibration = Calibration(**self.record.calibration)
@@ -310,18 +308,20 @@ class _Training:
             switches=self.record.switches(),
         )
 
-    def _options(self, number: int, method: str | None, left: float, learned: bool = True) -> list[dict[str, Any]]:
-        """What the seconds left would buy of each alternative. method: in hand; None: nothing is. learned: whether it
-        is better than the backbone."""
+    def _options(
+        self, number: int, method: str | None, left: float, looks: int, learned: bool = True
+    ) -> list[dict[str, Any]]:
+        """What the seconds left would buy of each alternative. method: in hand; None: nothing is. looks: at it.
+        learned: whether it is better than the backbone."""
         tokens = self._tokens(number, method)
-        tried = [leg.configuration for leg in self.record.legs]
+        tried = [plain(leg.configuration) for leg in self.record.legs]
         found = []
         for place, alternative in enumerate(self.record.alternatives):
             configuration, price = alternative["configuration"], Price(**alternative["price"])
             way = handover.how(tokens, configuration["method"], learned) if method else "frozen"
             cost = price.exchange(way) if method else 0.0
-            steps = price.steps(left - cost, self.policy.looks)
-            if steps >= LEAST_STEPS and self._looking(configuration) not in tried:
+            steps = price.steps(left - cost, looks)
+            if steps >= LEAST_STEPS and plain(configuration) not in tried:
                 option = {"configuration": configuration, "steps": steps, "cost": cost, "alternative": place}
                 found.append(option | {"how": way if method else ""})
         return found
@@ -354,7 +354,9 @@ class _Training:
 
     def _begin(self, option: dict[str, Any], source: int | None, forced: bool = False) -> None:
         price = self.record.alternatives[option["alternative"]]["price"]
-        configuration = self._looking(option["configuration"])
+        last = len(self.record.legs) - 1
+        looks = self._looks_left(last, _reached(self.record.legs[last]))
+        configuration = _looking(option["configuration"], looks)
         self.record.legs.append(Leg(configuration, option["steps"], price, option["how"], source, forced))
 
     def _resumed(self, number: int) -> None:
@@ -362,14 +364,15 @@ class _Training:
         source = self.record.legs[number].source
         assert source is not None
         leg = self.record.legs[source]
-        configuration = dict(leg.configuration)
+        configuration, looks = leg.configuration, self._looks_left(number, 0)
         if configuration["method"] == "p_tuning":  # its encoder is gone; its tokens are a prompt
-            configuration = self._looking({"method": "prompt", "learning_rate": LEARNING_RATES["prompt"]})
+            configuration = {"method": "prompt", "learning_rate": LEARNING_RATES["prompt"]}
         price = Price(**leg.price)
         how = handover.how(self._tokens(source, leg.configuration["method"]), configuration["method"])
         left = self.record.budget_seconds - self._spent(number, 0)
-        steps = price.steps(left - price.exchange(how), self.policy.looks)
+        steps = price.steps(left - price.exchange(how), looks)
         if steps >= LEAST_STEPS:
+            configuration = _looking(configuration, looks)
             self.record.legs.append(Leg(configuration, steps, leg.price, how, source, returns=True))
 
     def _forced(self, number: int) -> None:
@@ -381,7 +384,8 @@ class _Training:
         left = self.record.budget_seconds - spent
         source = leg.source
         method = None if source is None else self.record.legs[source].configuration["method"]
-        options = self._options(number if source is None else source, method, left)
+        looks = self._looks_left(number, _reached(leg))
+        options = self._options(number if source is None else source, method, left, looks)
         if not options or self.record.switches() >= self.policy.most:
             return
         forecaster = self.advice.forecaster
@@ -492,6 +496,16 @@ class _Training:
 def _in_hand(leg: Leg) -> dict[str, Any]:
     """A leg as an option: to go on with it."""
     return {"configuration": leg.configuration, "steps": leg.steps, "cost": 0.0, "how": "", "alternative": -1}
+
+
+def _looking(configuration: dict[str, Any], looks: int) -> dict[str, Any]:
+    return full(configuration | {"evaluations": looks})
+
+
+def _looked(leg: Leg, step: int) -> int:
+    """How often a leg was looked at when it is at `step`."""
+    looks = leg.configuration["evaluations"]
+    return min(looks, math.ceil(step / max(1, round(leg.steps / looks))))
 
 
 def _reached(leg: Leg) -> int:

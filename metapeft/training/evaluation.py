@@ -38,6 +38,12 @@ class Predictions:
     exact: np.ndarray
     label_scores: np.ndarray | None
 
+    def at(self, indices: Sequence[int]) -> Predictions:
+        """For these examples, in that order."""
+        places = list(indices)
+        labels = None if self.label_scores is None else self.label_scores[places]
+        return Predictions(self.loss_sum[places], self.tokens[places], self.exact[places], labels)
+
 
 def evaluate(session: Session, adapter: Adapter | None, split: str, indices: Sequence[int] | None = None) -> Score:
     """The task's metric on a split (or some of its examples), with its standard error and the token-level loss.
@@ -50,7 +56,8 @@ def evaluate(session: Session, adapter: Adapter | None, split: str, indices: Seq
 def untuned(session: Session, split: str) -> Score:
     """The score of the backbone alone (nothing attached), computed once per session."""
     if split not in session.untuned:
-        session.untuned[split] = evaluate(session, None, split)
+        session.untuned_answers[split] = found = predict(session, None, split)
+        session.untuned[split] = score(session, found, split)
     return session.untuned[split]
 
 

@@ -25,6 +25,7 @@ from metapeft.training.workers import workers
 
 if TYPE_CHECKING:
     from metapeft.backbones import Backbone
+    from metapeft.training.evaluation import Predictions
 
 VIRTUAL = 512  # no method adds more virtual tokens than this
 PASS_TOKENS = 48  # one more pass through the layers costs about as much as these tokens in a pass that is made anyway
@@ -62,6 +63,7 @@ class Session:
         self.chance = math.log(backbone.tokenizer.vocab_size)  # loss of guessing every token, in nats
         self.workers = workers()
         self.untuned: dict[str, Score] = {}
+        self.untuned_answers: dict[str, Predictions] = {}
         self.below: Prefix | None = None  # keys and values that are frozen beneath every adapter: see `over`
         self._room = Room()
         self._trunks: dict[tuple[str, int], Trunk] = {}
@@ -86,7 +88,7 @@ class Session:
         with beneath(self.model, adapter) as prefix:
             upper = copy.copy(self)
             upper.below, upper._trunks, upper._room = prefix, {}, Room(self._room.left)
-            upper.untuned = dict(self.untuned)
+            upper.untuned, upper.untuned_answers = dict(self.untuned), dict(self.untuned_answers)
             yield upper
 
     def start(self, adapter: Adapter | None) -> int:

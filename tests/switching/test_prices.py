@@ -30,4 +30,5 @@ def test_steps_are_what_seconds_pay_for() -> None:
         drawn = Price(once, step, look)
         assert all(drawn.steps(drawn.seconds(n, 4), 4) == n for n in (1, 20, 40, 60, 120))
     assert price.steps(1.0, 3) <= 0
-    assert price.exchange("distilled") > price.exchange("frozen") == price.exchange("converted")
+    assert price.exchange("distilled") > price.exchange("fresh") > price.exchange("frozen") > 0
+    assert price.exchange("frozen") == price.exchange("converted")

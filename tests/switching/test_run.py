@@ -19,7 +19,7 @@ from metapeft.peft import adapters, checkpoints
 from metapeft.switching import handover, run
 from metapeft.switching.advice import Basis
 from metapeft.switching.decide import Policy, differing
-from metapeft.training.evaluation import evaluate
+from metapeft.training.evaluation import evaluate, untuned
 from metapeft.training.session import Session
 from tests.backbones.tiny import tiny_folder
 from tests.switching import made
@@ -76,7 +76,7 @@ def test_distillation_brings_outputs_closer(session: Session, tmp_path: Path) ->
     old = adapters.load(tmp_path / "x", session.model)
     given = handover.handover(session, old, run.full(made.SMALL["prefix"]), seed=0)
     assert given.how == "distilled" and given.prepare is not None
-    guarded = handover.guard(session)
+    guarded = handover.guard(session, "distilled")
     before = handover.predicted(session, old, guarded)
     with handover.over(session, given.below) as upper:
         from metapeft.peft import create, parse
@@ -101,12 +101,37 @@ def test_where_nothing_was_learned_the_next_begins_afresh(session: Session, tmp_
     if tolerance < 0:  # nothing is good enough: the old adapter is there still
         assert record.legs[1].undone and record.legs[2].returns and record.legs[2].how == "frozen"
         return
-    bare = evaluate(session, None, "validation", handover.guard(session))
+    bare = evaluate(session, None, "validation", handover.guard(session, "fresh"))
     assert record.legs[1].change["score_after"] == bare.value
     assert trial.score is not None
     kept = adapters.load(tmp_path / "x", session.model)
     assert handover.tokens(kept) == ("none" if record.back else "keys")
     assert (handover.parts(kept)[0] is None) != record.back  # of the two, one alone
+
+
+def test_the_backbones_known_answers_are_not_asked_for_again(tmp_path: Path) -> None:
+    """The change at a fresh start is the same whether they were known before or not."""
+    session, changes = made.session(), []
+    for known in (False, True):
+        if known:
+            untuned(session, "validation")
+        policy = Policy(looks=4, tolerance=1.0)
+        place = tmp_path / f"{known}"
+        _, record = made.train(session, place, "lora", "prefix", policy=policy, steps=60, untuned=0.95, prefix=0.9)
+        assert record.legs[1].how == "fresh"
+        changes.append(record.legs[1].change)
+    assert changes[0] == pytest.approx(changes[1], rel=1e-6)
+
+
+def test_looks_are_of_the_training_and_two_at_least_of_a_method(session: Session, tmp_path: Path) -> None:
+    _, record = made.train(session, tmp_path / "x", "prompt", "lora", "adalora", steps=90, lora=0.9, adalora=0.8)
+    looks = [leg.configuration["evaluations"] for leg in record.legs]
+    made_before = 0
+    for number, leg in enumerate(record.legs):
+        assert looks[number] == max(2, made.POLICY.looks - made_before)
+        assert leg.trial is not None
+        made_before += len(leg.trial["curve"])
+    assert len(looks) == 3
 
 
 def test_two_exchanges_lie_on_each_other(session: Session, tmp_path: Path) -> None:
@@ -123,7 +148,10 @@ def test_the_budget_holds(session: Session, tmp_path: Path) -> None:
     first, second = record.legs
     stopped = record.decisions[0]["evidence"]
     spent = made.PRICE.seconds(stopped["step"], 1)
-    spent += made.PRICE.exchange("frozen") + made.PRICE.seconds(second.steps, 4)
+    looks = made.POLICY.looks - 1  # the first leg was looked at once
+    assert second.configuration["evaluations"] == looks
+    assert second.trial is not None and len(second.trial["curve"]) == looks
+    spent += made.PRICE.exchange("frozen") + made.PRICE.seconds(second.steps, looks)
     assert record.budget_seconds - made.PRICE.step < spent <= record.budget_seconds
     assert first.steps == 30 and second.steps < 30
 
