@@ -6,10 +6,10 @@
 
 Before a task is met, the library holds adapters of the other tasks, trained on up to 600 examples each, and starts are
 meta-learned from the half of the tasks that is of other families. For every task, number of shots and draw of shots,
-every strategy is cross-validated on the shots and, trained on all of them, scored on the test split; the automatic
-choice sees the former alone, and priors made of the cells of other families. Results are kept (--records; default: in
-METAPEFT_HOME/benchmarks/fewshot), one line per cell as it ends, the cheapest cells first: an interrupted run continues,
-and `--only report` reports what there is.
+every strategy is trained on the shots and scored on the test split; the automatic choice cross-validates those that
+are worth trying, and sees nothing but that and priors made of the cells of other families. Results are kept (--records;
+default: in METAPEFT_HOME/benchmarks/fewshot), one line per cell as it ends, the cheapest cells first: an interrupted
+run continues, and `--only report` reports what there is.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from metapeft.fewshot import choose
+from metapeft.fewshot import choose, worth
 from metapeft.fewshot.choose import AT, Held, Prior, Strategy
 from metapeft.fewshot.measure import Answers
 from metapeft.fewshot.optimism import optimism
+from metapeft.fewshot.worth import Together
 from metapeft.settings import DataSettings, home
 
 BACKBONE = "smollm2-135m-instruct"
@@ -47,6 +48,7 @@ HALF = ("knowledge",)  # families of one half; starts for it are learned from al
 SHOTS, DRAWS = (4, 8, 16, 32, 64), 5
 DATA = DataSettings(max_train=600, max_validation=64, max_test=100)
 STEPS, ROUNDS = 40, 120  # of the library's adapters; of Reptile
+TOWARDS_NONE = 0.1  # of the correlations between strategies, which few cells show
 LEAST, LEAST_DEVIATION = 3, 0.1  # cells of other families before they make a prior; what it leaves open
 SURE = (0.99, 0.9, 0.75, 0.0)  # how sure it is that it gains, in classes from here up
 FEW = 16  # shots up to which the second target counts
@@ -103,7 +105,11 @@ def main() -> int:
         options.markdown.write_text(text + "\n", encoding="utf-8")
     if options.priors:
         by_kind = {k: {n: asdict(p) for n, p in priors(cells, k).items()} for k in sorted({c["kind"] for c in cells})}
-        about = {"cells": len(cells), "tasks": sorted({c["task"] for c in cells}), "priors": by_kind}
+        both = together(cells)
+        joint = {"names": both.names, "correlation": both.correlation.round(4).tolist()}
+        joint |= {"seconds": both.seconds.round(4).tolist()}
+        tasks = sorted({c["task"] for c in cells})
+        about = {"cells": len(cells), "tasks": tasks, "together": joint, "priors": by_kind}
         options.priors.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     if options.json:
         from metapeft.runtime import describe
@@ -259,16 +265,21 @@ def cell(name: str, count: int, draw: int, learned_from: Sequence[str], fill: bo
     folds = choose.sessions(backbone(), few, choose.fold_count(count), session)
     record: dict[str, Any] = {"task": name, "family": family, "kind": few.kind, "shots": count, "draw": draw}
     record["learned"] = folder().name
-    before = {}
     if known is not None:
-        record, before = known, known["strategies"]
-        if all(way.name in before for way in ways):
+        record = known
+        missing = [way for way in ways if way.name not in record["strategies"]]
+        if not missing:
             return
+        held = {} if "tried" in record else {way.name: choose.cross_validate(way, folds) for way in missing}
     else:
         record["near"] = [[f.entry.trial.task, f.entry.trial.method, round(f.similarity, 3)] for f in near]
         record["untuned"] = {"shots": packed(answers(session, None, "train")), "test": zero(name)}
         record["rivals"] = {RIVAL: tested(Strategy(RIVAL, RIVAL_CONFIGURATION), session, count)}
-    record["strategies"] = {way.name: before.get(way.name) or one(way, session, folds, count) for way in ways}
+        record["strategies"] = {}
+        missing, held = ways, cross_validated(ways, folds, unpacked(record["untuned"]["shots"]), few)
+        record["tried"] = list(held)
+    for way in missing:
+        record["strategies"][way.name] = noted(held.get(way.name)) | tested(way, session, count)
     record["seconds"] = round(record.get("seconds", 0.0) + time.monotonic() - begin, 1)
     append(_records[-1], record)
     scores = {n: f"{hits(s['test'][max(s['test'], key=int)]).mean():.2f}" for n, s in record["strategies"].items()}
@@ -302,13 +313,23 @@ def meta_learned(family: str) -> dict[str, Any]:
     return {method: each.saved for method, each in found.items() if each is not None}
 
 
-def one(way: Strategy, session: Any, folds: Any, count: int) -> dict[str, Any]:
-    """A strategy's answers to held-out shots and, trained on all, to the test split, by steps; seconds of training."""
-    held = choose.cross_validate(way, folds)
-    return {
-        "held": {str(step): packed(found) for step, found in held.answers.items()},
-        "held_seconds": round(held.seconds, 2),
-    } | tested(way, session, count)
+def noted(held: Held | None) -> dict[str, Any]:
+    """Of a strategy that was not tried: nothing."""
+    if held is None:
+        return {}
+    found = {str(step): packed(each) for step, each in held.answers.items()}
+    return {"held": found, "held_seconds": round(held.seconds, 2)}
+
+
+def cross_validated(ways: Sequence[Strategy], folds: Any, untuned: Answers, few: Any) -> dict[str, Held]:
+    """Answers to held-out shots of the strategies that `adapt` would try, in its order, by what cells of other families
+    say until now."""
+    others = [c for c in read() if c["family"] != few.family]
+    beliefs, both = priors(others, few.kind), together(others)
+    held: dict[str, Held] = {}
+    while (way := worth.following(ways, held, untuned, beliefs, both)) is not None:
+        held[way.name] = choose.cross_validate(way, folds)
+    return held
 
 
 def tested(way: Strategy, session: Any, count: int) -> dict[str, Any]:
@@ -371,13 +392,17 @@ def unpacked(record: dict[str, Any]) -> Answers:
 def report(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Rows (per strategy and number of shots), per-task rows and targets."""
     for c in cells:
-        choice, too_good = automatic(c, [o for o in cells if o["family"] != c["family"]])
+        others = [o for o in cells if o["family"] != c["family"]]
+        c["were_tried"] = tried(c, others)
+        choice, too_good = automatic(c, others, c["were_tried"])
         judged = choice.chosen
         c["judged"], c["optimism"] = judged, too_good
         c["choice"] = "zero-shot" if judged is None else judged.strategy
         c["choice_steps"] = 0 if judged is None else judged.steps
         c["avoided"] = [j.strategy for j in choice.judged if j.transfer and j.transfer.avoided]
-        c["scores"] = scores(c, [o for o in cells if o["family"] != c["family"]])
+        c["scores"] = scores(c, others)
+        if "tried" not in c:  # everything was: what trying all of it would have come to
+            c["scores"]["adapt, all tried"] = float(score_of(c, automatic(c, others, list(held_out(c)))[0]).mean())
     names = list(dict.fromkeys(name for c in cells for name in c["scores"]))
     counts = sorted({c["shots"] for c in cells})
     rows = []
@@ -402,6 +427,7 @@ def report(cells: list[dict[str, Any]]) -> dict[str, Any]:
         "chosen": chosen_counts(cells),
         "speed": speed(cells),
         "sure": sure(cells),
+        "trying": trying(cells),
         "targets": targets(cells, names),
     }
 
@@ -438,32 +464,89 @@ def adapted(c: dict[str, Any]) -> np.ndarray:
     return hits(c["strategies"][c["choice"]]["test"][str(c["choice_steps"])])
 
 
-def automatic(c: dict[str, Any], others: list[dict[str, Any]]) -> tuple[choose.Choice, float]:
-    """What `metapeft adapt` chooses, with priors of the cells of other families, and what it takes off its held-out
-    score."""
-    held = {
+def score_of(c: dict[str, Any], choice: choose.Choice) -> np.ndarray:
+    """Hits on the test split of what was chosen."""
+    if choice.chosen is None:
+        return hits(c["untuned"]["test"])
+    return hits(c["strategies"][choice.chosen.strategy]["test"][str(choice.chosen.steps)])
+
+
+def held_out(c: dict[str, Any]) -> dict[str, Held]:
+    """Answers to held-out shots, of the strategies that were cross-validated in this cell."""
+    return {
         name: Held({int(step): unpacked(found) for step, found in record["held"].items()}, record["held_seconds"])
         for name, record in c["strategies"].items()
+        if "held" in record
     }
-    ways = [Strategy(name, None if name == "context" else {}, rival=rival(name, held)) for name in held]
+
+
+def ways_of(c: dict[str, Any]) -> list[Strategy]:
+    names = list(c["strategies"])
+    return [Strategy(name, None if name == "context" else {}, rival=rival(name, names)) for name in names]
+
+
+def tried(c: dict[str, Any], others: list[dict[str, Any]]) -> list[str]:
+    """What `metapeft adapt` tries: as it was in the cell, or, where everything was tried, as it would be now."""
+    if "tried" in c:
+        return list(c["tried"])
+    every, held = held_out(c), {}
+    untuned, beliefs, both = unpacked(c["untuned"]["shots"]), priors(others, c["kind"]), together(others)
+    while (way := worth.following(ways_of(c), held, untuned, beliefs, both)) is not None:
+        held[way.name] = every[way.name]
+    return list(held)
+
+
+def automatic(c: dict[str, Any], others: list[dict[str, Any]], names: Collection[str]) -> tuple[choose.Choice, float]:
+    """What `metapeft adapt` chooses when it tried these, with priors of the cells of other families, and what it takes
+    off its held-out score."""
+    held = {name: each for name, each in held_out(c).items() if name in names}
+    ways = [way for way in ways_of(c) if way.name in held]
     untuned, beliefs = unpacked(c["untuned"]["shots"]), priors(others, c["kind"])
     return choose.choose(ways, held, untuned, beliefs), optimism(ways, held, untuned, beliefs)
 
 
-def rival(name: str, held: dict[str, Held]) -> str:
+def rival(name: str, names: Collection[str]) -> str:
     cold_one = f"cold {name.split()[-1]}"
-    return cold_one if name.split()[0] in ("nearest", "mix", "reptile") and cold_one in held else ""
+    return cold_one if name.split()[0] in ("nearest", "mix", "reptile") and cold_one in names else ""
+
+
+def gained(c: dict[str, Any]) -> dict[str, float]:
+    """What each strategy gained on the test split, at the step that its held-out shots favour, where it was tried."""
+    if "gained" not in c:
+        before, held = hits(c["untuned"]["test"]).mean(), held_out(c)
+        steps = {n: held[n].best() if n in held else max(map(int, r["test"])) for n, r in c["strategies"].items()}
+        c["gained"] = {n: float(hits(r["test"][str(steps[n])]).mean() - before) for n, r in c["strategies"].items()}
+    found: dict[str, float] = c["gained"]
+    return found
+
+
+def together(cells: list[dict[str, Any]]) -> Together:
+    """How the strategies' gains go together, over cells of one kind at a time, drawn towards none; and what trying each
+    costs, where all were tried."""
+    names = list(dict.fromkeys(name for c in cells for name in c["strategies"]))
+    apart = []
+    for kind in sorted({c["kind"] for c in cells}):
+        rows = np.array([[gained(c).get(name, math.nan) for name in names] for c in cells if c["kind"] == kind])
+        if len(rows) >= LEAST:
+            known = np.ma.masked_invalid(rows)
+            apart.append((known - known.mean(axis=0)).filled(0.0))
+    correlation = np.eye(len(names))
+    if apart:
+        table = np.concatenate(apart)
+        table = table / np.maximum(1e-9, np.sqrt((table**2).mean(axis=0)))
+        correlation = (1 - TOWARDS_NONE) * table.T @ table / len(table)
+        np.fill_diagonal(correlation, 1.0)
+    shares = [{n: h.seconds for n, h in held_out(c).items()} for c in cells if "tried" not in c]
+    seconds = [np.mean([s[n] / sum(s.values()) for s in shares if n in s] or [1 / len(names)]) for n in names]
+    return Together(tuple(names), correlation, np.array(seconds))
 
 
 def priors(cells: list[dict[str, Any]], kind: str) -> dict[str, Prior]:
-    """What each strategy gained on the test split of the cells of this kind (where these are too few: of all), at the
-    step that its held-out shots favour. The mean of few cells is unsure itself: that is part of the deviation."""
+    """What each strategy gained in the cells of this kind (where these are too few: in all). The mean of few cells is
+    unsure itself: that is part of the deviation."""
     gains: dict[str, list[tuple[bool, float]]] = defaultdict(list)
     for c in cells:
-        before = hits(c["untuned"]["test"]).mean()
-        for name, record in c["strategies"].items():
-            held = Held({int(step): unpacked(found) for step, found in record["held"].items()})
-            gain = float(hits(record["test"][str(held.best())]).mean() - before)
+        for name, gain in gained(c).items():
             gains[name].append((c["kind"] == kind, gain))
     found = {}
     for name, every in gains.items():
@@ -523,6 +606,29 @@ def chosen_counts(cells: list[dict[str, Any]]) -> dict[str, int]:
     for c in cells:
         found[c["choice"]] += 1
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def trying(cells: list[dict[str, Any]]) -> dict[str, float]:
+    """How much of the strategies, and of the seconds that trying all of them takes, `adapt` tries; over the cells where
+    all were tried."""
+    counts, shares, spent, whole = [], [], 0.0, 0.0
+    for c in cells:
+        if "tried" not in c:
+            seconds = {name: each.seconds for name, each in held_out(c).items()}
+            mine = sum(seconds[name] for name in c["were_tried"])
+            counts.append(len(c["were_tried"]) / len(seconds))
+            shares.append(mine / sum(seconds.values()))
+            spent, whole = spent + mine, whole + sum(seconds.values())
+    both = [(c["task"], c["scores"]["adapt"] - c["scores"]["adapt, all tried"]) for c in cells if "tried" not in c]
+    less, error = clustered(both) if both else (math.nan, math.nan)
+    return {
+        "cells": len(counts),
+        "strategies": float(np.mean(counts or [math.nan])),
+        "seconds": spent / whole if whole else math.nan,
+        "median_seconds": float(np.median(shares or [math.nan])),
+        "score_less_all_tried": less,
+        "standard_error": error,
+    }
 
 
 def sure(cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -665,7 +771,7 @@ def approach(c: dict[str, Any], name: str, goal: float) -> Approach:
 
 
 def targets(cells: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
-    singles = [n for n in names if n not in ("adapt", "cold best method", RIVAL)]
+    singles = [n for n in names if n not in ("adapt", "adapt, all tried", "cold best method", RIVAL)]
     everywhere = [n for n in singles if all(n in c["scores"] for c in cells)]
     best = max(everywhere, key=lambda n: clustered([(c["task"], c["scores"][n]) for c in cells])[0])
     ahead, error = clustered([(c["task"], c["scores"]["adapt"] - c["scores"][best]) for c in cells])
@@ -726,6 +832,13 @@ def markdown(found: dict[str, Any], done: int, wanted: int) -> str:
         f" steps or less in {swift['a_third']:.0%} ({swift['looked_at_closer']} cells looked at closer); median of a"
         f" third or less over other tasks: {swift['a_third_over_other_tasks']:.0%}. Steps over those of LoRA's whole"
         f" training, median: {swift['median_of_the_schedule']:.3f}.",
+    ]
+    swift = found["trying"]
+    lines += [
+        "",
+        f"Trying ({swift['cells']} cells where everything was tried): adapt tries {swift['strategies']:.0%} of the"
+        f" strategies, in {swift['seconds']:.0%} of the seconds (median {swift['median_seconds']:.0%}); its score less"
+        f" that of trying all: {swift['score_less_all_tried']:+.4f} ± {swift['standard_error']:.4f}.",
     ]
     said = found["sure"]
     by_shots = ", ".join(f"{k}: {v:+.3f}" for k, v in said["by_shots"].items())

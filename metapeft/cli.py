@@ -285,7 +285,8 @@ def adapt(
         return
     print(found.why)
     if found.skipped:
-        why = "no time for" if found.shots > 1 else "not tried, as one shot cannot be held out"
+        why = "no time for" if found.late else "not tried, as nothing better is expected of them"
+        why = why if found.shots > 1 else "not tried, as one shot cannot be held out"
         print(f"{why}: {', '.join(found.skipped)}")
     if found.untuned_score and found.score:
         print(f"test split: {score_text(found.score)}, untuned {score_text(found.untuned_score)}")

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from metapeft.data.task import Task
-from metapeft.fewshot import context, reptile
+from metapeft.fewshot import context, reptile, worth
 from metapeft.fewshot.choose import (
     Choice,
     Held,
@@ -51,9 +51,10 @@ class Adapted:
 
     held_out_untuned: the untuned backbone's answers to the shots, between 0 and 1. score, untuned_score: on the task's
     test split, where it has one. prompt: where the shots in the context are best, what to put before every question.
-    skipped: strategies that were not tried: there was no time, or one shot only, which cannot be held out. registered:
-    the adapter in the registry, and the MLflow run ({} where it is in none). optimism: how much too good the held-out
-    answers looked because the choice was made by them; the trial's validation score is without it.
+    skipped: strategies that were not tried: there was no time (`late`), or one shot only, which cannot be held out, or
+    what was tried let nothing better be expected of them. registered: the adapter in the registry, and the MLflow run
+    ({} where it is in none). optimism: how much too good the held-out answers looked because the choice was made by
+    them; the trial's validation score is without it.
     """
 
     task: str
@@ -68,6 +69,7 @@ class Adapted:
     untuned_score: Score | None
     seconds: float
     skipped: tuple[str, ...] = ()
+    late: bool = False
     prompt: str = ""
     registered: dict[str, Any] = field(default_factory=dict)
     optimism: float = 0.0
@@ -89,7 +91,8 @@ def adapt(
 ) -> Adapted:
     """Learns the task from its training split, all of which are shots; the test split only measures what came of it.
 
-    max_seconds: for trying; the strategy that is being tried is finished, and the chosen one is trained after it.
+    max_seconds: for trying; the strategy that is being tried is finished, and the chosen one is trained after it. What
+    is tried, and in what order: `metapeft.fewshot.worth`.
     without: names and families of tasks that nothing is taken over from, beside the task itself. only: strategies to
     try (default: all). priors: None is what was measured on other tasks of its kind. The adapter goes to
     METAPEFT_HOME/adapters/TRIAL_ID. Raises UserError for shots that the backbone cannot read.
@@ -103,15 +106,19 @@ def adapt(
     found = strategies(session, near, starts_of(backbone, {task.name, task.family, *without} - {""}))
     found = [s for s in found if not only or s.name in only]
     folds = sessions(backbone, task, fold_count(len(task.train)), session) if len(task.train) > 1 else []
+    base, beliefs = answers(session, None, "train"), measured(task.kind) if priors is None else priors
     held: dict[str, Held] = {}
-    for number, each in enumerate(found if folds else []):
-        if max_seconds is not None and time.monotonic() - begin > max_seconds:
+    late = False
+    while folds:
+        least = 0.0 if only else worth.LEAST  # what was asked for is tried
+        each = worth.following(found, held, base, beliefs, worth.measured(), least)
+        late = each is not None and max_seconds is not None and time.monotonic() - begin > max_seconds
+        if each is None or late:
             break
         if report is not None:
-            report(each.name, number, len(found))
+            report(each.name, len(held), len(found))
         held[each.name] = cross_validate(each, folds, seed=seed)
     tried = [s for s in found if s.name in held] or found[:1]
-    base, beliefs = answers(session, None, "train"), measured(task.kind) if priors is None else priors
     choice = choose(tried, held, base, beliefs)
     before = untuned(session, "test") if task.test else None
     if report is not None:
@@ -135,6 +142,7 @@ def adapt(
         untuned_score=before,
         seconds=time.monotonic() - begin,
         skipped=tuple(s.name for s in found if s not in tried),
+        late=late,
         prompt=_prompt(session) if strategy is not None and strategy.name == "context" else "",
         optimism=too_good,
     )

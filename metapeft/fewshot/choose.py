@@ -232,11 +232,16 @@ def belief(differences: np.ndarray, prior: Prior) -> tuple[float, float]:
     n = len(differences)
     if n == 0:
         return prior.mean, prior.deviation
-    scatter = float(((differences - differences.mean()) ** 2).sum())
-    variance = DOUBT**2 * (scatter + WORTH * SPREAD**2) / (n + WORTH) / n
-    weight = prior.deviation**2 / (prior.deviation**2 + variance)
+    weight = prior.deviation**2 / (prior.deviation**2 + variance(differences))
     mean = prior.mean + weight * (float(differences.mean()) - prior.mean)
     return mean, prior.deviation * math.sqrt(1 - weight)
+
+
+def variance(differences: np.ndarray) -> float:
+    """Of the mean difference as evidence; there must be one difference at least."""
+    n = len(differences)
+    scatter = float(((differences - differences.mean()) ** 2).sum())
+    return DOUBT**2 * (scatter + WORTH * SPREAD**2) / (n + WORTH) / n
 
 
 def choose(

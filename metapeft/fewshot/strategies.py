@@ -43,7 +43,7 @@ def tuned_context(shots: int) -> dict[str, Any]:
 
 
 def strategies(session: Session, near: Sequence[Found], learned: Mapping[str, Saved]) -> list[Strategy]:
-    """All of them, the cheapest first. session: trains on all shots. near: adapters of the nearest tasks. learned:
+    """All of them. session: trains on all shots. near: adapters of the nearest tasks. learned:
     meta-learned starts by method."""
     fresh = cold(session.depth)
     if not _prefixed(session):

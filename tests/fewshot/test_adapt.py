@@ -88,7 +88,17 @@ def test_one_shot_is_decided_by_the_prior(backbone: object) -> None:
 def test_time_is_kept_and_what_was_left_out_is_said(backbone: object) -> None:
     found = adapt(shots.draw(TASK, 4, 0), backbone, max_seconds=0.0)  # type: ignore[arg-type]
     assert found.skipped == ("tuned context", "cold lora", "cold prefix") and not found.judged[0].measured
-    assert [j.strategy for j in found.judged] == ["context"]
+    assert [j.strategy for j in found.judged] == ["context"] and found.late
+
+
+def test_what_nothing_better_is_expected_of_stays_untried(backbone: object) -> None:
+    poor = {name: Prior(-0.5, 0.01) for name in STRATEGIES}
+    found = adapt(shots.draw(TASK, 4, 0), backbone, priors=poor | {"context": Prior(0.5, 0.01)})  # type: ignore[arg-type]
+    assert [j.strategy for j in found.judged] == ["context"] and found.judged[0].measured and not found.late
+    assert found.skipped == ("tuned context", "cold lora", "cold prefix")
+    asked = ["context", "cold lora"]
+    found = adapt(shots.draw(TASK, 4, 0), backbone, only=asked, priors=poor)  # type: ignore[arg-type]
+    assert sorted(j.strategy for j in found.judged) == sorted(asked) and found.skipped == ()
 
 
 def test_what_other_tasks_have_taught_is_used(backbone: object, tmp_path: Path) -> None:
