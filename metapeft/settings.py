@@ -211,12 +211,16 @@ def unknown(place: tuple[int | str, ...]) -> str:
     return f"there is no such setting; {hint}"
 
 
+NULL = object()  # an override that says null; None says that nothing was given
+
+
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`; None values in `over` mean "not given"."""
+    """`over` on top of `base`; None values in `over` mean "not given", NULL ones null."""
     result = dict(base)
     for key, value in over.items():
         if value is None:
             continue
+        value = None if value is NULL else value
         if isinstance(value, dict):
             result[key] = merge(result[key] if isinstance(result.get(key), dict) else {}, value)
         else:

@@ -173,7 +173,8 @@ def explained(choice: Choice) -> str:
     else:
         named = f"{chosen.strategy} ({f'{chosen.steps} steps' if chosen.steps else 'without training'})"
         over = f"over the untuned backbone's {choice.untuned:.3f}"
-        sure = f"{chosen.p_better:.1%} sure that it gains"
+        how_sure = "over 99.9%" if chosen.p_better >= 0.9995 else f"{chosen.p_better:.1%}"
+        sure = f"{how_sure} sure that it gains"
         ahead = f"; {choice.ahead:.3f} ± {choice.ahead_error:.3f} ahead of {choice.rival}" if choice.rival else ""
         if chosen.measured:
             found = f"measured {chosen.difference:+.3f} ± {chosen.standard_error:.3f} on held-out shots"

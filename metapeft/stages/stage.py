@@ -28,7 +28,7 @@ from typing import Any
 from metapeft.errors import MetapeftError, UserError, disk
 from metapeft.files import clear
 from metapeft.progress import quiet, say
-from metapeft.settings import Settings, brief, load_settings, user_path
+from metapeft.settings import NULL, Settings, brief, load_settings, user_path
 
 ROOT = Path(__file__).resolve().parents[2]  # what `Stage.code` is relative to
 QUIET_SECONDS = 3.0  # of waiting for another command, before a person is told
@@ -280,7 +280,7 @@ def assignments(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def nested(values: dict[str, Any]) -> dict[str, Any]:
-    """{"sweep.trials": 4} -> {"sweep": {"trials": 4}}."""
+    """{"sweep.trials": 4} -> {"sweep": {"trials": 4}}, for `load_settings`: null takes a setting's value away."""
     result: dict[str, Any] = {}
     for name, value in values.items():
         *sections, key = name.split(".")
@@ -291,7 +291,7 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
                 raise UserError(
                     f"--set {brief(name, 60)}: {brief(section, 60)} already has a value; give only one of them"
                 )
-        place[key] = value
+        place[key] = NULL if value is None else value
     return result
 
 

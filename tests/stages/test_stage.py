@@ -207,6 +207,16 @@ def test_given_settings_are_json_with_strings_as_fallback() -> None:
         assignments(["rank"])
 
 
+def test_null_takes_a_limit_of_the_params_file_away(tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    params.write_text("recommend: {max_seconds: 60}\nsweep: {trials: 4}\n")
+    assert load_settings(params).recommend.max_seconds == 60
+    given = nested(assignments(["recommend.max_seconds=null", "seed=3"]))
+    assert load_settings(params, **given).recommend.max_seconds is None
+    with pytest.raises(UserError, match="setting seed"):  # what must have a value keeps needing one
+        load_settings(params, **nested(assignments(["seed=null"])))
+
+
 def test_json_is_never_not_a_number_and_never_half(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"x": 1})
     with pytest.raises(ValueError):
