@@ -166,7 +166,11 @@ def options(name: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--params", type=Path, help="settings file (default: params.yaml where there is one)")
     parser.add_argument("--work", type=Path, default=Path("artifacts"), help="folder of all stages' outputs")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, e.g. sweep.trials=4; null: its default"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting, e.g. sweep.trials=4; null is its default",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser
