@@ -85,7 +85,8 @@ def main() -> int:
     found |= {"trainings": rows, **summary(rows)}
     if "sequences" in parts:
         orders = [ORDERS[0][:2]] if options.quick else ORDERS
-        found["sequences"] = [row for order in orders for row in sequences(list(order), seeds[0], steps, until)]
+        places = [(list(order), seed) for seed in seeds for order in orders]
+        found["sequences"] = [row for order, seed in places for row in sequences(order, seed, steps, until)]
         found["kept"] = by_keeping(found["sequences"])
     from metapeft.runtime import describe
 
@@ -263,16 +264,17 @@ def sequences(order: list[str], seed: int, steps: int, until: float) -> list[dic
 
 
 def by_keeping(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the orders that every way of keeping has gone through."""
-    ways: dict[str, dict[tuple[str, ...], dict[str, Any]]] = {}
+    """Means over the orders and seeds that every way of keeping has gone through."""
+    ways: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
     for row in rows:
-        ways.setdefault(row["arm"].removeprefix("sequence "), {})[tuple(row["order"])] = row
-    orders = set.intersection(*(set(found) for found in ways.values())) if len(ways) == len(KEEPING) else set()
+        ways.setdefault(row["arm"].removeprefix("sequence "), {})[*row["order"], row["seed"]] = row
+    runs = set.intersection(*(set(found) for found in ways.values())) if len(ways) == len(KEEPING) else set()
     numbers = ("average_accuracy", "backward_transfer", "forgetting", "drift")
+    about = {"orders": len({run[:-1] for run in runs}), "runs": len(runs)}
     return [
-        {"kept_by": kind, "orders": len(orders)} | {n: statistics.mean(found[o][n] for o in orders) for n in numbers}
+        {"kept_by": kind} | about | {n: statistics.mean(found[run][n] for run in runs) for n in numbers}
         for kind, found in ways.items()
-        if orders
+        if runs
     ]
 
 
@@ -392,7 +394,7 @@ def markdown(found: dict[str, Any]) -> str:
         lines.append("")
     if found.get("kept"):
         lines += [
-            f"Orders of tasks: {found['kept'][0]['orders']}",
+            f"Orders of tasks: {found['kept'][0]['orders']}; with each seed: {found['kept'][0]['runs']} sequences",
             "",
             "| kept by | average accuracy | backward transfer | forgetting | perplexity drift |",
             "|---|---|---|---|---|",
