@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapeft.data.task import Task
-from metapeft.fewshot import context, reptile, worth
+from metapeft.fewshot import context, reptile, tried, worth
 from metapeft.fewshot.choose import (
     Choice,
     Held,
@@ -92,7 +93,7 @@ def adapt(
     """Learns the task from its training split, all of which are shots; the test split only measures what came of it.
 
     max_seconds: for trying; the strategy that is being tried is finished, and the chosen one is trained after it. What
-    is tried, and in what order: `metapeft.fewshot.worth`.
+    is tried, and in what order: `metapeft.fewshot.worth`. After a kill, what was tried is not tried again.
     without: names and families of tasks that nothing is taken over from, beside the task itself. only: strategies to
     try (default: all). priors: None is what was measured on other tasks of its kind. The adapter goes to
     METAPEFT_HOME/adapters/TRIAL_ID. Raises UserError for shots that the backbone cannot read.
@@ -108,6 +109,7 @@ def adapt(
     folds = sessions(backbone, task, fold_count(len(task.train)), session) if len(task.train) > 1 else []
     base, beliefs = answers(session, None, "train"), measured(task.kind) if priors is None else priors
     held: dict[str, Held] = {}
+    kept: list[Path] = []
     late = False
     while folds:
         least = 0.0 if only else worth.LEAST  # what was asked for is tried
@@ -117,9 +119,14 @@ def adapt(
             break
         if report is not None:
             report(each.name, len(held), len(found))
-        held[each.name] = cross_validate(each, folds, seed=seed)
-    tried = [s for s in found if s.name in held] or found[:1]
-    choice = choose(tried, held, base, beliefs)
+        kept.append(tried.place(task, backbone.identity, each, seed))
+        answered = tried.read(kept[-1])
+        if answered is None:
+            answered = cross_validate(each, folds, seed=seed)
+            tried.write(kept[-1], answered)
+        held[each.name] = answered
+    weighed = [s for s in found if s.name in held] or found[:1]
+    choice = choose(weighed, held, base, beliefs)
     before = untuned(session, "test") if task.test else None
     if report is not None:
         report(f"training: {choice.chosen.strategy}" if choice.chosen else "measuring", len(held), len(found))
@@ -127,8 +134,9 @@ def adapt(
     trial, folder, too_good = None, "", 0.0
     if strategy is not None:
         own = held.get(strategy.name)
-        too_good = 0.0 if own is None else optimism(tried, held, base, beliefs)
+        too_good = 0.0 if own is None else optimism(weighed, held, base, beliefs)
         trial, folder = _leave(session, task, strategy, choice, seed, before, own, too_good)
+    tried.clear(kept)
     return Adapted(
         task=task.name,
         shots=len(task.train),
@@ -141,7 +149,7 @@ def adapt(
         score=before if trial is None else trial.score,
         untuned_score=before,
         seconds=time.monotonic() - begin,
-        skipped=tuple(s.name for s in found if s not in tried),
+        skipped=tuple(s.name for s in found if s not in weighed),
         late=late,
         prompt=_prompt(session) if strategy is not None and strategy.name == "context" else "",
         optimism=too_good,

@@ -68,7 +68,8 @@ class Strategy:
     """configuration: None where nothing is trained. start: None is the method's own. context: the start is the shots in
     the context.
 
-    rival: the strategy without transfer that a transferred start has to beat. origin: of the start, for people.
+    rival: the strategy without transfer that a transferred start has to beat. origin, made_of: of the start, for people
+    and for programs.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Strategy:
     context: bool = False
     rival: str = ""
     origin: str = ""
+    made_of: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from metapeft.fewshot import context, starts
 from metapeft.fewshot.choose import Start, Strategy
 from metapeft.fewshot.measure import answers
 from metapeft.fewshot.mix import mix
+from metapeft.fewshot.train import digest
 from metapeft.meta.library import Found
 from metapeft.peft import adapters
 from metapeft.peft.prefix import one_shape
@@ -58,19 +59,24 @@ def strategies(session: Session, near: Sequence[Found], learned: Mapping[str, Sa
         if method not in fresh:
             continue
         name = f"reptile {method}"
-        found.append(Strategy(name, goes_on[method], always(saved), rival=f"cold {method}", origin="many other tasks"))
+        start, made_of = always(saved), digest(saved)
+        rival, origin = f"cold {method}", "many other tasks"
+        found.append(Strategy(name, goes_on[method], start, rival=rival, origin=origin, made_of=made_of))
     for method in fresh:
         alike = usable(session, [f for f in near if starts.start_method(f.entry.trial.method) == method])
         if not alike:
             continue
         names = list(dict.fromkeys(f.entry.trial.task for f, _ in alike))
-        pick = Nearest(session, alike)
+        name, rival, pick = f"nearest {method}", f"cold {method}", Nearest(session, alike)
         origin = f"one of {', '.join(names)}" if len(names) > 1 else names[0]
-        found.append(Strategy(f"nearest {method}", goes_on[method], pick, rival=f"cold {method}", origin=origin))
+        made_of = " ".join(f"{digest(saved)}:{f.similarity!r}" for f, saved in alike)
+        found.append(Strategy(name, goes_on[method], pick, rival=rival, origin=origin, made_of=made_of))
         if method == "lora" and len(alike) > 1:
             few = [saved for _, saved in alike[:MIXED]]
             origin = " + ".join(f.entry.trial.task for f, _ in alike[:MIXED])
-            found.append(Strategy("mix lora", goes_on["lora"], mixture(few), rival="cold lora", origin=origin))
+            made_of = " ".join(digest(saved) for saved in few)
+            mixed = Strategy("mix lora", goes_on["lora"], mixture(few), rival=rival, origin=origin, made_of=made_of)
+            found.append(mixed)
     return found
 
 

@@ -24,7 +24,7 @@ def test_a_kill_at_any_point_loses_nothing(zygote: Zygote, name: str, tmp_path: 
     two = spam_file(tmp_path, 40).rename(tmp_path / "two.jsonl")
     small = ["--backbone", str(tiny_folder("llama"))]
     words = {
-        "adapt": ["adapt", str(one), "--shots", "4", "--strategy", "cold lora", *small],
+        "adapt": ["adapt", str(one), "--shots", "4", "--strategy", "cold lora", "--strategy", "context", *small],
         "train-sequence": ["train-sequence", str(one), str(two), "--steps", "2", *small],
     }[name]
     fresh, home = tmp_path / "fresh", tmp_path / "home"

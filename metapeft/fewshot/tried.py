@@ -1,0 +1,54 @@
+"""What a strategy came to on these shots, on disk until `adapt` ends: one that was killed does not try it again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from metapeft import __version__
+from metapeft.data.task import Task
+from metapeft.fewshot.choose import Held, Strategy
+from metapeft.fewshot.measure import Answers
+from metapeft.profiling import cache
+from metapeft.settings import home
+
+
+def place(task: Task, backbone: str, strategy: Strategy, seed: int) -> Path:
+    """The file for a strategy on these shots; another where anything that its answers depend on differs.
+
+    backbone: its identity.
+    """
+    way = (strategy.name, strategy.configuration, strategy.origin, strategy.made_of)
+    about = repr((__version__, task.kind, task.metric, task.labels, task.train, backbone, way, seed))
+    return home() / "adapting" / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
+
+
+def read(path: Path) -> Held | None:
+    """None where there is none, or a damaged one."""
+    record = cache.read(path)
+    try:
+        if record is None:
+            return None
+        answers = {
+            int(step): Answers(*(np.array(row, dtype=float) for row in rows)) for step, rows in record["answers"]
+        }
+        shape = {len(row) for found in answers.values() for row in (found.hit, found.right, found.loss)}
+        return Held(answers, float(record["seconds"])) if len(shape) == 1 else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def write(path: Path, held: Held) -> None:
+    """Raises UserError when METAPEFT_HOME cannot be written."""
+    rows = [[step, [each.hit.tolist(), each.right.tolist(), each.loss.tolist()]] for step, each in held.answers.items()]
+    cache.write(path, {"answers": rows, "seconds": held.seconds})
+
+
+def clear(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
