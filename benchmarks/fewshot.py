@@ -23,7 +23,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -270,13 +270,18 @@ def cell(name: str, count: int, draw: int, learned_from: Sequence[str], fill: bo
         missing = [way for way in ways if way.name not in record["strategies"]]
         if not missing:
             return
-        held = {} if "tried" in record else {way.name: choose.cross_validate(way, folds) for way in missing}
+        known_shots, begun_with = unpacked(record["untuned"]["shots"]), held_out(record)
+        if "tried" in record:
+            held = cross_validated(ways, folds, known_shots, few, begun_with)
+            record["tried"] = list(held)
+        else:
+            held = {way.name: choose.cross_validate(way, folds) for way in missing}
     else:
         record["near"] = [[f.entry.trial.task, f.entry.trial.method, round(f.similarity, 3)] for f in near]
         record["untuned"] = {"shots": packed(answers(session, None, "train")), "test": zero(name)}
         record["rivals"] = {RIVAL: tested(Strategy(RIVAL, RIVAL_CONFIGURATION), session, count)}
         record["strategies"] = {}
-        missing, held = ways, cross_validated(ways, folds, unpacked(record["untuned"]["shots"]), few)
+        missing, held = ways, cross_validated(ways, folds, unpacked(record["untuned"]["shots"]), few, {})
         record["tried"] = list(held)
     for way in missing:
         record["strategies"][way.name] = noted(held.get(way.name)) | tested(way, session, count)
@@ -321,12 +326,14 @@ def noted(held: Held | None) -> dict[str, Any]:
     return {"held": found, "held_seconds": round(held.seconds, 2)}
 
 
-def cross_validated(ways: Sequence[Strategy], folds: Any, untuned: Answers, few: Any) -> dict[str, Held]:
+def cross_validated(
+    ways: Sequence[Strategy], folds: Any, untuned: Answers, few: Any, before: Mapping[str, Held]
+) -> dict[str, Held]:
     """Answers to held-out shots of the strategies that `adapt` would try, in its order, by what cells of other families
-    say until now."""
+    say until now. before: of those that were tried."""
     others = [c for c in read() if c["family"] != few.family]
     beliefs, both = priors(others, few.kind), together(others)
-    held: dict[str, Held] = {}
+    held = dict(before)
     while (way := worth.following(ways, held, untuned, beliefs, both)) is not None:
         held[way.name] = choose.cross_validate(way, folds)
     return held
@@ -401,8 +408,8 @@ def report(cells: list[dict[str, Any]]) -> dict[str, Any]:
         c["choice_steps"] = 0 if judged is None else judged.steps
         c["avoided"] = [j.strategy for j in choice.judged if j.transfer and j.transfer.avoided]
         c["scores"] = scores(c, others)
-        if "tried" not in c:  # everything was: what trying all of it would have come to
-            c["scores"]["adapt, all tried"] = float(score_of(c, automatic(c, others, list(held_out(c)))[0]).mean())
+        if "tried" not in c:  # everything was
+            c["all_tried"] = float(score_of(c, automatic(c, others, list(held_out(c)))[0]).mean())
     names = list(dict.fromkeys(name for c in cells for name in c["scores"]))
     counts = sorted({c["shots"] for c in cells})
     rows = []
@@ -511,7 +518,8 @@ def rival(name: str, names: Collection[str]) -> str:
 
 
 def gained(c: dict[str, Any]) -> dict[str, float]:
-    """What each strategy gained on the test split, at the step that its held-out shots favour, where it was tried."""
+    """What each strategy gained on the test split, at the step that its held-out shots favour; where it was not
+    cross-validated, at the last."""
     if "gained" not in c:
         before, held = hits(c["untuned"]["test"]).mean(), held_out(c)
         steps = {n: held[n].best() if n in held else max(map(int, r["test"])) for n, r in c["strategies"].items()}
@@ -619,7 +627,7 @@ def trying(cells: list[dict[str, Any]]) -> dict[str, float]:
             counts.append(len(c["were_tried"]) / len(seconds))
             shares.append(mine / sum(seconds.values()))
             spent, whole = spent + mine, whole + sum(seconds.values())
-    both = [(c["task"], c["scores"]["adapt"] - c["scores"]["adapt, all tried"]) for c in cells if "tried" not in c]
+    both = [(c["task"], c["scores"]["adapt"] - c["all_tried"]) for c in cells if "tried" not in c]
     less, error = clustered(both) if both else (math.nan, math.nan)
     return {
         "cells": len(counts),
@@ -771,7 +779,7 @@ def approach(c: dict[str, Any], name: str, goal: float) -> Approach:
 
 
 def targets(cells: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
-    singles = [n for n in names if n not in ("adapt", "adapt, all tried", "cold best method", RIVAL)]
+    singles = [n for n in names if n not in ("adapt", "cold best method", RIVAL)]
     everywhere = [n for n in singles if all(n in c["scores"] for c in cells)]
     best = max(everywhere, key=lambda n: clustered([(c["task"], c["scores"][n]) for c in cells])[0])
     ahead, error = clustered([(c["task"], c["scores"]["adapt"] - c["scores"][best]) for c in cells])

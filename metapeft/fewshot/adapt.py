@@ -92,8 +92,9 @@ def adapt(
 ) -> Adapted:
     """Learns the task from its training split, all of which are shots; the test split only measures what came of it.
 
-    max_seconds: for trying; the strategy that is being tried is finished, and the chosen one is trained after it. What
-    is tried, and in what order: `metapeft.fewshot.worth`. After a kill, what was tried is not tried again.
+    max_seconds: for trying; the strategy that is being tried is finished, a transferred start that would be chosen is
+    compared with cold training, and the chosen one is trained after it. What is tried, and in what order:
+    `metapeft.fewshot.worth`. After a kill, what was tried is not tried again.
     without: names and families of tasks that nothing is taken over from, beside the task itself. only: strategies to
     try (default: all). priors: None is what was measured on other tasks of its kind. The adapter goes to
     METAPEFT_HOME/adapters/TRIAL_ID. Raises UserError for shots that the backbone cannot read.
@@ -114,8 +115,10 @@ def adapt(
     while folds:
         least = 0.0 if only else worth.LEAST  # what was asked for is tried
         each = worth.following(found, held, base, beliefs, worth.measured(), least)
-        late = each is not None and max_seconds is not None and time.monotonic() - begin > max_seconds
-        if each is None or late:
+        if each is not None and max_seconds is not None and time.monotonic() - begin > max_seconds:
+            late = True
+            each = worth.uncompared(found, held, base, beliefs)
+        if each is None:
             break
         if report is not None:
             report(each.name, len(held), len(found))

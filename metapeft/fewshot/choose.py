@@ -23,7 +23,7 @@ from metapeft.data import shots
 from metapeft.data.task import Kind, Task
 from metapeft.errors import MetapeftError
 from metapeft.fewshot import context
-from metapeft.fewshot.measure import Answers, answers
+from metapeft.fewshot.measure import LOST, Answers, answers
 from metapeft.fewshot.train import train
 from metapeft.peft import adapters
 from metapeft.peft.base import Adapter
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 STEPS, AT = 40, (10, 20, 40)  # the schedule, and where it may end
 FOLDS = 3
-LOST = 30.0  # loss, in nats, of an answer by weights that diverged
 # Variance of one shot's difference that is believed before any is seen, and how many shots that belief is worth.
 SPREAD, WORTH = 0.4, 4.0
 DOUBT = 1.5  # times its standard error is the evidence unsure: it is of adapters that saw other shots, and fewer

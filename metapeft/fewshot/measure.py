@@ -16,6 +16,8 @@ from metapeft.peft.base import Adapter
 from metapeft.training.evaluation import predict
 from metapeft.training.session import Session
 
+LOST = 30.0  # loss, in nats, of an answer by weights that diverged
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -27,7 +29,8 @@ class Answers:
 
 
 def answers(session: Session, adapter: Adapter | None, split: str, indices: Sequence[int] | None = None) -> Answers:
-    """Of the examples at `indices` (all by default). The adapter must be attached."""
+    """Of the examples at `indices` (all by default). The adapter must be attached; what one that diverged cannot answer
+    is lost."""
     found = predict(session, adapter, split, indices)
     task = session.task
     if found.label_scores is None:
@@ -38,4 +41,6 @@ def answers(session: Session, adapter: Adapter | None, split: str, indices: Sequ
         scores = found.label_scores - found.label_scores.max(axis=1, keepdims=True)
         every = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
         loss, hit = -every[np.arange(len(truth)), truth], every.argmax(axis=1) == truth
-    return Answers(hit.astype(float), np.exp(-loss), loss)
+    answered = np.isfinite(loss)
+    loss = np.where(answered, loss, LOST)
+    return Answers((hit & answered).astype(float), np.exp(-loss) * answered, loss)

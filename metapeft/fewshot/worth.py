@@ -49,33 +49,35 @@ def following(
 ) -> Strategy | None:
     """The strategy to try next; None: no other is worth it.
 
-    held: of those that were tried. untuned, priors: as for `choose`. A transferred start is not chosen before the cold
-    training that it is compared with was tried. least: improvement that is worth trying; 0 has all of them tried.
+    held: of those that were tried. untuned, priors: as for `choose`. least: improvement that is worth trying; 0 has all
+    of them tried. What `uncompared` says comes last.
     """
-    open_yet = [s for s in strategies if s.name not in held]
     names = [s.name for s in strategies]
     mean, covariance = believed(names, held, untuned, priors, together)
     seconds = dict(zip(together.names, together.seconds, strict=True))
     usual = float(np.mean(together.seconds)) if len(together.seconds) else 1.0
-    tried = [i for i, name in enumerate(names) if name in held]
-    best = max(tried, key=lambda i: mean[i], default=None)
-    if best is not None and mean[best] <= 0:
-        best = None  # the untuned backbone is, whose gain is zero
+    chosen = choose([s for s in strategies if s.name in held], held, untuned, priors).chosen
+    best = None if chosen is None else names.index(chosen.strategy)  # None: the untuned backbone, which gains nothing
     gains = {}
-    for place, each in enumerate(names):
-        if each in held:
-            continue
+    for place, name in enumerate(names):
         ahead, spread = mean[place], covariance[place, place]
         if best is not None:
             ahead = ahead - mean[best]
             spread = spread + covariance[best, best] - 2 * covariance[place, best]
-        gains[each] = improvement(float(ahead), math.sqrt(max(0.0, float(spread))))
-    worthy = [s for s in open_yet if gains[s.name] >= least or not held]
+        gains[name] = improvement(float(ahead), math.sqrt(max(0.0, float(spread))))
+    worthy = [s for s in strategies if s.name not in held and (not held or gains[s.name] >= least)]
     if worthy:
         return max(worthy, key=lambda s: gains[s.name] / seconds.get(s.name, usual))
+    return uncompared(strategies, held, untuned, priors)
+
+
+def uncompared(
+    strategies: Sequence[Strategy], held: Mapping[str, Held], untuned: Answers, priors: Mapping[str, Prior]
+) -> Strategy | None:
+    """The cold training that the present choice, a transferred start, was not compared with yet."""
     chosen = choose([s for s in strategies if s.name in held], held, untuned, priors).chosen
-    rivals = {s.name: s.rival for s in strategies}
-    return next((s for s in open_yet if chosen is not None and s.name == rivals[chosen.strategy]), None)
+    rivals = {s.name: s.rival for s in strategies if chosen is not None and s.name == chosen.strategy}
+    return next((s for s in strategies if s.name not in held and s.name in rivals.values()), None)
 
 
 def believed(
@@ -110,5 +112,5 @@ def improvement(ahead: float, deviation: float) -> float:
     if deviation <= 1e-12:
         return max(0.0, ahead)
     z = ahead / deviation
-    above = 0.5 * (1 + math.erf(z / math.sqrt(2)))
-    return ahead * above + deviation * math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    above = 0.5 * math.erfc(-z / math.sqrt(2))
+    return max(0.0, ahead * above + deviation * math.exp(-z * z / 2) / math.sqrt(2 * math.pi))
