@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from metapeft.meta import costs
 from metapeft.profiling import Profile
 from metapeft.profiling.speed import Speed
-from metapeft.switching.handover import CONFIRMED, DISTILL_STEPS, GUARD, How, exact
+from metapeft.switching.handover import CONFIRMED, DISTILL_STEPS, How, exact
+from metapeft.training.trainer import SAMPLE
 from metapeft.training.trial import Trial
 
 FEW, MANY = 20, 120  # steps between which cost is measured: it is a line
@@ -22,11 +23,13 @@ SLOWER = 2.5  # a step of distillation, which the native decoder does not comput
 
 @dataclass(frozen=True)
 class Price:
-    """Seconds of one configuration: once, per step, and per look at the validation sample."""
+    """Seconds of one configuration: once, per step, per look at the validation sample, and to confirm that outputs
+    stayed as they are."""
 
     once: float
     step: float
     look: float
+    confirm: float = 0.0
 
     def seconds(self, steps: int, looks: int) -> float:
         return self.once + steps * self.step + looks * self.look
@@ -35,11 +38,13 @@ class Price:
         """How many the seconds pay for (0 or less: none)."""
         return int((seconds - self.once - looks * self.look) / self.step + 1e-6)  # rounding must not cost a step
 
-    def exchange(self, how: How) -> float:
-        """Of handing over to this configuration: outputs before and after (the backbone's own are known, and where
-        they do not change few examples show it), and distillation where it is needed."""
+    def exchange(self, how: How | Literal[""]) -> float:
+        """Of handing over to this configuration: outputs before and after (the backbone's own are known), and
+        distillation where it is needed. "": nothing is handed over."""
+        if not how:
+            return 0.0
         if exact(how):
-            return 2 * self.look * CONFIRMED / GUARD
+            return self.confirm
         return self.look if how == "fresh" else 2 * self.look + DISTILL_STEPS * SLOWER * self.step
 
 
@@ -52,6 +57,8 @@ def prices(
 ) -> list[Price]:
     """Without the scoring of the test split, which costs all alike."""
     untested = replace(profile, features=profile.features | {"test_examples": 0})
+    validated = max(1.0, profile.features["validation_examples"])
+    share = 2 * min(CONFIRMED, validated) / min(SAMPLE, validated)  # of a look
     corrected = costs.corrected(configurations, profile, speed, FEW, trials, profiles)
     found = []
     for configuration, whole in zip(configurations, corrected, strict=True):
@@ -62,5 +69,5 @@ def prices(
 
         step = (seconds(MANY, 1) - seconds(FEW, 1)) / (MANY - FEW)
         look = seconds(FEW, 2) - seconds(FEW, 1)
-        found.append(Price(max(0.0, seconds(FEW, 1) - FEW * step - look), step, look))
+        found.append(Price(max(0.0, seconds(FEW, 1) - FEW * step - look), step, look, share * look))
     return found

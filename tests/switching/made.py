@@ -26,7 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "prompt": {"method": "prompt", "learning_rate": 0.02, "tokens": 4},
     "p_tuning": {"method": "p_tuning", "learning_rate": 0.005, "tokens": 4, "width": 16},
 }
-PRICE = Price(once=1.0, step=1.0, look=0.5)
+PRICE = Price(once=1.0, step=1.0, look=0.5, confirm=0.25)
 POLICY = Policy(looks=4)
 
 
@@ -43,6 +43,18 @@ class Certain(Forecaster):
 
     def ahead(self, curve: Any, steps: int) -> tuple[float, float]:
         return 0.0, 0.005
+
+
+class Changing(Certain):
+    """Of another opinion once a leg has been looked at."""
+
+    def __init__(self, worth: dict[str, float], later: dict[str, float], untuned: float):
+        super().__init__(worth, untuned)
+        self.later = later
+
+    def ahead(self, curve: Any, steps: int) -> tuple[float, float]:
+        self.worth = self.later
+        return super().ahead(curve, steps)
 
 
 def advice(start: str, *others: str, untuned: float = 0.3, **worth: float) -> Advice:

@@ -23,7 +23,7 @@ def test_a_price_is_what_the_cost_model_says_without_the_test_split(method: str)
 
 
 def test_steps_are_what_seconds_pay_for() -> None:
-    price = Price(2.0, 0.5, 1.0)
+    price = Price(2.0, 0.5, 1.0, 0.5)
     assert price.steps(price.seconds(17, 3) + 0.1, 3) == price.steps(price.seconds(17, 3), 3) == 17
     random = np.random.default_rng(0)
     for once, step, look in random.uniform(0.001, 3, size=(500, 3)):
@@ -32,3 +32,12 @@ def test_steps_are_what_seconds_pay_for() -> None:
     assert price.steps(1.0, 3) <= 0
     assert price.exchange("distilled") > price.exchange("fresh") > price.exchange("frozen") > 0
     assert price.exchange("frozen") == price.exchange("converted")
+    assert price.exchange("") == 0
+
+
+@pytest.mark.parametrize(("examples", "looks"), [(10, 2.0), (16, 2.0), (32, 1.0), (64, 0.5), (500, 0.5)])
+def test_confirming_that_outputs_stayed_costs_the_examples_that_it_asks(examples: int, looks: float) -> None:
+    about = profile()
+    about.features["validation_examples"] = float(examples)
+    [price] = prices([{"method": "lora"}], about, SPEED, [], {})
+    assert price.confirm == pytest.approx(looks * price.look)

@@ -109,17 +109,26 @@ def test_where_nothing_was_learned_the_next_begins_afresh(session: Session, tmp_
     assert (handover.parts(kept)[0] is None) != record.back  # of the two, one alone
 
 
-def test_the_backbones_known_answers_are_not_asked_for_again(tmp_path: Path) -> None:
+def test_the_backbones_known_answers_are_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The change at a fresh start is the same whether they were known before or not."""
-    session, changes = made.session(), []
+    session, changes, asked = made.session(), [], []
+
+    def counted(at: Session, adapter: Any, *rest: Any) -> Any:
+        asked.append(adapter)
+        return predict(at, adapter, *rest)
+
+    predict = handover.predict
+    monkeypatch.setattr(handover, "predict", counted)
     for known in (False, True):
         if known:
             untuned(session, "validation")
+        asked.clear()
         policy = Policy(looks=4, tolerance=1.0)
         place = tmp_path / f"{known}"
         _, record = made.train(session, place, "lora", "prefix", policy=policy, steps=60, untuned=0.95, prefix=0.9)
         assert record.legs[1].how == "fresh"
         changes.append(record.legs[1].change)
+        assert asked.count(None) == (0 if known else 1)
     assert changes[0] == pytest.approx(changes[1], rel=1e-6)
 
 
@@ -189,6 +198,18 @@ def test_a_method_that_fails_is_exchanged(session: Session, tmp_path: Path) -> N
     assert record.legs[0].trial is not None and record.legs[0].trial["status"] == "diverged"
     assert record.legs[1].forced and record.legs[1].configuration["method"] == "prefix"
     assert trial.status == "ok" and differing(record.decisions) == []
+
+
+def test_what_follows_a_failure_is_charged_no_exchange(session: Session, tmp_path: Path) -> None:
+    given = made.advice("adalora", "prefix", "lora", prefix=0.8, lora=0.9)
+    given = replace(given, forecaster=made.Changing({"prefix": 0.95, "lora": 0.9}, {"prefix": 0.0, "lora": 0.9}, 0.3))
+    start = {"method": "adalora", "learning_rate": 2e9, "alpha": 2e9, "clip": 0.0}
+    _, record = run.train(session, start, lambda _: given, steps=60, folder=tmp_path / "x", policy=Policy(looks=4))
+    assert [leg.configuration["method"] for leg in record.legs] == ["adalora", "prefix", "lora"]
+    assert record.legs[1].forced and record.legs[1].how == ""
+    at = next(d["evidence"] for d in record.decisions if d["evidence"]["leg"] == 1)
+    failed = made.PRICE.seconds(0, 0)  # before its first look
+    assert at["seconds_left"] == pytest.approx(record.budget_seconds - failed - made.PRICE.seconds(at["step"], 1))
 
 
 def test_what_failed_is_decided_once_however_often_it_is_started(session: Session, tmp_path: Path) -> None:
