@@ -185,7 +185,7 @@ def adapt(
     """
     from metapeft import backbones, tracking
     from metapeft.data.shots import load_shots
-    from metapeft.fewshot import STRATEGIES
+    from metapeft.fewshot import STRATEGIES, tried
     from metapeft.fewshot.adapt import adapt as adapted
     from metapeft.fewshot.register import register
     from metapeft.progress import progress, say
@@ -205,7 +205,9 @@ def adapt(
             advance(done / max(1, total), f"{done} of {total} tried; {what}", line=True)
 
         limits: dict[str, Any] = {"max_seconds": max_seconds, "only": strategies}
-        return register(tracker, chosen, adapted(chosen, base, seed=settings.seed, **limits, report=report))
+        found = register(tracker, chosen, adapted(chosen, base, seed=settings.seed, **limits, report=report))
+    tried.clear(chosen, base.identity, settings.seed)
+    return found
 
 
 def learn_starts(

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapeft.data.task import Task
@@ -94,7 +93,8 @@ def adapt(
 
     max_seconds: for trying; the strategy that is being tried is finished, a transferred start that would be chosen is
     compared with cold training, and the chosen one is trained after it. What is tried, and in what order:
-    `metapeft.fewshot.worth`. After a kill, what was tried is not tried again.
+    `metapeft.fewshot.worth`. After a kill, what was tried is not tried again
+    (until `tried.clear`).
     without: names and families of tasks that nothing is taken over from, beside the task itself. only: strategies to
     try (default: all). priors: None is what was measured on other tasks of its kind. The adapter goes to
     METAPEFT_HOME/adapters/TRIAL_ID. Raises UserError for shots that the backbone cannot read.
@@ -110,7 +110,6 @@ def adapt(
     folds = sessions(backbone, task, fold_count(len(task.train)), session) if len(task.train) > 1 else []
     base, beliefs = answers(session, None, "train"), measured(task.kind) if priors is None else priors
     held: dict[str, Held] = {}
-    kept: list[Path] = []
     late = False
     while folds:
         least = 0.0 if only else worth.LEAST  # what was asked for is tried
@@ -122,11 +121,11 @@ def adapt(
             break
         if report is not None:
             report(each.name, len(held), len(found))
-        kept.append(tried.place(task, backbone.identity, each, seed))
-        answered = tried.read(kept[-1])
+        place = tried.place(task, backbone.identity, each, seed)
+        answered = tried.read(place)
         if answered is None:
             answered = cross_validate(each, folds, seed=seed)
-            tried.write(kept[-1], answered)
+            tried.write(place, answered)
         held[each.name] = answered
     weighed = [s for s in found if s.name in held] or found[:1]
     choice = choose(weighed, held, base, beliefs)
@@ -139,7 +138,6 @@ def adapt(
         own = held.get(strategy.name)
         too_good = 0.0 if own is None else optimism(weighed, held, base, beliefs)
         trial, folder = _leave(session, task, strategy, choice, seed, before, own, too_good)
-    tried.clear(kept)
     return Adapted(
         task=task.name,
         shots=len(task.train),

@@ -59,7 +59,7 @@ def strategies(session: Session, near: Sequence[Found], learned: Mapping[str, Sa
         if method not in fresh:
             continue
         name = f"reptile {method}"
-        start, made_of = always(saved), digest(saved)
+        start, made_of = always(saved), _known(saved)
         rival, origin = f"cold {method}", "many other tasks"
         found.append(Strategy(name, goes_on[method], start, rival=rival, origin=origin, made_of=made_of))
     for method in fresh:
@@ -69,15 +69,20 @@ def strategies(session: Session, near: Sequence[Found], learned: Mapping[str, Sa
         names = list(dict.fromkeys(f.entry.trial.task for f, _ in alike))
         name, rival, pick = f"nearest {method}", f"cold {method}", Nearest(session, alike)
         origin = f"one of {', '.join(names)}" if len(names) > 1 else names[0]
-        made_of = " ".join(f"{digest(saved)}:{f.similarity!r}" for f, saved in alike)
+        made_of = " ".join(f"{_known(saved)}:{f.similarity!r}" for f, saved in alike)
         found.append(Strategy(name, goes_on[method], pick, rival=rival, origin=origin, made_of=made_of))
         if method == "lora" and len(alike) > 1:
             few = [saved for _, saved in alike[:MIXED]]
             origin = " + ".join(f.entry.trial.task for f, _ in alike[:MIXED])
-            made_of = " ".join(digest(saved) for saved in few)
+            made_of = " ".join(_known(saved) for saved in few)
             mixed = Strategy("mix lora", goes_on["lora"], mixture(few), rival=rival, origin=origin, made_of=made_of)
             found.append(mixed)
     return found
+
+
+def _known(saved: Saved) -> str:
+    """What a start is, for programs."""
+    return f"{digest(saved)} {saved.config.to_json()}"
 
 
 def _prefixed(session: Session) -> bool:

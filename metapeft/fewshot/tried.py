@@ -1,20 +1,23 @@
-"""What a strategy came to on these shots, on disk until `adapt` ends: one that was killed does not try it again."""
+"""What a strategy came to on these shots, on disk until `metapeft adapt` ends: a killed one does not try it again."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable
+import time
 from pathlib import Path
 
 import numpy as np
 
 from metapeft import __version__
+from metapeft.data.shots import spelled
 from metapeft.data.task import Task
 from metapeft.fewshot.choose import Held, Strategy
 from metapeft.fewshot.measure import Answers
 from metapeft.profiling import cache
 from metapeft.settings import home
+
+KEPT = 30 * 86400.0  # seconds that a killed run is waited for
 
 
 def place(task: Task, backbone: str, strategy: Strategy, seed: int) -> Path:
@@ -23,8 +26,19 @@ def place(task: Task, backbone: str, strategy: Strategy, seed: int) -> Path:
     backbone: its identity.
     """
     way = (strategy.name, strategy.configuration, strategy.origin, strategy.made_of)
-    about = repr((__version__, task.kind, task.metric, task.labels, task.train, backbone, way, seed))
-    return home() / "adapting" / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
+    return folder() / f"{_shots(task, backbone, seed)}-{_digest(way)}.json"
+
+
+def folder() -> Path:
+    return home() / "adapting"
+
+
+def _shots(task: Task, backbone: str, seed: int) -> str:
+    return _digest((__version__, task.kind, task.metric, task.labels, task.train, spelled(task), backbone, seed))
+
+
+def _digest(about: object) -> str:
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 
 def read(path: Path) -> Held | None:
@@ -48,7 +62,9 @@ def write(path: Path, held: Held) -> None:
     cache.write(path, {"answers": rows, "seconds": held.seconds})
 
 
-def clear(paths: Iterable[Path]) -> None:
-    for path in paths:
+def clear(task: Task, backbone: str, seed: int) -> None:
+    """Once the adapter is registered: what was kept for these shots, and what nobody came back for."""
+    for path in folder().glob("*"):
         with contextlib.suppress(OSError):
-            path.unlink()
+            if path.name.startswith(_shots(task, backbone, seed)) or time.time() - path.stat().st_mtime > KEPT:
+                path.unlink()

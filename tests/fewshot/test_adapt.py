@@ -13,7 +13,7 @@ import metapeft
 from metapeft import cli
 from metapeft.data import shots
 from metapeft.errors import MetapeftError, UserError
-from metapeft.fewshot import STRATEGIES, reptile
+from metapeft.fewshot import STRATEGIES, reptile, tried
 from metapeft.fewshot.adapt import adapt, explained, starts_of
 from metapeft.fewshot.choose import Held, Prior, Strategy, choose
 from metapeft.fewshot.measure import Answers
@@ -137,6 +137,7 @@ def test_from_a_file_of_shots(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = str(tiny_folder("llama"))
     found = metapeft.adapt(path, backbone=model, strategies=["context"])
+    assert list(tried.folder().glob("*")) == [], "nothing is left of one that ended"
     assert found.shots == 5 and found.task == "few" and found.score is None and found.untuned_score is None
     with pytest.raises(UserError, match="--shots"):
         metapeft.adapt("trec6", backbone=model)

@@ -110,3 +110,14 @@ def test_what_ships_is_a_correlation_of_strategies_that_exist() -> None:
     assert np.allclose(both.correlation, both.correlation.T) and np.allclose(np.diag(both.correlation), 1)
     assert np.linalg.eigvalsh(both.correlation).min() > 0
     assert (both.seconds > 0).all() and both.seconds.sum() == pytest.approx(1, abs=0.1)
+
+
+def test_with_zero_everything_is_tried_however_hopeless() -> None:
+    ways = [Strategy("a", {}), Strategy("b", {})]
+    answered = {"a": Held({10: told([0.95] * 200)}), "b": Held({10: told([0.95] * 200)})}
+    beliefs = {"a": Prior(0.13, 0.1), "b": Prior(0.13, 0.1)}
+    held: dict[str, Held] = {}
+    while (each := worth.following(ways, held, told([0.2] * 200), beliefs, together(0.0), 0.0)) is not None:
+        held[each.name] = answered[each.name]
+    assert sorted(held) == ["a", "b"]
+    assert all(worth.improvement(z / 100, 0.01) >= 0 for z in np.arange(-40.0, 0.0, 0.01))
