@@ -34,7 +34,7 @@ from metapeft.switching.record import Leg, Record
 from metapeft.training.configuration import LEARNING_RATES, full
 from metapeft.training.evaluation import evaluate, predict
 from metapeft.training.session import Session
-from metapeft.training.trainer import describe, run_trial, saved_state
+from metapeft.training.trainer import describe, evaluated, run_trial, saved_state
 from metapeft.training.trial import Trial, trial_id
 
 BASIS = "basis.json"  # beside the record, while training
@@ -509,8 +509,7 @@ def _looking(configuration: dict[str, Any], looks: int) -> dict[str, Any]:
 
 def _looked(leg: Leg, step: int) -> int:
     """How often a leg was looked at when it is at `step`."""
-    looks = leg.configuration["evaluations"]
-    return min(looks, math.ceil(step / max(1, round(leg.steps / looks))))
+    return sum(at <= step for at in evaluated(leg.steps, leg.configuration["evaluations"]))
 
 
 def _reached(leg: Leg) -> int:

@@ -169,8 +169,7 @@ class _Run:
         self.saved = self.begin
         if isinstance(adapter, AdaLoRA):
             adapter.schedule(steps)
-        every = max(1, round(steps / config.evaluations))
-        self.evaluate_at = {s for s in range(every, steps, every) if steps - s >= every / 2} | {steps}
+        self.evaluate_at = evaluated(steps, config.evaluations)
         view = native.usable(session, adapter)
         self.native = None
         if view is not None:
@@ -420,6 +419,12 @@ def sample(examples: int) -> list[int] | None:
     if examples <= SAMPLE:
         return None
     return sorted(np.random.default_rng(0).permutation(examples)[:SAMPLE].tolist())
+
+
+def evaluated(steps: int, evaluations: int) -> set[int]:
+    """After which steps a training is evaluated: as often as asked, but for rounding, and at its end."""
+    every = max(1, round(steps / evaluations))
+    return {s for s in range(every, steps, every) if steps - s >= every / 2} | {steps}
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

@@ -27,7 +27,7 @@ from metapeft.training import trainer
 from metapeft.training.configuration import TrainConfig
 from metapeft.training.evaluation import evaluate
 from metapeft.training.session import Session, completion_logits
-from metapeft.training.trainer import learning_rate, run_trial
+from metapeft.training.trainer import evaluated, learning_rate, run_trial
 from metapeft.training.vector import Layout, leaves
 from metapeft.training.workers import Workers
 from tests.backbones.tiny import ARCHITECTURES, tiny_folder
@@ -453,3 +453,14 @@ def test_detaching_restores_the_very_arrays_that_were_there(session: Session) ->
     before = tree_map(id, session.model.parameters())
     run_trial(session, configuration("adalora"), steps=2)
     assert tree_map(id, session.model.parameters()) == before
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 3, 4, 7])
+def test_evaluated_as_often_as_asked_but_for_rounding_and_at_the_end(evaluations: int) -> None:
+    for steps in range(evaluations, 130):
+        found = evaluated(steps, evaluations)
+        assert max(found) == steps and min(found) > 0
+        if steps % evaluations == 0:
+            assert sorted(found) == [steps // evaluations * (n + 1) for n in range(evaluations)]
+        elif steps > 3 * evaluations:
+            assert abs(len(found) - evaluations) <= 1
