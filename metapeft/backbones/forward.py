@@ -8,6 +8,7 @@ is "embed, then `for layer, cache in zip(layers, cache): h = layer(h, mask, cach
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,14 +54,37 @@ def width(model: nn.Module) -> int:
     return int(getattr(parts.body, parts.embed)(mx.array([[0]])).shape[-1])
 
 
+CLOSED = 1e-26  # the weight that counts as zero
 Prefix = list[tuple[mx.array, mx.array]]  # per layer keys and values, each (1, kv_heads, tokens, head width)
+
+
+class Gated(list[tuple[mx.array, mx.array]]):
+    """A prefix whose first `tokens` weigh only `weight` (0 to 1) of what they would in the softmax: with 0 it is as if
+    they were not there."""
+
+    def __init__(self, layers: Prefix, tokens: int, weight: float):
+        super().__init__(layers)
+        self.tokens, self.weight = tokens, weight
+
+    @property
+    def bias(self) -> float:
+        """What is added to their logits."""
+        return math.log(max(self.weight, CLOSED))
+
+
+def caches(prefix: Prefix) -> list[PrefixCache]:
+    gate = prefix if isinstance(prefix, Gated) else None
+    return [PrefixCache(keys, values, gate) for keys, values in prefix]
 
 
 class PrefixCache:
     """Keys and values that every token of the batch attends to before its own. Gradients flow into them."""
 
-    def __init__(self, keys: mx.array, values: mx.array):
+    gate: Gated | None = None
+
+    def __init__(self, keys: mx.array, values: mx.array, gate: Gated | None = None):
         self.prefix = (keys, values)  # (1 or batch, kv_heads, virtual tokens, head width)
+        self.gate = gate
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
         self.offset: int = keys.shape[2]
@@ -82,6 +106,10 @@ class PrefixCache:
         return self.keys, self.values
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        if self.gate is not None:
+            closed = mx.where(_causal(n, self.offset, window_size), 0.0, -mx.inf)
+            closed[:, : self.gate.tokens] += self.gate.bias
+            return closed.astype(self.prefix[0].dtype)
         if n == 1 and not return_array and window_size is None:
             return None
         if return_array or window_size is not None:
@@ -222,14 +250,15 @@ def extended(
 ) -> Prefix:
     """`prefix`, then the keys and values of `ids`, from layer `start` on (`hidden`: that layer's input, if not 0)."""
     depth = anatomy(model).depth
-    caches = [RecordingCache() for _ in range(depth)] if prefix is None else [PrefixCache(k, v) for k, v in prefix]
-    run(model, mx.array([list(ids)]), cache=caches, start=start, hidden=hidden, logits=False)
+    before = [RecordingCache() for _ in range(depth)] if prefix is None else caches(prefix)
+    run(model, mx.array([list(ids)]), cache=before, start=start, hidden=hidden, logits=False)
     # Layers that were not run hold nothing; masks still read the length from them.
-    return [caches[max(i, start)].held() for i in range(depth)]
+    held = [before[max(i, start)].held() for i in range(depth)]
+    return Gated(held, prefix.tokens, prefix.weight) if isinstance(prefix, Gated) else held
 
 
 def keys_values(model: nn.Module, ids: mx.array, embeddings: mx.array | None = None) -> Prefix:
     """Per layer (keys, values) of a sequence, each (batch, kv_heads, tokens, head width), position-encoded from 0."""
-    caches = [RecordingCache() for _ in range(anatomy(model).depth)]
-    run(model, ids, embeddings=embeddings, cache=caches, logits=False)
-    return [cache.held() for cache in caches]
+    empty = [RecordingCache() for _ in range(anatomy(model).depth)]
+    run(model, ids, embeddings=embeddings, cache=empty, logits=False)
+    return [cache.held() for cache in empty]

@@ -51,8 +51,9 @@ struct Batch {
   const int32_t *roots;             // (root_count): tokens whose log-likelihood is asked for
   float *loss, *hit, *root_scores;  // (count), (count), (count, root_count)
   uint64_t seed;                    // of dropout
-  int32_t rows, sequences, common, prefix, start, stop, count, root_count, train, checkpoint;
+  int32_t rows, sequences, common, prefix, start, stop, count, root_count, train, checkpoint, gated;
   float weight;                     // of each loss in the gradient
+  float gate;                       // added to the logits of the prefix's first `gated` tokens
 };
 
 constexpr int ROW_MAJOR = 101, PLAIN = 111, TRANSPOSED = 112;
@@ -395,6 +396,7 @@ class Decoder {
     times_transposed(group * n, n, d, scale, q, d, key(a.k, kv, offset(s)), d, 0, scores + before, all);
     for (int r = 0; r < group * n; r++) {
       float *row = scores + (size_t)r * all, most = -INFINITY, sum = 0;
+      for (int i = 0; i < b.gated; i++) row[i] += b.gate;
       const int seen = before + r % n + 1;
       for (int i = 0; i < seen; i++) most = row[i] > most ? row[i] : most;
       for (int i = 0; i < seen; i++) sum += row[i] = exponential(row[i] - most);

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from metapeft import blas
-from metapeft.backbones.forward import Prefix, anatomy, run
+from metapeft.backbones.forward import Gated, Prefix, anatomy, run
 from metapeft.errors import UserError
 from metapeft.peft.adalora import TripletLowRank
 from metapeft.peft.lora import LowRank
@@ -93,10 +93,10 @@ class _Batch(ctypes.Structure):
             (name, _int)
             for name in (
                 *("rows", "sequences", "common", "prefix", "start", "stop", "count", "root_count"),
-                *("train", "checkpoint"),
+                *("train", "checkpoint", "gated"),
             )
         ),
-        ("weight", _float),
+        *((name, _float) for name in ("weight", "gate")),
     )
 
 
@@ -221,7 +221,8 @@ class Decoder:
             for i in range(self.depth)
         ]
         self._prepared(rows, kept=kept)()
-        return [(mx.array(k[None]), mx.array(v[None])) for k, v in kept]
+        held = [(mx.array(k[None]), mx.array(v[None])) for k, v in kept]
+        return Gated(held, rows.prefix.tokens, rows.prefix.weight) if isinstance(rows.prefix, Gated) else held
 
     def forward(self, rows: Rows) -> np.ndarray:
         """The hidden state after layer `stop` - 1, (rows, width)."""
@@ -267,6 +268,7 @@ class Decoder:
         """Parameters are read now; what is returned computes with them, whatever the model holds by then."""
         stop = self.depth if rows.stop is None else rows.stop
         before = rows.prefix[rows.start][0].shape[2] if rows.prefix and rows.start < stop else 0
+        gate = rows.prefix if before and isinstance(rows.prefix, Gated) else None
         alive: list[Any] = [rows, gradients, kept]  # arrays whose memory the structures name
         layers = (_Layer * self.depth)()
         tables = self._rotations(before + rows.common + int(np.diff(rows.ends, prepend=0).max()))
@@ -295,7 +297,8 @@ class Decoder:
             *(_address(found.loss), _address(found.hit), _address(found.root_scores)),
             seed,
             *(len(rows.hidden), len(rows.ends), rows.common, before, rows.start, stop, len(chosen), len(roots)),
-            *(gradients is not None, checkpoint, weight),
+            *(gradients is not None, checkpoint, 0 if gate is None else gate.tokens),
+            *(weight, 0.0 if gate is None else gate.bias),
         )
         model = _Model.from_buffer_copy(self._model)
         model.layers = ctypes.addressof(layers)

@@ -37,9 +37,9 @@ class Adapter:
     """A method attached to a frozen model. `module` holds exactly the trained parameters (an `nn.Module`).
 
     Life cycle: `attach(model)` changes the model in place and freezes it; `prefix(model)` gives the per-layer keys and
-    values to attend to (None for matrix methods); `extra_loss()` is added to the task loss; within
-    `learning_from(examples)` the gradients of a step are taken;
-    `after_step(step, gradients)` runs after each optimizer step; `detach(model)` restores the model exactly.
+    values to attend to (None for matrix methods); `before_step(step)` comes before each step; `extra_loss()` is added
+    to the task loss; within `learning_from(examples)` the gradients of a step are taken; `after_step(step, gradients)`
+    runs after each optimizer step; `detach(model)` restores the model exactly.
     """
 
     config: MethodConfig
@@ -63,6 +63,9 @@ class Adapter:
     def learning_from(self, examples: Sequence[int]) -> AbstractContextManager[None]:
         """While gradients are taken of these training examples (an adapter made of examples leaves them out)."""
         return nullcontext()
+
+    def before_step(self, step: int) -> None:
+        """Called with the zero-based step before it is taken (a prefix behind a gate opens here)."""
 
     def after_step(self, step: int, gradients: dict[str, Any]) -> None:
         """Called with the zero-based step and the flat gradients of `module` (AdaLoRA prunes here)."""

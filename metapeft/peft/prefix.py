@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from metapeft.backbones.forward import keys_values
+from metapeft.backbones.forward import Gated, keys_values
 from metapeft.errors import UserError
 from metapeft.peft.base import Adapter, MethodConfig
 from metapeft.peft.virtual import Table, repeat_to
@@ -56,12 +56,26 @@ class Shots(Table):
 
 
 class Prefix(Adapter):
-    """`module()` gives (tokens, 2 * layers * kv_heads * head width): per layer the keys, then the values."""
+    """`module()` gives (tokens, 2 * layers * kv_heads * head width): per layer the keys, then the values.
+
+    weight: of its tokens in the softmax, in training behind a gate below 1; see `open_over`.
+    """
 
     def __init__(self, config: PrefixConfig, module: nn.Module, kv_heads: Sequence[int], head_width: int):
         self.config = config
         self.module = module
         self.kv_heads, self.head_width = list(kv_heads), head_width
+        self.weight, self._opening = 1.0, 0
+
+    def open_over(self, steps: int) -> None:
+        """Begins as an identity, behind a closed gate that opens evenly over so many steps: then it is a prefix like
+        any other, without a trained gate that a saved adapter would need (as that of Zhang et al. 2023,
+        arXiv:2303.16199, would be)."""
+        self.weight, self._opening = 0.0, steps
+
+    def before_step(self, step: int) -> None:
+        if self._opening:
+            self.weight = min(1.0, (step + 1) / self._opening)
 
     def attach(self, model: nn.Module) -> None:
         model.freeze()
@@ -84,7 +98,8 @@ class Prefix(Adapter):
         tokens = flat.shape[0]
         heads = self.kv_heads[0]
         split = flat.reshape(tokens, 2 * len(self.kv_heads), heads, self.head_width).transpose(1, 2, 0, 3)
-        return [(split[2 * i][None], split[2 * i + 1][None]) for i in range(len(self.kv_heads))]
+        layers = [(split[2 * i][None], split[2 * i + 1][None]) for i in range(len(self.kv_heads))]
+        return layers if self.weight == 1.0 else Gated(layers, tokens, self.weight)
 
 
 def flatten(layers: Sequence[tuple[mx.array, mx.array]]) -> mx.array:

@@ -4,8 +4,10 @@
                 merged into the weights or as keys and values: outputs stay as they are
     converted   virtual tokens become the start of other virtual tokens that can hold them: a prefix holds the keys and
                 values of any, a prompt the embeddings of a prompt or P-tuning: outputs stay as they are
-    distilled   virtual tokens that are no identity are trained until they put out what the old adapter does, on inputs
-                whose old outputs are cached (Hinton et al. 2015, arXiv:1503.02531, at temperature 1)
+    gated       a prefix on matrices, which are merged, begins behind a closed gate: outputs stay as they are, and it
+                opens until the first look
+    distilled   other virtual tokens are trained until they put out what the old adapter does, on inputs whose old
+                outputs are cached (Hinton et al. 2015, arXiv:1503.02531, at temperature 1)
     fresh       instead of distilled where nothing was learned yet: the new one starts on the bare backbone
 
 By how much outputs did change is measured on a guard set that neither trained, and what lost too much is not done. At a
@@ -30,7 +32,7 @@ from metapeft.training.configuration import split
 from metapeft.training.evaluation import Predictions, predict, score
 from metapeft.training.session import Session, Shard, completion_logits
 
-How = Literal["frozen", "converted", "distilled", "fresh"]
+How = Literal["frozen", "converted", "gated", "distilled", "fresh"]
 DISTILL_STEPS = 8
 DISTILL_BATCHES = 4  # cached, and gone through again and again
 GUARD = 64  # examples at most
@@ -77,13 +79,14 @@ def how(old: Tokens, method: str, learned: bool = True) -> How:
     """The way from an adapter with such virtual tokens to a method. learned: whether it is better than the backbone."""
     if method in ("lora", "adalora"):
         return "frozen"
-    held = (method == "prefix" and old != "none") or (method == "prompt" and old == "embeddings")
-    return "converted" if held else "distilled" if learned else "fresh"
+    if (method == "prefix" and old != "none") or (method == "prompt" and old == "embeddings"):
+        return "converted"
+    return "fresh" if not learned else "gated" if method == "prefix" else "distilled"
 
 
 def exact(way: How) -> bool:
     """Whether outputs stay as they are."""
-    return way in ("frozen", "converted")
+    return way in ("frozen", "converted", "gated")
 
 
 def handover(
@@ -94,7 +97,7 @@ def handover(
     matrices, virtual = parts(old)
     if way == "fresh":
         return Handover(way, configuration, None, None)
-    if way == "frozen":
+    if way in ("frozen", "gated"):
         return Handover(way, configuration, old, None)
     if way == "converted":
         assert virtual is not None

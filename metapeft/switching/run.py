@@ -23,6 +23,7 @@ from metapeft.meta.evidence import complete
 from metapeft.meta.gains import gain, room
 from metapeft.peft import adapters
 from metapeft.peft.base import Adapter
+from metapeft.peft.prefix import Prefix as PrefixAdapter
 from metapeft.peft.stack import joined, parts
 from metapeft.runtime import device, mx, versions
 from metapeft.switching import decide, handover
@@ -192,6 +193,9 @@ class _Training:
         with handover.over(self.session, below) as upper:
 
             def prepare(adapter: Adapter) -> None:
+                if leg.how == "gated":
+                    assert isinstance(adapter, PrefixAdapter)
+                    adapter.open_over(min(evaluated(leg.steps, configuration["evaluations"])))
                 if given is None or saved_state(self._leg_folder(number), identity) is not None:
                     return  # goes on, from weights that replace these
                 begun = time.perf_counter()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from metapeft.backbones.forward import Prefix, PrefixCache, RecordingCache, run
+from metapeft.backbones.forward import Prefix, PrefixCache, RecordingCache, caches, run
 from metapeft.data.rows import listed
 from metapeft.data.task import SPLITS, Example
 from metapeft.errors import UserError
@@ -247,13 +247,12 @@ class Labels:
     def _path_scores(self, session: Session, prefix: Prefix | None, ids: mx.array, paths: mx.array) -> mx.array:
         """Log-likelihood of each label's tokens after the first, up to the deciding one: (examples, labels)."""
         batch, count = ids.shape[0], paths.shape[0]
-        caches = (
-            [RecordingCache() for _ in range(session.depth)]
-            if prefix is None
-            else [PrefixCache(keys, values) for keys, values in prefix]
-        )
-        run(session.model, ids, cache=caches, logits=False)
-        repeated = [PrefixCache(*(mx.repeat(held, count, axis=0) for held in cache.held())) for cache in caches]
+        before = [RecordingCache() for _ in range(session.depth)] if prefix is None else caches(prefix)
+        run(session.model, ids, cache=before, logits=False)
+        repeated = []
+        for each in before:
+            keys, values = (mx.repeat(held, count, axis=0) for held in each.held())
+            repeated.append(PrefixCache(keys, values, each.gate))
         tokens = mx.concatenate([paths] * batch, axis=0)
         logits = run(session.model, tokens, cache=repeated).astype(mx.float32)
         logs = (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).reshape(batch, count, paths.shape[1], -1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from metapeft.backbones.forward import Prefix, PrefixCache, anatomy, extended, run
+from metapeft.backbones.forward import Prefix, anatomy, caches, extended, run
 from metapeft.data.task import Task
 from metapeft.errors import UserError
 from metapeft.kernels.decoder import Decoder, decoder
@@ -169,6 +169,6 @@ def completion_logits(
     model: nn.Module, prefix: Prefix | None, shard: Shard, start: int, *, checkpoint: bool = False
 ) -> mx.array:
     """Logits at the completion positions of a shard, (positions, vocabulary). `prefix` comes before every sequence."""
-    cache = None if prefix is None else [PrefixCache(k, v) for k, v in prefix]
+    cache = None if prefix is None else caches(prefix)
     out = run(model, shard.ids, cache=cache, rows=shard.rows, start=start, hidden=shard.hidden, checkpoint=checkpoint)
     return out[0]

@@ -243,6 +243,7 @@ class _Run:
         wanted = [[indices[i] for i in part] for part in parts]
         seeds = [((self.seed * 1_000_003 + self.step) * 1_009 + n) % 2**63 for n in range(len(parts))]
         jobs: list[Callable[[], Any]]
+        self.adapter.before_step(self.step)
         with self.adapter.learning_from(indices):
             if self.native is not None:
                 jobs = self.native.jobs(wanted, total, seeds)
@@ -311,6 +312,7 @@ class _Run:
             raise Diverged(f"the loss rose from {self.lowest:.2f} to {recent:.2f} by step {self.step}")
 
     def _evaluate(self) -> dict[str, Any]:
+        self.adapter.before_step(self.steps)  # what opens over the first steps is judged, and saved, open
         predictions = predict(self.session, self.adapter, "validation", self.sample)
         found = score(self.session, predictions, "validation", self.sample)
         self.since_best += 1

@@ -37,7 +37,8 @@ EXCHANGES = (
     ("lora", "adalora", "frozen"),
     ("prompt", "prefix", "converted"),
     ("p_tuning", "prompt", "converted"),
-    ("lora", "prefix", "distilled"),
+    ("lora", "prefix", "gated"),
+    ("lora", "prompt", "distilled"),
     ("adalora", "p_tuning", "distilled"),
 )
 
@@ -74,16 +75,16 @@ def test_distillation_brings_outputs_closer(session: Session, tmp_path: Path) ->
     """Against the same virtual tokens as they would start."""
     made.train(session, tmp_path / "x", "lora", steps=40)
     old = adapters.load(tmp_path / "x", session.model)
-    given = handover.handover(session, old, run.full(made.SMALL["prefix"]), seed=0)
+    given = handover.handover(session, old, run.full(made.SMALL["prompt"]), seed=0)
     assert given.how == "distilled" and given.prepare is not None
     guarded = handover.guard(session, "distilled")
     before = handover.predicted(session, old, guarded)
     with handover.over(session, given.below) as upper:
         from metapeft.peft import create, parse
 
-        adapter = create(parse("prefix", {"tokens": 4}), upper.model, seed=0, text_ids=[5, 6, 7, 8])
-        fresh = handover.change(session, guarded, before, handover.predicted(upper, adapter, guarded))
+        adapter = create(parse("prompt", {"tokens": 4}), upper.model, seed=0, text_ids=[5, 6, 7, 8])
         adapter.attach(upper.model)
+        fresh = handover.change(session, guarded, before, handover.predicted(upper, adapter, guarded))
         given.prepare(upper, adapter)
         adapter.detach(upper.model)
         distilled = handover.change(session, guarded, before, handover.predicted(upper, adapter, guarded))
@@ -185,7 +186,7 @@ def test_a_change_that_loses_too_much_is_undone(
 
     monkeypatch.setattr(handover, "_distil", forgets)
     policy = Policy(looks=4, tolerance=-2.0)  # nothing is good enough
-    trial, record = made.train(session, tmp_path / "x", "lora", "prefix", policy=policy, steps=60, prefix=0.9)
+    trial, record = made.train(session, tmp_path / "x", "lora", "prompt", policy=policy, steps=60, prompt=0.9)
     assert [leg.undone for leg in record.legs] == [False, True, False]
     assert record.legs[2].returns and record.legs[2].how == "frozen" and trial.score is not None
     assert record.legs[2].change is not None and record.legs[2].change["largest"] < 1e-3
