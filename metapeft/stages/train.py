@@ -37,7 +37,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         raise UserError(f"{error} ({chosen['method']} is {why}; --method names another one)") from error
     steps = settings.train.steps
     profile = read_json(work / "profile" / "profile.json")
-    with progress(f"train {configuration['method']}", steps) as advance:
+    with progress("train" if settings.train.switch else f"train {configuration['method']}", steps) as advance:
 
         def on_event(event: dict[str, Any]) -> None:
             score = event.get("validation_score")

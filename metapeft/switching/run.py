@@ -25,6 +25,7 @@ from metapeft.peft import adapters
 from metapeft.peft.base import Adapter
 from metapeft.peft.prefix import Prefix as PrefixAdapter
 from metapeft.peft.stack import joined, parts
+from metapeft.progress import say
 from metapeft.runtime import device, mx, versions
 from metapeft.switching import decide, handover
 from metapeft.switching.advice import Advice, Basis, plain
@@ -359,7 +360,10 @@ class _Training:
         last = [d for d in self.record.decisions if d["evidence"]["leg"] == number]
         decision = decide.recorded(last[-1]) if last else Decision(0, "")
         if decision.switch:
-            self._begin(last[-1]["evidence"]["options"][decision.to], source=number)
+            option = last[-1]["evidence"]["options"][decision.to]
+            self._begin(option, source=number)
+            methods = f"{leg.configuration['method']} to {option['configuration']['method']}"
+            say(f"exchange: from {methods} ({option['how']}): {decision.why}")
 
     def _begin(self, option: dict[str, Any], source: int | None, forced: bool = False) -> None:
         price = self.record.alternatives[option["alternative"]]["price"]
@@ -380,6 +384,7 @@ class _Training:
         how = handover.how(self._tokens(source, leg.configuration["method"]), configuration["method"])
         left = self.record.budget_seconds - self._spent(number, 0)
         steps = price.steps(left - price.exchange(how), looks)
+        say(f"exchange undone: it changed too much; {leg.configuration['method']} goes on where it was")
         if steps >= LEAST_STEPS:
             configuration = _looking(configuration, looks)
             self.record.legs.append(Leg(configuration, steps, leg.price, how, source, returns=True))
@@ -442,6 +447,9 @@ class _Training:
         last = usable[-1]
         record.back = scores[last] < scores[best] - self.policy.tolerance
         record.kept = best if record.back else last
+        if record.back:
+            kept, given_up = (record.legs[n].configuration["method"] for n in (best, last))
+            say(f"exchange taken back: {given_up} ended at {scores[last]:.3f}, {kept} had {scores[best]:.3f}")
         trial = self._outcome(record.kept)
         adapter = self.whole(record.kept)
         adapter.attach(self.session.model)

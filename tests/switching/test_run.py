@@ -45,11 +45,12 @@ EXCHANGES = (
 
 @pytest.mark.parametrize(("first", "second", "how"), EXCHANGES)
 def test_an_exchange_hands_over_what_was_learned(
-    session: Session, first: str, second: str, how: str, tmp_path: Path
+    session: Session, first: str, second: str, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     policy = Policy(looks=4, tolerance=1.0)  # on a random model distillation may do what it likes
     trial, record = made.train(session, tmp_path / "x", first, second, policy=policy, steps=60, **{second: 0.9})
     assert [leg.how for leg in record.legs] == ["", how]
+    assert f"exchange: from {first} to {second} ({how}): {second} is expected to gain" in capsys.readouterr().err
     assert record.kept == 1 or record.back
     change = record.legs[1].change
     assert change is not None and change["examples"] == 12
@@ -177,7 +178,7 @@ def test_without_anything_better_it_is_the_static_training(session: Session, tmp
 
 
 def test_a_change_that_loses_too_much_is_undone(
-    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An exchange to what forgets everything: the method in hand goes on, on what it had learned."""
 
@@ -188,6 +189,7 @@ def test_a_change_that_loses_too_much_is_undone(
     policy = Policy(looks=4, tolerance=-2.0)  # nothing is good enough
     trial, record = made.train(session, tmp_path / "x", "lora", "prompt", policy=policy, steps=60, prompt=0.9)
     assert [leg.undone for leg in record.legs] == [False, True, False]
+    assert "exchange undone: it changed too much; lora goes on" in capsys.readouterr().err
     assert record.legs[2].returns and record.legs[2].how == "frozen" and trial.score is not None
     assert record.legs[2].change is not None and record.legs[2].change["largest"] < 1e-3
 
