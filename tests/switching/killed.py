@@ -1,6 +1,6 @@
 """A switched training on a tiny model that says each step; started by test_run.py, which kills it.
 
-usage: killed.py MODEL FOLDER
+usage: killed.py MODEL FOLDER METHOD OTHER...
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ def main() -> None:
     trainer.STATE_SECONDS = 0.0  # after every step
     session = Session(load(sys.argv[1], dequantize=False), classification())
     session.untuned["test"] = Score("accuracy", 0.3, 0.1, 12, 2.0)
-    advice = made.advice("p_tuning", "lora", "prefix", lora=0.5, prefix=0.9)
+    first, *others = sys.argv[3:]
+    advice = made.advice(first, *others, untuned=0.0, lora=0.5, prefix=0.9)
     run.train(
         session,
-        made.SMALL["p_tuning"],
+        made.SMALL[first],
         lambda _: advice,
         steps=24,
         folder=Path(sys.argv[2]),

@@ -259,8 +259,8 @@ def test_asked_again_it_is_read_not_trained(session: Session, tmp_path: Path) ->
     assert not (tmp_path / "x.legs").exists()
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.switching.killed", str(tiny_folder("llama")), str(folder)]
+def start(folder: Path, methods: tuple[str, ...]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.switching.killed", str(tiny_folder("llama")), str(folder), *methods]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
 
 
@@ -272,15 +272,19 @@ def result(folder: Path) -> tuple[bytes, list[Any], list[Any]]:
     return weights, decisions, legs
 
 
-def test_killed_at_any_moment_and_started_again_ends_with_the_same_bits(tmp_path: Path) -> None:
-    child = start(tmp_path / "whole")
+@pytest.mark.parametrize("methods", [("p_tuning", "lora", "prefix"), ("lora", "prefix")])
+def test_killed_at_any_moment_and_started_again_ends_with_the_same_bits(
+    tmp_path: Path, methods: tuple[str, ...]
+) -> None:
+    child = start(tmp_path / "whole", methods)
     lines = child.communicate(timeout=300)[0].splitlines()
     assert child.returncode == 0 and any(line.startswith("leg 1") for line in lines)
+    assert (result(tmp_path / "whole")[2][1][2] == "gated") == (methods == ("lora", "prefix"))
     first = sum(line.startswith("leg 0") for line in lines)
     chance = random.Random(0)
     # In the first leg, at the exchange, and after it.
     for after in (3, first - 1, first, 2):
-        child = start(tmp_path / "killed")
+        child = start(tmp_path / "killed", methods)
         assert child.stdout is not None
         for n, _ in enumerate(child.stdout, 1):
             if n >= after:
@@ -289,6 +293,6 @@ def test_killed_at_any_moment_and_started_again_ends_with_the_same_bits(tmp_path
                 break
         child.stdout.close()
         child.wait(60)
-    child = start(tmp_path / "killed")
+    child = start(tmp_path / "killed", methods)
     assert "done" in child.communicate(timeout=300)[0]
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
