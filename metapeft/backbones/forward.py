@@ -48,6 +48,13 @@ def anatomy(model: nn.Module) -> Anatomy:
     raise UserError(f"architecture {kind} is not supported: its embedding, layers and last norm were not found")
 
 
+def precision(model: nn.Module) -> mx.Dtype:
+    """What the model computes in."""
+    parts = anatomy(model)
+    found: mx.Dtype = getattr(parts.body, parts.norm)["weight"].dtype
+    return found
+
+
 def width(model: nn.Module) -> int:
     """Width of the hidden state, whatever the precision or quantization of the embedding."""
     parts = anatomy(model)
@@ -60,11 +67,15 @@ Prefix = list[tuple[mx.array, mx.array]]  # per layer keys and values, each (1, 
 
 class Gated(list[tuple[mx.array, mx.array]]):
     """A prefix whose first `tokens` weigh only `weight` (0 to 1) of what they would in the softmax: with 0 it is as if
-    they were not there."""
+    they were not there. dtype: what the model computes in, which a mask must have."""
 
-    def __init__(self, layers: Prefix, tokens: int, weight: float):
+    def __init__(self, layers: Prefix, tokens: int, weight: float, dtype: mx.Dtype):
         super().__init__(layers)
-        self.tokens, self.weight = tokens, weight
+        self.tokens, self.weight, self.dtype = tokens, weight, dtype
+
+    def like(self, layers: Prefix) -> Gated:
+        """The same gate before other keys and values."""
+        return Gated(layers, self.tokens, self.weight, self.dtype)
 
     @property
     def bias(self) -> float:
@@ -109,7 +120,7 @@ class PrefixCache:
         if self.gate is not None:
             closed = mx.where(_causal(n, self.offset, window_size), 0.0, -mx.inf)
             closed[:, : self.gate.tokens] += self.gate.bias
-            return closed.astype(self.prefix[0].dtype)
+            return closed.astype(self.gate.dtype)
         if n == 1 and not return_array and window_size is None:
             return None
         if return_array or window_size is not None:
@@ -254,7 +265,7 @@ def extended(
     run(model, mx.array([list(ids)]), cache=before, start=start, hidden=hidden, logits=False)
     # Layers that were not run hold nothing; masks still read the length from them.
     held = [before[max(i, start)].held() for i in range(depth)]
-    return Gated(held, prefix.tokens, prefix.weight) if isinstance(prefix, Gated) else held
+    return prefix.like(held) if isinstance(prefix, Gated) else held
 
 
 def keys_values(model: nn.Module, ids: mx.array, embeddings: mx.array | None = None) -> Prefix:

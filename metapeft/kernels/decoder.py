@@ -222,7 +222,7 @@ class Decoder:
         ]
         self._prepared(rows, kept=kept)()
         held = [(mx.array(k[None]), mx.array(v[None])) for k, v in kept]
-        return Gated(held, rows.prefix.tokens, rows.prefix.weight) if isinstance(rows.prefix, Gated) else held
+        return rows.prefix.like(held) if isinstance(rows.prefix, Gated) else held
 
     def forward(self, rows: Rows) -> np.ndarray:
         """The hidden state after layer `stop` - 1, (rows, width)."""

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from metapeft.backbones.forward import Gated, keys_values
+from metapeft.backbones.forward import Gated, keys_values, precision
 from metapeft.errors import UserError
 from metapeft.peft.base import Adapter, MethodConfig
 from metapeft.peft.virtual import Table, repeat_to
@@ -99,7 +99,7 @@ class Prefix(Adapter):
         heads = self.kv_heads[0]
         split = flat.reshape(tokens, 2 * len(self.kv_heads), heads, self.head_width).transpose(1, 2, 0, 3)
         layers = [(split[2 * i][None], split[2 * i + 1][None]) for i in range(len(self.kv_heads))]
-        return layers if self.weight == 1.0 else Gated(layers, tokens, self.weight)
+        return layers if self.weight == 1.0 else Gated(layers, tokens, self.weight, precision(model))
 
 
 def flatten(layers: Sequence[tuple[mx.array, mx.array]]) -> mx.array:

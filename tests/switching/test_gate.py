@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from metapeft.runtime import mx
 from metapeft.switching import handover
 from metapeft.training.evaluation import evaluate, predict
 from metapeft.training.session import Session
-from tests.backbones.tiny import tiny
+from tests.backbones.tiny import CONFIGS, tiny
 from tests.switching import made
 
 
@@ -71,7 +72,7 @@ def test_a_weight_is_a_share_in_the_softmax() -> None:
     layers = fresh(session, tokens=3).prefix(model)
     twice = [(mx.concatenate([k, k], axis=2), mx.concatenate([v, v], axis=2)) for k, v in layers]
     halves, once = (
-        np.array(forward(model, ids, cache=caches(Gated(twice, tokens, weight))))
+        np.array(forward(model, ids, cache=caches(Gated(twice, tokens, weight, mx.float32))))
         for tokens, weight in ((6, 0.5), (3, 0.0))
     )
     assert halves == pytest.approx(once, abs=1e-4)
@@ -123,3 +124,32 @@ def test_gradients_through_a_half_open_gate_are_mlx_s(session: Session) -> None:
     adapter.module.update(parameters)
     assert float(value) == pytest.approx(float(expected), rel=1e-4)
     assert np.array(found) == pytest.approx(np.array(layout.join(tree)), abs=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_masks_have_the_precision_of_the_model(name: str, dtype: str) -> None:
+    model: Any = copy.deepcopy(tiny(name).model)
+    model.set_dtype(getattr(mx, dtype))
+    adapter = create(parse("prefix", {"tokens": 3}), model, seed=0, text_ids=[5, 6, 7, 8])
+    assert isinstance(adapter, Prefix)
+    ids = mx.array([[3, 4, 5, 6, 7]])
+    outputs = []
+    for weight in (0.0, 0.5, 1.0):
+        adapter.weight = weight
+        out = forward(model, ids, cache=caches(adapter.prefix(model))).astype(mx.float32)
+        assert np.isfinite(np.array(out)).all()
+        outputs.append(np.array(out))
+    assert abs(outputs[0] - outputs[2]).max() > abs(outputs[1] - outputs[2]).max() > 0
+
+
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"gpt2", "minicpm3", "granitemoehybrid"}))
+def test_closed_it_is_an_identity_of_every_architecture_with_relative_positions(name: str) -> None:
+    """GPT-2's text moves on in its table of positions; the two others are refused."""
+    model: Any = tiny(name).model
+    adapter = create(parse("prefix", {"tokens": 3}), model, seed=0, text_ids=[5, 6, 7, 8])
+    assert isinstance(adapter, Prefix)
+    adapter.weight = 0.0
+    ids = mx.array([[3, 4, 5, 6, 7]])
+    found = forward(model, ids, cache=caches(adapter.prefix(model)))
+    assert np.array(found) == pytest.approx(np.array(forward(model, ids)), abs=1e-4)
