@@ -69,8 +69,7 @@ class Prefix(Adapter):
 
     def open_over(self, steps: int) -> None:
         """Begins as an identity, behind a closed gate that opens evenly over so many steps: then it is a prefix like
-        any other, without a trained gate that a saved adapter would need (as that of Zhang et al. 2023,
-        arXiv:2303.16199, would be)."""
+        any other, without a trained gate (Zhang et al. 2023, arXiv:2303.16199) that adapters would be saved with."""
         self.weight, self._opening = 0.0, steps
 
     def before_step(self, step: int) -> None:
