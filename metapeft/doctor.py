@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from metapeft import blas
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError
 from metapeft.settings import home
 
 SLOW_GFLOPS = 20.0  # the reference BLAS reaches 4-7 on any x86-64 core; OpenBLAS 50 and more on one
@@ -64,7 +64,7 @@ def matmul_gflops(size: int = 1536, repeats: int = 5) -> float:
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
-    except (ImportError, OSError, RuntimeError, UserError) as error:
+    except (ImportError, OSError, RuntimeError, MetapeftError) as error:
         return Check(name, "failed", False, str(error))
 
 

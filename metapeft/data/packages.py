@@ -34,7 +34,7 @@ COMPLETE = "complete.json"  # written last into an unpacked folder
 def unpacked(archive: Archive) -> Path:
     """The folder with the archive's members, downloaded on first use. Safe to call from several processes.
 
-    Raises UserError when it cannot be downloaded or a tool is missing, MetapeftError when its hash is wrong.
+    Raises UserError when a tool is missing, MetapeftError when it cannot be downloaded or its hash is wrong.
     """
     folder = catalog.folder() / "archives" / f"{archive.name}-{archive.version}"
     if is_complete(folder, archive):
@@ -164,7 +164,7 @@ def run(command: list[str], folder: Path, archive: Archive) -> Path | None:
         process.wait()
         reader.join()
     if process.returncode:
-        raise UserError(
+        raise MetapeftError(
             f"cannot download {what}: {reason(output.decode(errors='replace'))}; check the network and try again"
         )
     return None

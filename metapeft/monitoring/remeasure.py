@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapeft.data.task import Task
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError
 from metapeft.meta import decisions as given
 from metapeft.monitoring import state
 from metapeft.profiling import Profile, profiles
@@ -78,7 +78,7 @@ def run(
             if task is None or before is None:
                 continue
             measured = profiles.measure(task, load(entry["backbone"]))
-        except UserError as error:
+        except MetapeftError as error:
             say(f"the profile of {entry['task']} was not measured again: {error}")
             continue
         moved = differences(_embedded(before), _embedded(measured))

@@ -94,8 +94,8 @@ def grow(
     """Runs what teaches most per second until the time, the trials or the plan are at their end.
 
     on_plan: called once, when the costs are known; on_trial: after every trial. Ctrl-C and SIGTERM end it early, which
-    is no error: `interrupted` says so. Raises UserError when no task can be used, MetapeftError when several trials in
-    a row fail.
+    is no error: `interrupted` says so. Raises UserError when no task can be used, MetapeftError when tasks cannot be
+    downloaded and when several trials in a row fail.
     """
     from metapeft.data import load_task
 
@@ -194,13 +194,14 @@ class _Work:
         rows = configurations(anatomy(self.backbone.model).depth)
         places: list[Place] = []
         cells: list[Cell] = []
-        large = 0
+        large, kind = 0, UserError
         for number, name in enumerate(self.tasks):
             full, small = self.sizes
             try:
                 task = self.load(name, full)
-            except UserError as error:
+            except MetapeftError as error:
                 self.grown.skipped[name] = str(error)
+                kind = kind if isinstance(error, UserError) else MetapeftError  # the network, for example
                 continue
             self._add(name, task, full, rows, number % 4 == 1, places, cells)
             if len(task.train) >= 4 * small.max_train:
@@ -208,7 +209,7 @@ class _Work:
                     self._add(name, self.load(name, small), small, rows, False, places, cells)
                 large += 1
         if not places:
-            raise UserError("no task can be used: " + "; ".join(self.grown.skipped.values()))
+            raise kind("no task can be used: " + "; ".join(self.grown.skipped.values()))
         return places, cells
 
     def _add(

@@ -39,7 +39,7 @@ from metapeft.serving.openai import Body, ChatRequest, ClassifyRequest, Completi
 from metapeft.serving.overview import overview
 from metapeft.serving.registry import Registry, UnknownModel, Version, out_of_reach
 from metapeft.serving.score import Answers
-from metapeft.serving.select import Job, Selector
+from metapeft.serving.select import AGAIN, Job, Selector
 from metapeft.settings import Prefer, brief
 from metapeft.training.encode import prompt_ids
 
@@ -386,7 +386,10 @@ def create_app(service: Service) -> FastAPI:
         if job.state == "failed":
             if job.input_error:
                 raise UserError(job.error)
-            raise HTTPException(500, f"the task could not be measured: {job.error}")
+            again = {
+                "Retry-After": str(math.ceil(AGAIN))
+            }  # the network or the disk, perhaps; it is measured again then
+            raise HTTPException(503, f"the task could not be measured: {job.error}", again)
         code = 200 if job.state == "done" else 202
         headers = {} if code == 200 else {"Location": f"/v1/select/{job.id}", "Retry-After": "2"}
         return JSONResponse(finite(job.to_json()), code, headers)

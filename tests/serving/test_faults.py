@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import queue
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,25 @@ def test_a_full_disk_fails_a_selection_and_not_those_after_it(monkeypatch: pytes
         assert ended(selector, selector.ask({"task": "sms_spam"})).state == "done"
     finally:
         selector.stop()
+
+
+def test_a_selection_whose_task_cannot_be_downloaded_now(
+    service: Service, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    """Nobody's mistake: 503, and when to ask again."""
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple/")
+    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name, raising=False)
+    selector = Selector(service.selector.backbone)
+    selector.start()
+    try:
+        with TestClient(create_app(replace(service, selector=selector)), base_url="http://localhost") as client:
+            answer = client.post("/v1/select", json={"task": "sms_spam", "wait": 60})
+    finally:
+        selector.stop()
+    assert answer.status_code == 503 and answer.headers["Retry-After"] == "60"
+    assert "cannot download" in answer.json()["error"]["message"]
 
 
 def test_what_could_not_be_written_is_not_queued(monkeypatch: pytest.MonkeyPatch) -> None:
