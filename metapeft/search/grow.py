@@ -194,7 +194,8 @@ class _Work:
         rows = configurations(anatomy(self.backbone.model).depth)
         places: list[Place] = []
         cells: list[Cell] = []
-        large, kind = 0, UserError
+        large = 0
+        kind: type[MetapeftError] = UserError
         for number, name in enumerate(self.tasks):
             full, small = self.sizes
             try:
