@@ -104,12 +104,13 @@ def datasheet(trials: Sequence[Trial], profiles: dict[tuple[str, str], Profile])
     parts = [
         "# The experience that ships with metapeft",
         "",
-        "Made by `python -m metapeft.meta.ship` from trials that `metapeft experience grow` ran. Do not edit.",
+        "Made by `python -m metapeft.meta.ship` from trials. Do not edit.",
         "",
         f"{len(trials)} trials of {len(CONFIGURATIONS)} configurations of {len(METHODS)} methods on {len(sizes)} tasks "
         f"of the [catalog](tasks.md), {len(full)} of them with at least 4 configurations of every method, "
         f"{sum(n > 1 for n in sizes.values())} at two sizes of the training split; {profiled} of {len(places)} places "
-        f"(a task at one size) have a profile. Backbone: {', '.join(sorted({t.backbone for t in trials}))}.",
+        f"(a task at one size) have a profile. Backbone: {', '.join(sorted({t.backbone for t in trials}))}, as the "
+        "package registry has it: a 4-bit file (GGUF, Q4_1), computed with in float32.",
         "",
         "It is what a first recommendation on a new machine stands on. The files are `metapeft/meta/shipped/"
         "experience.parquet` (one row per trial, for pandas) and `metapeft/profiling/shipped/`.",
@@ -118,8 +119,8 @@ def datasheet(trials: Sequence[Trial], profiles: dict[tuple[str, str], Profile])
         "",
         "Every task got the same configurations (`metapeft/meta/plan.py`): of each method several, the learning "
         "rate and the structure varying. What is not listed there is the default. The order: what takes most "
-        "variance from the table per second comes first, so cheap tasks are further than expensive ones. After 366 "
-        "trials a script that calls the same code with the same cells took over: first four configurations of every "
+        "variance from the table per second comes first, so cheap tasks are further than expensive ones. That is "
+        "what `metapeft experience grow` does; after 366 trials a script that calls the same code with the same cells took over: first four configurations of every "
         "method on each of 36 tasks, the cheapest tasks first, then the same at the second size of 12 of them. "
         "After 991, the plan got the five rows beyond its highest learning rates: those of LoRA and AdaLoRA were run "
         "on all 36 tasks at one size, the others on 19 or 20 of them, where they turned out to be no better, on "
@@ -169,7 +170,7 @@ def datasheet(trials: Sequence[Trial], profiles: dict[tuple[str, str], Profile])
         "## Configurations",
         "",
         *_table(
-            ("configuration", "tasks", "mean gain", "diverged"),
+            ("configuration", "places", "mean gain", "diverged"),
             [configuration_row(group) for group in by_configuration(trials)],
         ),
         "",
@@ -230,6 +231,7 @@ def noise(trials: Sequence[Trial]) -> list[str]:
     pairs = [group for group in groups.values() if len({t.seed for t in group}) > 1]
     if not pairs:
         return ["No configuration was run with two seeds yet."]
+    broken = {(t.task_version, key(t.configuration)) for t in trials if t.status == "diverged"} & set(groups)
     changes = [abs(a.score.value - b.score.value) for a, b in (group[:2] for group in pairs) if a.score and b.score]
     deviation = math.sqrt(sum(change**2 for change in changes) / (2 * len(changes)))
     sampling = [trial.score.standard_error for group in pairs for trial in group if trial.score]
@@ -237,7 +239,8 @@ def noise(trials: Sequence[Trial]) -> list[str]:
     return [
         f"{len(pairs)} configurations on {tasks} tasks were run with two seeds. The standard deviation of a score over "
         f"seeds is {deviation:.3f} (median change {median(changes):.3f}); the standard error that the size of the test "
-        f"split gives is {median(sampling):.3f} (both seeds are scored on the same test rows).",
+        f"split gives is {median(sampling):.3f} (both seeds are scored on the same test rows). Left out: "
+        f"{len(broken)} that diverged with one of the seeds.",
     ]
 
 
@@ -270,9 +273,9 @@ def configuration_row(trials: Sequence[Trial]) -> tuple[str, ...]:
     defaults = next(row for row in plain() if key(row["full"]) == key(trials[0].configuration))
     text = ", ".join(f"{name}={value}" for name, value in defaults["given"].items() if name not in hidden)
     gains = [g for g in map(gained, trials) if g is not None]
-    tasks = len({t.task_version for t in trials})
+    places = len({t.task_version for t in trials})
     diverged = sum(t.status == "diverged" for t in trials)
-    return f"{trials[0].method}: {text}", str(tasks), _mean(gains), str(diverged)
+    return f"{trials[0].method}: {text}", str(places), _mean(gains), str(diverged)
 
 
 def plain() -> list[dict[str, Any]]:

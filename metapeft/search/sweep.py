@@ -443,7 +443,7 @@ class _Book:
                     self._load()
         except ImportError as error:
             raise UserError(
-                f"sweeps on PostgreSQL need its driver: pip install 'metapeft[postgres]' ({error})"
+                f"sweeps on PostgreSQL need its driver: pip install -e '.[postgres]' ({error})"
             ) from error
         except (
             sqlalchemy.exc.SQLAlchemyError,
@@ -790,7 +790,7 @@ class _Book:
                 import torch  # noqa: F401
             except ImportError as error:
                 raise UserError(
-                    "the gp sampler needs torch: pip install 'metapeft[gp]', or use sweep.sampler=tpe"
+                    "the gp sampler needs torch: pip install -e '.[gp]', or use sweep.sampler=tpe"
                 ) from error
             return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
         return optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed)
