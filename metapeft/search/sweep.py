@@ -442,9 +442,7 @@ class _Book:
                 else:
                     self._load()
         except ImportError as error:
-            raise UserError(
-                f"sweeps on PostgreSQL need its driver: pip install -e '.[postgres]' ({error})"
-            ) from error
+            raise UserError(f"sweeps on PostgreSQL need its driver: pip install -e '.[postgres]' ({error})") from error
         except (
             sqlalchemy.exc.SQLAlchemyError,
             OSError,
