@@ -17,6 +17,10 @@ class UserError(MetapeftError):
     exit_code = 2
 
 
+class Unfit(UserError):
+    """A configuration that this backbone or these rows cannot take. Another one may do, so a search goes on."""
+
+
 FULL, CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EROFS, errno.EACCES, errno.EPERM)
 DATABASE_FULL, DATABASE_CLOSED = ("disk is full",), ("readonly database", "unable to open database", "disk i/o error")
 

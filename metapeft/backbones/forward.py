@@ -155,7 +155,7 @@ class _Embedding(nn.Module):
         self._base, self._value = base, value
 
     def __call__(self, ids: mx.array) -> mx.array:
-        return self._value
+        return self._value.reshape(self._value.shape)  # an array of its own: GPT-2 adds to it in place
 
     def as_linear(self, x: mx.array) -> mx.array:
         return self._base.as_linear(x)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from metapeft.data.task import Task
+from metapeft.errors import Unfit
 from metapeft.fewshot import context, reptile, tried, worth
 from metapeft.fewshot.choose import (
     Choice,
@@ -124,7 +125,11 @@ def adapt(
         place = tried.place(task, backbone.identity, each, seed)
         answered = tried.read(place)
         if answered is None:
-            answered = cross_validate(each, folds, seed=seed)
+            try:
+                answered = cross_validate(each, folds, seed=seed)
+            except Unfit:  # more virtual tokens than positions, for example
+                found.remove(each)
+                continue
             tried.write(place, answered)
         held[each.name] = answered
     weighed = [s for s in found if s.name in held] or found[:1]

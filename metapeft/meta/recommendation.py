@@ -37,6 +37,7 @@ from metapeft.meta.threads import one_thread
 from metapeft.peft import METHODS
 from metapeft.profiling import Profile
 from metapeft.profiling import speed as speeds
+from metapeft.profiling.shapes import Shapes
 from metapeft.profiling.speed import Speed
 from metapeft.settings import Prefer, Settings
 from metapeft.training.trial import Trial
@@ -193,7 +194,7 @@ def recommend(
     with one_thread():
         conditioned = _conditioned(version.model, evidence)
         others = [t for t in trials if t.task_version != task.version and t.backbone == profile.backbone]
-        candidates = _candidates(profile.shapes.depth, mine, others if len(evidence) else [])
+        candidates = _candidates(profile.shapes, mine, others if len(evidence) else [])
         needs = costs.corrected(candidates, profile, speed, settings.train.steps, trials, known.profiles)
         feasible = _feasible(candidates, needs, settings)
         candidates, needs = [candidates[i] for i in feasible], [needs[i] for i in feasible]
@@ -357,7 +358,7 @@ def nominal_speed(profile: Profile) -> Speed:
     return Speed(forward, 2 * forward, head, 2 * head, 0.0, {})
 
 
-def _candidates(depth: int, own: list[Trial], others: list[Trial]) -> list[Configuration]:
+def _candidates(shapes: Shapes, own: list[Trial], others: list[Trial]) -> list[Configuration]:
     """The portfolio, what was tried on this task, and what was tried on enough others; short forms, each once."""
     tried = [t for t in own if t.score or t.validation]
     tried = sorted(tried, key=lambda t: (-(t.score or t.validation).value, t.id))[:MOST_TRIED]  # type: ignore[union-attr]
@@ -371,9 +372,9 @@ def _candidates(depth: int, own: list[Trial], others: list[Trial]) -> list[Confi
     often = [configurations[place] for place in sorted(counts, key=lambda p: (-counts[p], p))[:MOST_OFTEN]]
     impossible = {key(t.configuration) for t in own if t.status == "out_of_memory"}
     found: dict[str, Configuration] = {}
-    for configuration in (*portfolio(depth), *(t.configuration for t in tried), *often):
+    for configuration in (*portfolio(shapes.depth), *(t.configuration for t in tried), *often):
         place = key(configuration)
-        if place not in impossible:
+        if place not in impossible and shapes.takes(configuration["method"]):
             found.setdefault(place, short(configuration))
     return list(found.values())
 

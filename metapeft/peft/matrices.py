@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from metapeft.backbones.forward import anatomy
-from metapeft.errors import UserError
+from metapeft.errors import Unfit
 from metapeft.runtime import mx, nn
 
 ROUTERS = ("gate", "router")
@@ -42,7 +42,7 @@ def linear_layers(model: nn.Module, targets: Sequence[str] = (), layers: int = 0
     parts = anatomy(model)
     depth = parts.depth
     if layers < 0 or layers > depth:
-        raise UserError(f"layers={layers} is out of range: the backbone has {depth} layers (0 means all of them)")
+        raise Unfit(f"layers={layers} is out of range: the backbone has {depth} layers (0 means all of them)")
     prefix = next(name for name, module in model.named_modules() if module is parts.body)
     prefix = f"{prefix}.{parts.layers}." if prefix else f"{parts.layers}."
     found: dict[str, nn.Module] = {}
@@ -66,7 +66,7 @@ def linear_layers(model: nn.Module, targets: Sequence[str] = (), layers: int = 0
     if missing or not found:
         names = sorted({path.rsplit(".", 1)[-1] for path in (found or linear_layers(model))})
         what = f"target {missing[0]!r} matches no" if missing else "the backbone has no"
-        raise UserError(f"{what} linear layer; choose from {', '.join(names)}")
+        raise Unfit(f"{what} linear layer; choose from {', '.join(names)}")
     return found
 
 

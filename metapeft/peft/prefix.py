@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from metapeft.backbones.forward import Gated, keys_values, precision
-from metapeft.errors import UserError
+from metapeft.errors import Unfit
 from metapeft.peft.base import Adapter, MethodConfig
 from metapeft.peft.virtual import Table, repeat_to
 from metapeft.runtime import mx, nn
@@ -108,10 +108,10 @@ def flatten(layers: Sequence[tuple[mx.array, mx.array]]) -> mx.array:
 
 
 def one_shape(layers: list[tuple[mx.array, mx.array]]) -> tuple[int, int]:
-    """Heads and head width of all keys and values. Raises UserError where they differ (multi-head latent attention)."""
+    """Heads and head width of all keys and values. Raises Unfit where they differ (multi-head latent attention)."""
     shapes = {(part.shape[1], part.shape[3]) for pair in layers for part in pair}
     if len(shapes) != 1:
-        raise UserError("prefix tuning needs keys and values of one shape in every layer; this backbone's differ")
+        raise Unfit("prefix tuning needs keys and values of one shape in every layer; this backbone's differ")
     return shapes.pop()
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from metapeft.backbones.forward import Prefix as KeysValues
-from metapeft.errors import UserError
+from metapeft.errors import Unfit, UserError
 from metapeft.peft.adalora import TripletLowRank
 from metapeft.peft.base import Adapter
 from metapeft.peft.lora import LoRAConfig, LowRank, MatrixAdapter, low_rank
@@ -115,7 +115,7 @@ def as_prefix(adapter: Adapter, model: nn.Module) -> Prefix:
     assert layers is not None, "only virtual tokens have keys and values"
     shapes = {(part.shape[1], part.shape[3]) for pair in layers for part in pair}
     if len(shapes) != 1:
-        raise UserError("prefix tuning needs keys and values of one shape in every layer; this backbone's differ")
+        raise Unfit("prefix tuning needs keys and values of one shape in every layer; this backbone's differ")
     [(heads, head_width)] = shapes
     value = flatten(layers)
     mx.eval(value)

@@ -209,7 +209,7 @@ def _domain(session: Session, centre: np.ndarray) -> np.ndarray:
     tokenizer = session.backbone.tokenizer
     points = []
     for reference in REFERENCE:
-        ids = mx.array([plain_ids(reference, tokenizer)])
+        ids = mx.array([plain_ids(reference, tokenizer)[: session.backbone.context_length]])
         hidden = run(session.model, ids, logits=False)
         points.append(np.array(_pool(session, hidden, [(0, ids.shape[1])]), dtype=np.float64)[0])
     middle = np.mean(points, axis=0)

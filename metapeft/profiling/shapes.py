@@ -29,6 +29,7 @@ class Shapes:
     head_width: int
     vocabulary: int
     weight_bytes: int
+    alike: bool = True  # whether keys and values have one shape in all layers, which prefix tuning needs
 
     @property
     def depth(self) -> int:
@@ -37,6 +38,10 @@ class Shapes:
     def each(self) -> list[Layers]:
         """One entry per layer, bottom first."""
         return [group for group in self.layers for _ in range(group.count)]
+
+    def takes(self, method: str) -> bool:
+        """Whether the backbone can be tuned by this method at all."""
+        return self.alike or method != "prefix"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,7 +80,8 @@ def shapes(model: nn.Module) -> Shapes:
         else:
             groups.append(Layers(1, linear_shapes, parameters))
     weights: list[tuple[str, Any]] = tree_flatten(model.parameters())  # type: ignore[assignment]
-    keys = keys_values(model, mx.array([[0]]))[0][0]
+    cached = keys_values(model, mx.array([[0]]))
+    keys = cached[0][0]
     embedding = getattr(parts.body, parts.embed)
     return Shapes(
         root=root,
@@ -85,4 +91,5 @@ def shapes(model: nn.Module) -> Shapes:
         head_width=int(keys.shape[3]),
         vocabulary=int(embedding.weight.shape[0]),
         weight_bytes=int(sum(v.nbytes for _, v in weights)),
+        alike=len({(part.shape[1], part.shape[3]) for pair in cached for part in pair}) == 1,
     )

@@ -75,11 +75,13 @@ def read(backbone_content: str) -> Speed | None:
 
 def measure(backbone: Backbone) -> Speed:
     """The best of a few passes of each kind, by the way that training goes here: native, or MLX's."""
+    from metapeft.backbones.forward import run
     from metapeft.kernels.decoder import decoder
     from metapeft.profiling.shapes import shapes
-    from metapeft.runtime import processor
+    from metapeft.runtime import mx, processor
     from metapeft.training.workers import workers
 
+    mx.eval(run(backbone.model, mx.array([[0]])))  # lazy constants (rotary frequencies): now every thread may use them
     sizes, hands = shapes(backbone.model), workers()
     parameters = sum(layer.parameters for layer in sizes.each())
     rows = int(min(8, max(1, WORK / (2 * parameters * LENGTH))))

@@ -8,7 +8,6 @@ keeps the best of every task and method.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import signal
 import statistics
@@ -16,20 +15,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapeft.data.task import Task
-from metapeft.errors import MetapeftError, UserError
+from metapeft.errors import MetapeftError, Unfit, UserError
 from metapeft.meta.experience import Experience
 from metapeft.meta.plan import FIRST, Cell, Place, Plan, configurations
 from metapeft.progress import say
 from metapeft.search.locks import FileLocks
 from metapeft.search.slots import Slots
 from metapeft.settings import DataSettings, home
+from metapeft.training.engine import engine
 from metapeft.training.trial import Trial, trial_id
 
 if TYPE_CHECKING:
@@ -43,7 +42,6 @@ SMALL = DATA.model_copy(update={"max_train": 64})  # two in five of the tasks th
 REPEATED_SEED = 1  # every fourth task is measured with this seed too
 FAILURES = 4  # errors in a row that end the growth: something other than the configurations is broken
 SKETCHED = 64  # rows whose tokens tell what a task will cost
-PACKAGE = Path(__file__).parents[1]
 PROBED = 400  # examples that a profile and the untuned score look at, about
 
 Load = Callable[[str, DataSettings], Task]
@@ -108,6 +106,9 @@ def grow(
         places, cells = work.table()
         plan = Plan(places, cells)
         done = {trial.id for trial in store.trials()}
+        for cell in cells:
+            if cell.id in done:  # a kill came between the record and the library
+                shutil.rmtree(_folder(cell.id), ignore_errors=True)
         grown.cells, grown.known = len(cells), sum(cell.id in done for cell in cells)
         work.learn(store.trials(), cells)
         grown.predicted_seconds = plan.seconds(done) * grown.slowness
@@ -235,6 +236,8 @@ class _Work:
         self.origin.append((given, data))
         backbone = self.backbone.identity
         for number, row in enumerate(rows):
+            if not profile.shapes.takes(row["method"]):
+                continue
             costs = cost(row, profile, rate, self.steps)
             for seed in (0, REPEATED_SEED) if repeat else (0,):
                 identity = trial_id(
@@ -254,9 +257,6 @@ class _Work:
         task = self.load(name, data)
         measured = profile(task, self.backbone)
         session = Session(self.backbone, task)
-        for trial in store.trials():
-            if (trial.task_version, trial.backbone) == (task.version, self.backbone.id) and trial.untuned_score:
-                session.untuned["test"] = trial.untuned_score
         for cell in visit:
             if time.monotonic() + cell.seconds * self.grown.slowness > self.until:
                 continue
@@ -264,10 +264,11 @@ class _Work:
             with self.slots.place(deadline) as turn:
                 if turn is None or not turn.begin(cell.memory_mb, deadline):
                     return
-                trial = self._trial(session, cell, measured)
+                trial = self._trial(session, cell)
             trial.profile_version = measured.version
             trial.versions["engine"] = f"{engine()} {way(session)}"
-            store.append(trial)
+            store.append(replace(trial, adapter=""))
+            self._offer(cell, trial, task, measured)
             self.learn([trial], visit)
             yield trial
 
@@ -282,24 +283,28 @@ class _Work:
                 self.ratios.append(trial.seconds / predicted[trial.id])
         self.grown.slowness = statistics.median(self.ratios[-50:] or [1.0])
 
-    def _trial(self, session: Session, cell: Cell, measured: Profile) -> Trial:
-        from metapeft.meta import library
+    def _trial(self, session: Session, cell: Cell) -> Trial:
         from metapeft.training.trainer import run_trial
 
-        folder = home() / "growing" / cell.id  # its state, while it runs; the library keeps the task's best adapters
         try:
-            trial = run_trial(session, cell.configuration, steps=self.steps, seed=cell.seed, folder=folder)
+            trial = run_trial(session, cell.configuration, steps=self.steps, seed=cell.seed, folder=_folder(cell.id))
+        except Unfit as error:
+            trial = self._failed(session.task, cell, str(error))
         except (UserError, OSError):  # a full disk, for example: no fault of the configuration
             raise
         except Exception as error:  # the growth outlives a broken trial, and keeps it
             trial = self._failed(session.task, cell, f"{type(error).__name__}: {error}")
+        return trial
+
+    def _offer(self, cell: Cell, trial: Trial, task: Task, measured: Profile) -> None:
+        """The library keeps the task's best adapters; the others go."""
+        from metapeft.meta import library
+
         try:
-            library.offer(folder, trial, session.task, measured)
+            library.offer(_folder(cell.id), trial, task, measured)
         except (UserError, OSError) as error:
             say(f"grow: the adapter of {trial.id} was not kept: {error}")
-        shutil.rmtree(folder, ignore_errors=True)
-        trial.adapter = ""
-        return trial
+        shutil.rmtree(_folder(cell.id), ignore_errors=True)
 
     def _failed(self, task: Task, cell: Cell, error: str) -> Trial:
         """The record of a trial that left none itself."""
@@ -323,14 +328,9 @@ class _Work:
         )
 
 
-@cache
-def engine() -> str:
-    """Six hex digits of the code that decides how a trial ends."""
-    digest = hashlib.sha256()
-    for folder in ("backbones", "kernels", "peft", "training"):
-        for path in sorted(p for p in (PACKAGE / folder).glob("*") if p.suffix in (".py", ".cpp")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:6]
+def _folder(identity: str) -> Path:
+    """Of a trial's state while it runs, and of its adapter until the library has seen it."""
+    return home() / "growing" / identity
 
 
 def way(session: Session) -> str:

@@ -2,9 +2,8 @@
 
 At every evaluation of a training the final score is predicted from recorded learning curves: of trials that stood
 alike (share of the budget, best score so far, its last rise, loss), what share of the missing score did they still
-gain? That, and what the meta-model expects of the configuration, are joined as two normal distributions. The trial is
-hopeless if, with a probability above 1 - alpha, it will not beat any finished trial that is about as cheap or cheaper
-in time and memory: then it will not be on the front.
+gain? The trial is hopeless if, with a probability above 1 - alpha, it will not beat any finished trial that is about as
+cheap or cheaper in time and memory: then it will not be on the front.
 
 A false stop is a stopped trial that would have beaten all of those after all. `calibrated` replays recorded full curves
 as sweeps, each task with the curves of the others, and takes the largest alpha whose share of false stops, HARDER times
@@ -14,7 +13,7 @@ over, is at most TARGET, as surely as SURE. Without enough recorded curves nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +22,6 @@ import numpy as np
 from metapeft.search import pareto
 from metapeft.training.trial import Trial
 
-Forecast = Callable[[dict[str, Any], int], tuple[float, float] | None]  # configuration, steps -> mean, deviation
 TARGET = 0.05  # false stops among the stops
 SURE = 0.9
 HARDER = 2.5  # as many false stops has a sweep, which searches near the front, as the replay (benchmarks/sweeps.py)
@@ -49,12 +47,13 @@ class Curves:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A replay's outcome. `saved` is the share of all training seconds that stopping saved."""
+    """A replay's outcome, over all its orders. `saved` is the share of all training seconds that stopping saved."""
 
     trials: int = 0
     stops: int = 0
     false_stops: int = 0
     saved: float = 0.0
+    orders: int = 1
 
     @property
     def rate(self) -> float:
@@ -63,10 +62,11 @@ class Replayed:
     @property
     def bound(self) -> float:
         """What the rate does not exceed, as surely as SURE: a quantile of Jeffreys' posterior (Brown, Cai and DasGupta
-        2001)."""
+        2001). A trial says as much in several orders as in one."""
         from scipy.stats import beta
 
-        return float(beta.ppf(SURE, self.false_stops + 0.5, self.stops - self.false_stops + 0.5))
+        stops, false = self.stops / self.orders, self.false_stops / self.orders
+        return float(beta.ppf(SURE, false + 0.5, stops - false + 0.5))
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,15 @@ class StopRule:
         curve: Sequence[dict[str, Any]],
         steps: int,
         finished: Sequence[Trial],
-        expected: tuple[float, float] | None = None,
     ) -> bool:
         """Whether to stop now. curve: rows with a validation score, as in `Trial.curve`; `peak_memory_mb` may be in the
-        last one. finished: trials of this task that ended well. expected: mean and deviation of the final score.
-        """
+        last one. finished: trials of this task that ended well."""
         if self.alpha <= 0 or not curve or curve[-1]["step"] >= steps:
             return False
         needed = _needed(curve, steps, finished)
         if needed is None:
             return False
-        predicted = self.predict(curve, steps, finished, expected)
+        predicted = self.predict(curve, steps, finished)
         return predicted is not None and _above(*predicted, needed) < self.alpha
 
     def predict(
@@ -100,7 +98,6 @@ class StopRule:
         curve: Sequence[dict[str, Any]],
         steps: int,
         finished: Sequence[Trial] = (),
-        expected: tuple[float, float] | None = None,
         without: str = "",
     ) -> tuple[float, float] | None:
         """Mean and standard deviation of the final score; None where too few recorded curves stood alike.
@@ -125,9 +122,6 @@ class StopRule:
         deviation = math.sqrt(float(weights @ (rise - mean) ** 2 / total) * (1 + 1 / alike))
         best, missing = here[1], 1 - here[1] + SLACK
         score, error = best + missing * mean, max(missing * deviation, LEAST_DEVIATION)
-        if expected is not None and expected[1] > 0 and math.isfinite(expected[0]):
-            mine, theirs = 1 / error**2, 1 / expected[1] ** 2
-            score, error = (mine * score + theirs * expected[0]) / (mine + theirs), (mine + theirs) ** -0.5
         return float(score), float(error)
 
 
@@ -176,7 +170,7 @@ def replay(rule: StopRule, trials: Iterable[Trial], seeds: int = 2) -> Replayed:
                     break
                 else:
                     finished.append(trial)
-    return Replayed(count, stops, wrong, saved / spent if spent else 0.0)
+    return Replayed(count, stops, wrong, saved / spent if spent else 0.0, seeds)
 
 
 def collect(trials: Iterable[Trial]) -> Curves:

@@ -36,11 +36,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from metapeft.data.task import Task
-from metapeft.errors import MetapeftError, UserError
+from metapeft.errors import MetapeftError, Unfit, UserError
 from metapeft.progress import say
 from metapeft.search import pareto, spaces
 from metapeft.search.locks import DatabaseLocks, FileLocks, Locks
-from metapeft.search.stopping import Forecast, StopRule
+from metapeft.search.stopping import StopRule
 from metapeft.settings import Settings, brief, home, shown
 from metapeft.training.configuration import full
 from metapeft.training.trial import Trial, trial_id
@@ -125,7 +125,6 @@ def sweep(
     study: str | None = None,
     on_trial: Report | None = None,
     rule: StopRule | None = None,
-    forecast: Forecast | None = None,
     memory: Callable[[dict[str, Any], int], float] | None = None,
 ) -> Sweep:
     """Runs trials until the study has `settings.sweep.trials` of them or `settings.sweep.max_seconds` are over.
@@ -137,9 +136,8 @@ def sweep(
     storage: a SQLite or PostgreSQL URL (default: METAPEFT_SWEEP_STORAGE, else a database in METAPEFT_HOME/sweeps).
     study: its name (default: made of all that defines the study, so that the same command continues it).
     on_trial: called in this process after every trial, whichever worker ran it.
-    rule: ends hopeless trials (status "stopped"); None: every trial gets its whole budget. forecast: configuration and
-    steps -> expected score with its standard deviation, which the rule weighs. memory: configuration and steps ->
-    predicted peak in MiB, which decides what trains beside other sweeps' trials. Picklable, all three.
+    rule: ends hopeless trials (status "stopped"); None: every trial gets its whole budget. memory: configuration
+    and steps -> predicted peak in MiB, which decides what trains beside other sweeps' trials. Both picklable.
 
     One training at a time takes each of the machine's places (`metapeft.search.slots`), of all its sweeps together.
 
@@ -152,7 +150,7 @@ def sweep(
     url = _url(storage, name)
     deadline = time.monotonic() + settings.sweep.max_seconds if settings.sweep.max_seconds else None
     book = _Book(url, name, task, settings, space, limits)
-    aids = _Aids(rule, forecast, memory)
+    aids = _Aids(rule, memory)
     helpers: list[Any] = []
     try:
         book.open(warm_start)
@@ -170,8 +168,8 @@ def sweep(
         late = _work(book, run, deadline, aids, ended)
         for helper in helpers:
             helper.join()
-        if helpers:  # what a helper left behind when it was killed
-            late = _work(book, run, deadline, aids, ended)
+        if helpers and not late:  # what a helper left behind when it was killed
+            late = _work(book, run, deadline, aids, ended, first=False)
         ended()
         found = book.result(reused)
         found.late = late and not found.complete
@@ -238,14 +236,15 @@ class _Aids:
     """What helps a worker: see `sweep`."""
 
     rule: StopRule | None = None
-    forecast: Forecast | None = None
     memory: Callable[[dict[str, Any], int], float] | None = None
 
 
-def _work(book: _Book, run: Run, deadline: float | None, aids: _Aids, ended: Callable[[], None]) -> bool:
+def _work(
+    book: _Book, run: Run, deadline: float | None, aids: _Aids, ended: Callable[[], None], first: bool = True
+) -> bool:
     """Claims, trains and records trials until there is nothing left to claim, now or when the other workers are done.
 
-    True: there was no time for it.
+    first: its first trial is begun however late it is. True: there was no time for what is left.
     """
     import multiprocessing
 
@@ -253,7 +252,7 @@ def _work(book: _Book, run: Run, deadline: float | None, aids: _Aids, ended: Cal
 
     parent = multiprocessing.parent_process()
     slots = Slots(book.settings.sweep.workers)
-    failures, first = 0, True
+    failures = 0
     awaited, told = frozenset[int](), False  # what others had in hand when there was nothing to claim
     while book.wants():
         usual = statistics.median([trial.seconds for trial in book.finished()] or [0.0])
@@ -279,13 +278,15 @@ def _work(book: _Book, run: Run, deadline: float | None, aids: _Aids, ended: Cal
                 continue
             first, awaited = False, frozenset()
             try:
-                needed = aids.memory(claim.configuration, claim.steps) if aids.memory else None
-                if not place.begin(needed, deadline):
+                memory = aids.memory(claim.configuration, claim.steps) if aids.memory else None
+                if not place.begin(memory, deadline):
                     book.release(claim)
                     return True
                 repeats = claim.seed != book.settings.seed
                 watch = None if aids.rule is None or repeats else book.watch(claim, aids)
                 trial = run(claim.configuration, claim.seed, claim.steps, claim.id, watch)
+            except Unfit as error:
+                trial = book.failed(claim, str(error))
             except (UserError, OSError):  # a full disk, for example: no fault of the configuration
                 book.release(claim)
                 raise
@@ -319,7 +320,7 @@ def _help(run: Run, deadline: float | None, aids: _Aids, *arguments: Any) -> Non
     book = _Book(*arguments)
     try:
         book.open()
-        _work(book, run, deadline, aids, lambda: None)
+        _work(book, run, deadline, aids, lambda: None, first=False)
     except (MetapeftError, KeyboardInterrupt):
         pass  # the sweep itself meets the same error, or ended this helper
     finally:
@@ -483,8 +484,10 @@ class _Book:
             self.study = optuna.load_study(study_name=self.name, storage=self.database)
         except KeyError as error:
             raise self._missing() from error
-        self.limits = Limits(**self.study.user_attrs["identity"]["limits"])
-        self.adapters = self.study.user_attrs["identity"]["adapters"]
+        identity = self.study.user_attrs.get("identity")
+        if identity is None:  # a kill came right after it was created
+            raise self._missing()
+        self.limits, self.adapters = Limits(**identity["limits"]), identity["adapters"]
 
     def _missing(self) -> UserError:
         return UserError(f"there is no sweep {self.name} in {shown(self.url)}; run `metapeft sweep` first")
@@ -572,7 +575,6 @@ class _Book:
         """Asks the rule at every evaluation of a training, against what has ended until then."""
         assert aids.rule is not None
         rule = aids.rule
-        expected = aids.forecast(claim.configuration, claim.steps) if aids.forecast else None
 
         def watched(event: dict[str, Any]) -> bool:
             if event.get("validation_score") is None or event["step"] >= event["steps"]:
@@ -580,7 +582,7 @@ class _Book:
             # The trainer's own curve: what was measured before a kill is in it.
             *before, last = event["curve"]
             curve = [*before, last | {"peak_memory_mb": event["peak_memory_mb"]}]
-            return rule.hopeless(curve, claim.steps, self.feasible(), expected)
+            return rule.hopeless(curve, claim.steps, self.feasible())
 
         return watched
 
@@ -597,7 +599,10 @@ class _Book:
     def release(self, claim: _Claim) -> None:
         """Gives a claimed trial back, to be run as if it had never been claimed."""
         with self._exclusive():
-            self._requeue(self._frozen(claim.number), attempt=False)
+            frozen = self._frozen(claim.number)
+            if frozen.state.is_finished():
+                return  # cut after it was given back, or declared dead in the meantime
+            self._requeue(frozen, attempt=False)
             self._void(claim.asked, "released")
 
     def failed(self, claim: _Claim, error: str) -> Trial:

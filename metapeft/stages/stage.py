@@ -354,8 +354,10 @@ def report_failure(error: Exception, debug: bool) -> int:
 
 
 def hear_interrupts() -> None:
-    """Ctrl-C that comes while Python runs a finalizer or a library's callback is thrown away there: it is raised again,
-    a moment later and elsewhere."""
+    """SIGTERM stops like Ctrl-C, so that a trial in hand is given back. And an interrupt that comes while Python runs a
+    finalizer or a library's callback is thrown away there: it is raised again, a moment later and elsewhere."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     ignored = sys.unraisablehook
 
     def again(unraisable: Any) -> None:
@@ -371,8 +373,7 @@ def hear_interrupts() -> None:
 def end_with_parent() -> None:
     """Belong to the process named in METAPEFT_PARENT, if that is who started this one.
 
-    When it is gone (a worker killed with -9) this process ends, with whatever it started; when it says SIGTERM, this
-    process stops as with Ctrl-C, so that a trial in hand is given back.
+    When it is gone (a worker killed with -9) this process ends, with whatever it started.
     """
     parent = os.environ.get(PARENT)
     if not parent or os.getppid() != int(parent):
@@ -385,5 +386,4 @@ def end_with_parent() -> None:
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     threading.Thread(target=watch, daemon=True).start()

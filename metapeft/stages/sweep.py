@@ -22,11 +22,13 @@ from metapeft.settings import Settings
 from metapeft.stages.budget import Budget
 from metapeft.stages.files import read_task, write_csv, write_trials
 from metapeft.stages.stage import Stage, backbone_identity, read_json, write_json
-from metapeft.stages.trainer import ENGINE, Trainer, engine_version
+from metapeft.stages.trainer import ENGINE, Trainer
+from metapeft.training.engine import engine
 from metapeft.training.trial import Trial
 
 if TYPE_CHECKING:
     from metapeft.profiling import Profile
+    from metapeft.profiling.shapes import Shapes
     from metapeft.profiling.speed import Speed
     from metapeft.search import Limits, Sweep
     from metapeft.search.spaces import Space
@@ -63,7 +65,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         tracker.log_metrics({"sweep.trials": len(result.trials), "sweep.seconds": spent})
     for trial in result.trials:  # in DVC's cache a path of this machine would be a lie
         trial.adapter = ""
-    record = result.to_json() | {"task": task.name, "backbone": backbone_identity(settings), "engine": engine_version()}
+    record = result.to_json() | {"task": task.name, "backbone": backbone_identity(settings), "engine": engine()}
     if prepared.rule is not None:
         record["stopping"] = {"alpha": prepared.rule.alpha, **asdict(prepared.rule.replayed)}
     for volatile in ("trials", "storage", "reused"):  # the same trials must make the same files
@@ -105,7 +107,7 @@ class Prepared:
     def study(self) -> str:
         from metapeft.search.sweep import study_name
 
-        return f"{study_name(self.task, self.settings, self.space, self.limits)}-{engine_version()}"
+        return f"{study_name(self.task, self.settings, self.space, self.limits)}-{engine()}"
 
     def run(self, ended: Callable[[Trial], object], label: str = "sweep", train: Run | None = None) -> Sweep:
         """Claims and trains trials until the study has enough, whoever else works on it; `ended` gets every new one."""
@@ -137,7 +139,6 @@ class Prepared:
                 study=self.study,
                 on_trial=on_trial,
                 rule=self.rule,
-                forecast=self.expected.score,
                 memory=self.expected.memory,
             )
 
@@ -232,7 +233,7 @@ def prepare(settings: Settings, work: Path) -> Prepared:
     expected = Expected(profile, speed, found["recommendations"], settings.sweep.steps)
     first = [recommended[rank - 1] for rank in found["together"]]
     if settings.sweep.max_trial_seconds or settings.sweep.max_memory_mb:
-        budget = Budget(settings, _space(settings, profile.shapes.depth), expected, found["steps"])
+        budget = Budget(settings, _space(settings, profile.shapes), expected, found["steps"])
         budget.check(recommended)  # before the model is loaded
         first, recommended, nearest = (budget.allowed(each) for each in (first, recommended, nearest))
     start = warm_start(first, recommended, nearest, settings.sweep.trials, expected.point)
@@ -243,7 +244,7 @@ def prepare(settings: Settings, work: Path) -> Prepared:
         settings,
         task,
         train,
-        _space(settings, session.depth, modules),
+        _space(settings, profile.shapes, modules),
         Limits(
             settings.sweep.max_trial_seconds or settings.recommend.max_seconds,
             settings.sweep.max_memory_mb or settings.recommend.max_memory_mb,
@@ -268,15 +269,21 @@ def _rule(settings: Settings, task: Task) -> StopRule:
     return calibrated(t for t in known if t.backbone == settings.backbone and t.task_version != task.version)
 
 
-def _space(settings: Settings, depth: int, modules: Collection[str] | None = None) -> Space:
-    """The search space, fitted to a backbone of so many layers with linear layers of these names (None: any)."""
+def _space(settings: Settings, shapes: Shapes, modules: Collection[str] | None = None) -> Space:
+    """The search space, fitted to a backbone of these shapes with linear layers of these names (None: any). Raises
+    UserError where the backbone takes none of the methods."""
+    from metapeft.peft import METHODS
     from metapeft.search import spaces
     from metapeft.training.configuration import TrainConfig
 
     # A look at 64 validation examples costs as much as several steps: short trials take fewer.
     looks = max(1, min(TrainConfig.evaluations, settings.sweep.steps // STEPS_PER_LOOK))
     narrow = {"evaluations": looks} | settings.sweep.space
-    return spaces.space(settings.sweep.methods, narrow, depth=depth, modules=modules)
+    wanted = settings.sweep.methods or METHODS
+    methods = [method for method in wanted if shapes.takes(method)]
+    if not methods:
+        raise UserError(f"this backbone cannot be tuned by {', '.join(wanted)}; search other methods (--methods)")
+    return spaces.space(methods, narrow, depth=shapes.depth, modules=modules)
 
 
 def _ended(result: Sweep, wanted: SweepSettings) -> str:

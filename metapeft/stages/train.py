@@ -15,7 +15,7 @@ from metapeft.errors import MetapeftError, UserError
 from metapeft.progress import progress
 from metapeft.settings import Settings, home
 from metapeft.stages.files import current_sweep, read_task, read_trials, write_csv
-from metapeft.stages.stage import Stage, read_json, write_json
+from metapeft.stages.stage import Stage, finite, read_json, write_json
 from metapeft.stages.sweep import CURVE, NAMED
 from metapeft.stages.trainer import ENGINE, Trainer, trial_lock
 
@@ -51,7 +51,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         train = Trainer(settings.backbone, task, profile["version"], test=False, record=False, on_event=on_event)
         if settings.train.switch:
             trial, record = train.switching(configuration, settings.seed, steps, profile, policy(settings))
-            write_json(out / "switching.json", record.to_json())
+            write_json(out / "switching.json", finite(record.to_json()))
         else:
             trial = train.static(configuration, settings.seed, steps)
         with trial_lock(trial.id):
@@ -64,7 +64,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         )
     methods = [leg.configuration["method"] for leg in record.legs] if settings.train.switch else [trial.method]
     trial.adapter = "adapter"
-    write_json(out / "trial.json", trial.to_json())
+    write_json(out / "trial.json", finite(trial.to_json()))
     write_csv(out / "curve.csv", [{"trial": trial.id, "method": trial.method} | row for row in trial.curve], CURVE)
     validation = trial.validation.value if trial.validation else None
     return {
@@ -105,7 +105,7 @@ def _swept(settings: Settings, work: Path, method: str | None) -> tuple[dict[str
     usable = [t for t in trials if t.id not in record["infeasible"] and method in (None, t.method)]
     name = NAMED[settings.recommend.prefer]
     shown = record["points"].get(name) if method is None else None  # the very point that the sweep's table names
-    best = next((t for t in usable if t.id == shown), None) or named(usable).get(name)
+    best = next((t for t in usable if t.id == shown), None) or named(usable, record["adapters"]).get(name)
     return (best.configuration, f"{name} of {len(usable)} trials") if best else None
 
 

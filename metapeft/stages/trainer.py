@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from metapeft.data.task import Task
 from metapeft.progress import say
 from metapeft.settings import home
-from metapeft.stages.stage import ROOT, content, write_json
+from metapeft.stages.stage import write_json
+from metapeft.training.engine import FOLDERS, engine
 from metapeft.training.trial import Score, Trial
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from metapeft.training.session import Session
 
 # What decides how a trial ends.
-ENGINE = ("metapeft/backbones", "metapeft/kernels", "metapeft/peft", "metapeft/training")
+ENGINE = tuple(f"metapeft/{folder}" for folder in FOLDERS)
 Event = Callable[[dict[str, Any]], None]
 
 
@@ -66,7 +66,7 @@ class Trainer:
 
     def _untuned_file(self) -> Path:
         backbone = self.session().backbone.content_id
-        return home() / "untuned" / f"{self.task.version}-{self.task.metric}-{backbone}-{engine_version()}.json"
+        return home() / "untuned" / f"{self.task.version}-{self.task.metric}-{backbone}-{engine()}.json"
 
     def __call__(
         self,
@@ -180,11 +180,6 @@ def trial_lock(trial_id: str) -> Any:
     folder = home() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / f"trial-{trial_id}.lock", is_singleton=True)  # one process may take it twice
-
-
-def engine_version() -> str:
-    """Six hex digits that change when a trial could end differently: trials of an older engine are not continued."""
-    return hashlib.sha256("".join(content(ROOT / path) for path in ENGINE).encode()).hexdigest()[:6]
 
 
 def running_on() -> str:

@@ -18,6 +18,7 @@ from metapeft.meta.recommendation import counting, nominal_speed, short
 from metapeft.peft import METHODS
 from metapeft.profiling import Profile
 from metapeft.profiling import speed as speeds
+from metapeft.profiling.shapes import Shapes
 from metapeft.profiling.speed import Speed
 from metapeft.switching.forecast import Calibration, Forecaster, calibrated, left_out
 from metapeft.switching.prices import Price, prices
@@ -91,7 +92,7 @@ def advice(
     device = speed.measured.get("device", "")
     forecaster = Forecaster(here, evidence, same, model, untuned, len(task.test), _kept[state], device)
     first = plain(start)
-    chosen = [first, *_best(forecaster, profile.shapes.depth, first, trials, task.version, steps)]
+    chosen = [first, *_best(forecaster, profile.shapes, first, trials, task.version, steps)]
     costs = prices(chosen, profile, speed, trials, known.profiles)
     return Advice(
         Alternative(chosen[0], costs[0]),
@@ -102,13 +103,14 @@ def advice(
 
 
 def _best(
-    forecaster: Forecaster, depth: int, start: dict[str, Any], trials: Sequence[Trial], version: str, steps: int
+    forecaster: Forecaster, shapes: Shapes, start: dict[str, Any], trials: Sequence[Trial], version: str, steps: int
 ) -> list[dict[str, Any]]:
     """Of each method the configurations that are expected to gain most, of the portfolio and what was tried here."""
     tried = [plain(t.configuration) for t in trials if t.task_version == version and t.status == "ok"]
     found: dict[str, dict[str, Any]] = {}
-    for configuration in (*map(plain, portfolio(depth)), *tried):
-        found.setdefault(key(configuration), configuration)
+    for configuration in (*map(plain, portfolio(shapes.depth)), *tried):
+        if shapes.takes(configuration["method"]):
+            found.setdefault(key(configuration), configuration)
     found.pop(key(start), None)
     candidates = list(found.values())
     means = forecaster.before([(c, steps) for c in candidates]).mean

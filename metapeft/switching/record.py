@@ -17,7 +17,8 @@ NAME = "switching.json"
 class Leg:
     """A training with one configuration. how: what it began with (`metapeft.switching.handover`; "" at the start).
 
-    change: of the guard's outputs at its beginning. undone: it lost too much there, nothing of it was trained. trial:
+    change: of the guard's outputs at its beginning. undone: it lost too much there, or could not be (why),
+    and nothing of it was trained. trial:
     its outcome, once it is over. forced: it began because the one before it had failed. returns: it goes on with the
     method in hand, after an exchange was undone.
     """
@@ -31,6 +32,7 @@ class Leg:
     returns: bool = False
     change: dict[str, Any] | None = None
     undone: bool = False
+    why: str = ""
     seconds: float = 0.0  # of the handover, measured
     trial: dict[str, Any] | None = None
 
@@ -52,8 +54,8 @@ class Record:
     stopped: bool = False  # whether it was asked to stop
 
     def switches(self) -> int:
-        """Exchanges begun, undone ones too."""
-        return len(self.legs) - 1
+        """Exchanges begun, undone ones too; to go on with the method before is none."""
+        return sum(not leg.returns for leg in self.legs[1:])
 
     def decided(self, leg: int, step: int) -> dict[str, Any] | None:
         """The decision that was made there."""

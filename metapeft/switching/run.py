@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from metapeft.errors import MetapeftError
+from metapeft.errors import MetapeftError, Unfit
 from metapeft.meta.evidence import complete
 from metapeft.meta.gains import gain, room
 from metapeft.peft import adapters
@@ -53,11 +53,13 @@ class _Lost(Exception):
     """The exchange changed too much at its moment."""
 
 
-def identity(session: Session, start: dict[str, Any], steps: int, seed: int, policy: Policy) -> str:
+def identity(
+    session: Session, start: dict[str, Any], steps: int, seed: int, policy: Policy, seconds: float | None = None
+) -> str:
     """The id of a switched training; a static one's differs."""
-    task = session.task
+    task, backbone = session.task, session.backbone.identity
     return switching_id(
-        task.name, task.version, session.backbone.identity, start, steps, seed, policy, len(task.train), task.metric
+        task.name, task.version, backbone, start, steps, seed, policy, len(task.train), task.metric, seconds
     )
 
 
@@ -71,8 +73,11 @@ def switching_id(
     policy: Policy,
     train_examples: int,
     metric: str = "",
+    seconds: float | None = None,
 ) -> str:
-    configuration = {"method": METHOD, "start": full(start), "policy": asdict(policy)}
+    configuration: dict[str, Any] = {"method": METHOD, "start": full(start), "policy": asdict(policy)}
+    if seconds is not None:
+        configuration["seconds"] = seconds
     return trial_id(task, version, backbone, configuration, seed, steps, train_examples, metric=metric)
 
 
@@ -97,7 +102,7 @@ def train(
     Raises MetapeftError when nothing came of it.
     """
     policy = policy or Policy()
-    name = identity(session, start, steps, seed, policy)
+    name = identity(session, start, steps, seed, policy, seconds)
     done = finished(folder, name)
     if done is not None:
         return done
@@ -224,6 +229,11 @@ class _Training:
                 )
             except _Lost:
                 leg.undone = True
+                return
+            except Unfit as error:
+                if number == 0:
+                    raise
+                leg.undone, leg.why = True, str(error)
                 return
         leg.trial = trial.to_json()
 
@@ -374,8 +384,10 @@ class _Training:
 
     def _resumed(self, number: int) -> None:
         """After an exchange that was undone: the method in hand goes on, on top of what it learned."""
-        source = self.record.legs[number].source
-        assert source is not None
+        undone = self.record.legs[number]
+        source = undone.source
+        if source is None:
+            return  # it was forced: there is nothing to go on with
         leg = self.record.legs[source]
         configuration, looks = leg.configuration, self._looks_left(number, 0)
         if configuration["method"] == "p_tuning":  # its encoder is gone; its tokens are a prompt
@@ -384,8 +396,10 @@ class _Training:
         how = handover.how(self._tokens(source, leg.configuration["method"]), configuration["method"])
         left = self.record.budget_seconds - self._spent(number, 0)
         steps = price.steps(left - price.exchange(how), looks)
-        say(f"exchange undone: it changed too much; {leg.configuration['method']} goes on where it was")
-        if steps >= LEAST_STEPS:
+        goes_on = steps >= LEAST_STEPS
+        then = f"{leg.configuration['method']} goes on where it was" if goes_on else "there is no time to go on"
+        say(f"exchange undone: {undone.why or 'it changed too much'}; {then}")
+        if goes_on:
             configuration = _looking(configuration, looks)
             self.record.legs.append(Leg(configuration, steps, leg.price, how, source, returns=True))
 

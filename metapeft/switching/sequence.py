@@ -161,11 +161,13 @@ def train_sequence(
         if not found.untuned:
             found.untuned = [untuned(session, "test").value for session in sessions]
             found.perplexity = [perplexity(sessions[0], None)]
-        for number in range(len(found.trials), len(tasks)):
+        for number in range(len(found.scores), len(tasks)):
             one = _Task(name, sessions, number, configuration, keep, folder)
-            trial = one.train(steps, seed, None if progress is None else (lambda e, n=number: progress(n, e)))  # type: ignore[misc]
-            found.trials.append(trial.to_json())
-            found.adapters.append(str(folder / f"task-{number}"))
+            if number == len(found.trials):  # else a kill came while it was measured
+                trial = one.train(steps, seed, None if progress is None else (lambda e, n=number: progress(n, e)))  # type: ignore[misc]
+                found.trials.append(trial.to_json())
+                found.adapters.append(str(folder / f"task-{number}"))
+                _write(folder, found)
             one.measure(found)
             _write(folder, found)
     return found

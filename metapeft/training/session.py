@@ -13,7 +13,7 @@ import numpy as np
 
 from metapeft.backbones.forward import Prefix, anatomy, caches, extended, run
 from metapeft.data.task import Task
-from metapeft.errors import UserError
+from metapeft.errors import Unfit
 from metapeft.kernels.decoder import Decoder, decoder
 from metapeft.peft.base import Adapter
 from metapeft.peft.stack import beneath
@@ -121,7 +121,7 @@ class Session:
             virtual = self.below
         most = self._most_virtual
         if most is not None and virtual is not None and virtual[0][0].shape[2] > most:
-            raise UserError(
+            raise Unfit(
                 f"{virtual[0][0].shape[2]} virtual tokens and the longest row are more than the positions that the"
                 f" backbone knows; take at most {max(0, most)}, or shorten the rows"
             )

@@ -31,6 +31,7 @@ from metapeft.training import native
 from metapeft.training.batches import batch_at, shards
 from metapeft.training.configuration import TrainConfig, full, split
 from metapeft.training.encode import text_ids
+from metapeft.training.engine import engine
 from metapeft.training.evaluation import Predictions, evaluate, joined, predict, score, untuned
 from metapeft.training.noise import GradientNoise
 from metapeft.training.session import Session, completion_logits
@@ -40,7 +41,7 @@ from metapeft.training.vector import Layout, leaves
 Progress = Callable[[dict[str, Any]], bool | None]
 STATE_SECONDS = 15.0  # how often a resumable state is written
 SAMPLE = 64  # validation examples that are scored during training: evaluation costs as much as training
-STATE_FORMAT = 2  # of state.safetensors; a state of another format is not continued
+STATE_FORMAT = 2  # of state.safetensors; a state of another format or engine is not continued
 
 
 class Diverged(Exception):
@@ -59,7 +60,8 @@ def run_trial(
     prepare: Callable[[Adapter], None] | None = None,
     start: str = "",
 ) -> Trial:
-    """Trains one configuration and measures it. Never raises for what a configuration does: the status says it.
+    """Trains one configuration and measures it. What training it does, the status says. Raises Unfit for one that the
+    backbone or the rows cannot take.
 
     folder: where the adapter goes (and, while training, the state that a restarted run continues from); None keeps
     nothing. progress: called with {"step", "steps", "train_loss"} after every step, where there was an evaluation also
@@ -203,6 +205,7 @@ class _Run:
         if self.best is None:
             self._evaluate()
         assert self.best_vector is not None
+        self.adapter.before_step(self.steps)  # one that was killed after its last look has not opened it yet
         self._set(self.best_vector)
         self.trial.train_seconds = self._elapsed()
 
@@ -315,6 +318,8 @@ class _Run:
         self.adapter.before_step(self.steps)  # what opens over the first steps is judged, and saved, open
         predictions = predict(self.session, self.adapter, "validation", self.sample)
         found = score(self.session, predictions, "validation", self.sample)
+        if not math.isfinite(found.loss):
+            raise Diverged(f"the validation loss was {found.loss} at step {self.step}")
         self.since_best += 1
         if self.best is None or (found.value, -found.loss) > (self.best.value, -self.best.loss):
             self.best, self.since_best = found, 0
@@ -347,6 +352,7 @@ class _Run:
         facts = {
             "trial": self.trial.id,
             "format": STATE_FORMAT,
+            "engine": engine(),
             "step": self.step,
             "losses": self.losses,
             "lowest": self.lowest,
@@ -399,7 +405,7 @@ def saved_state(folder: Path, trial: str) -> tuple[dict[str, mx.array], dict[str
     try:
         loaded: Any = mx.load(str(path), return_metadata=True)
         arrays, facts = loaded[0], json.loads(loaded[1]["state"])
-        if (facts.get("trial"), facts.get("format")) != (trial, STATE_FORMAT):
+        if (facts.get("trial"), facts.get("format"), facts.get("engine")) != (trial, STATE_FORMAT, engine()):
             return None
         mx.eval(arrays)  # they are read lazily, and the file is about to be replaced
         return None if facts.get("sha256") != digest(arrays) else (arrays, facts)

@@ -214,3 +214,14 @@ def test_a_seed_is_that_of_the_training_too(backbone: object) -> None:
 def test_where_nothing_may_stand_before_a_prompt_matrices_are_tried() -> None:
     session = Session(tiny("minicpm3"), TASK)
     assert {way.name for way in strategies(session, [], {})} == {"cold lora"}
+
+
+def test_what_the_backbone_cannot_take_is_passed_over() -> None:
+    """GPT-2 knows 64 positions here, and a prefix needs 16."""
+    few = shots.draw(replace(made.classification(longest=44, seed=3), name="long"), 4, 0)
+    backbone = tiny("gpt2")
+    with pytest.raises(UserError, match="more than the positions"):
+        run_trial(Session(backbone, few), cold(4)["prefix"], steps=1)
+    found = adapt(few, backbone, priors=LIKED | {"cold lora": Prior(0.8, 0.01)})
+    assert found.chosen is not None and found.chosen.strategy == "cold lora"
+    assert "cold prefix" not in {judged.strategy for judged in found.judged}

@@ -27,7 +27,14 @@ def test_shapes_of_every_architecture(architecture: str, quantized: bool) -> Non
     }
     assert paths == {path: shape(linear) for path, linear in linear_layers(model).items()}
     assert Shapes.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert found.takes("lora") and found.takes("prefix")
     if not quantized:
         parts = anatomy(model)
         for layer, group in zip(getattr(parts.body, parts.layers), found.each(), strict=True):
             assert group.parameters == sum(v.size for _, v in tree_flatten(layer.parameters()))
+
+
+def test_multi_head_latent_attention_takes_no_prefix() -> None:
+    found = shapes(tiny("minicpm3").model)
+    assert found.takes("prompt") and not found.takes("prefix")
+    assert not Shapes.from_json(json.loads(json.dumps(found.to_json()))).takes("prefix")

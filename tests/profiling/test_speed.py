@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from metapeft.backbones import load
 from metapeft.profiling import speed
-from tests.backbones.tiny import tiny
+from tests.backbones.tiny import tiny, tiny_folder
 
 
 def test_speed_is_measured_once_per_machine_and_backbone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +32,9 @@ def test_speed_is_measured_once_per_machine_and_backbone(home: Path, monkeypatch
 def test_gradients_take_longer_than_going_forward() -> None:
     found = speed.measure(tiny("llama"))
     assert found.gradient > found.forward
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma3_text", "minicpm3"])
+def test_a_backbone_that_nothing_has_run_yet_is_measured(architecture: str) -> None:
+    """Its lazy constants belong to no thread."""
+    assert speed.measure(load(str(tiny_folder(architecture)))).forward > 0

@@ -18,7 +18,7 @@ from metapeft.meta import library
 from metapeft.meta.experience import Experience
 from metapeft.training import trainer
 from metapeft.training.trial import Trial
-from tests.backbones.tiny import tiny_folder
+from tests.backbones.tiny import tiny_folder, write
 from tests.search.growing import ROWS, grown
 from tests.stages.made import spam_file
 
@@ -172,3 +172,29 @@ def test_a_full_disk_is_no_trial(model: str, home: Path, monkeypatch: pytest.Mon
     assert grown(model, ["t1"], max_trials=1).trials == 1
     (trial,) = Experience(shipped=None).trials()
     assert [trial.configuration] == began and trial.status in ("ok", "diverged")
+
+
+def test_other_weights_in_the_same_folder_are_another_backbone(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "backbone"
+    folder.mkdir()
+    measured = []
+    for seed in (0, 5):
+        write(folder, "llama", seed)
+        grown(str(folder), ["t1"], max_trials=1)
+        trials = [t for t in Experience(shipped=None).trials() if t.untuned_score]
+        measured.append(trials[-1].untuned_score)
+    assert len(trials) == 2 and measured[0] != measured[1]
+
+
+def test_a_killed_growth_leaves_no_adapter_that_was_recorded(model: str, home: Path) -> None:
+    grown(model, ["t1"], max_trials=1)
+    (done,) = recorded(home)
+    (home / "growing" / done).mkdir()
+    grown(model, ["t1"], max_trials=1)
+    assert list((home / "growing").iterdir()) == [] and len(recorded(home)) == 2
+
+
+def test_a_method_that_the_backbone_does_not_take_is_not_planned() -> None:
+    with_prefix = grown(str(tiny_folder("llama")), ["t1"], max_trials=1).cells
+    without = grown(str(tiny_folder("minicpm3")), ["t1"]).statuses
+    assert sum(without.values()) < with_prefix and set(without) <= {"ok", "diverged"}

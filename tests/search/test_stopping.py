@@ -42,7 +42,7 @@ def recorded(tasks: int, each: int, noise: float = 0.01, seed: int = 0, informat
 
 @pytest.fixture(scope="module")
 def curves() -> list[Trial]:
-    return recorded(8, 14)
+    return recorded(16, 14)
 
 
 @pytest.fixture(scope="module")
@@ -95,16 +95,21 @@ def test_hopeless_is_relative_to_what_is_as_cheap(rule: StopRule, curves: list[T
     assert not rule.hopeless(rows(0.5, seconds=0.01, memory=1.0), 40, finished), "nothing is as cheap"
     assert not rule.hopeless(rows(0.93, seconds=1000.0, memory=5000.0), 40, finished)
     assert not rule.hopeless(rows(0.5, 1000.0, 5000.0, upto=4), 40, finished), "at the end there is nothing to stop"
-    assert not rule.hopeless(slow_and_bad, 40, finished, expected=(0.99, 0.001)), "the meta-model is sure of it"
     assert not StopRule(rule.curves).hopeless(slow_and_bad, 40, finished)
 
 
-def test_a_prediction_is_between_the_curve_and_the_expectation(rule: StopRule) -> None:
-    alone = rule.predict(rows(0.7), 40)
-    assert alone is not None and 0.6 < alone[0] < 0.95
-    joined = rule.predict(rows(0.7), 40, expected=(0.3, alone[1]))
-    assert joined is not None and joined[0] == pytest.approx((alone[0] + 0.3) / 2) and joined[1] < alone[1]
+def test_a_prediction_is_of_curves_that_stood_alike(rule: StopRule) -> None:
+    predicted = rule.predict(rows(0.7), 40)
+    assert predicted is not None and 0.6 < predicted[0] < 0.95
     assert rule.predict(rows(math.nan), 40) is None
+
+
+def test_more_orders_of_the_same_trials_make_nothing_surer(rule: StopRule, curves: list[Trial]) -> None:
+    once, often = replay(rule, curves, 1), replay(rule, curves, 8)
+    assert often.stops > 6 * once.stops
+    same = replace(once, stops=8 * once.stops, false_stops=8 * once.false_stops, orders=8)
+    assert same.bound == pytest.approx(once.bound) and same.rate == once.rate
+    assert often.bound > replace(often, orders=1).bound
 
 
 def test_only_full_curves_are_collected(curves: list[Trial]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from metapeft.errors import MetapeftError, UserError
+from metapeft.errors import MetapeftError, Unfit, UserError
 from metapeft.search import pareto, spaces, stopping, sweep
 from metapeft.search.sweep import Limits, Sweep
 from metapeft.settings import Settings, SweepSettings
@@ -153,6 +153,22 @@ def test_an_error_costs_one_trial_and_is_kept() -> None:
     broken = found.trials[1]
     assert (broken.status, broken.error) == ("failed", "RuntimeError: a bug")
     assert found.infeasible[broken.id] == "failed" and len(found.trials) == 6
+
+
+class Choosy(Surrogate):
+    """A backbone that takes no prefix."""
+
+    def __call__(self, configuration: dict[str, Any], seed: int, steps: int, key: str, watch: Any = None) -> Trial:
+        if configuration["method"] == "prefix":
+            raise Unfit("this backbone takes no prefix")
+        return super().__call__(configuration, seed, steps, key, watch)
+
+
+def test_what_the_backbone_cannot_take_is_one_failed_trial() -> None:
+    warm = [{"method": "prefix"}, {"method": "lora"}, {"method": "prompt"}]
+    found = sweep.sweep(Choosy(), TASK, given(3), warm_start=warm)
+    assert [(t.method, t.status) for t in found.trials] == [("prefix", "failed"), ("lora", "ok"), ("prompt", "ok")]
+    assert found.trials[0].error == "this backbone takes no prefix" and found.complete
 
 
 def test_errors_in_a_row_end_the_sweep() -> None:
@@ -350,6 +366,27 @@ def test_two_sweeps_that_were_started_apart_share_a_study(tmp_path: Path) -> Non
     assert len(found.trials) == 10 and set(events(tmp_path / "log").values()) == {1}
 
 
+def test_no_worker_begins_anything_when_the_time_is_over(tmp_path: Path) -> None:
+    limit = 8.0
+    begun = time.time()
+    found = sweep.sweep(Stamped(tmp_path), TASK, given(60, workers=2, max_seconds=limit))
+    started = sorted(float(path.read_text()) - begun for path in tmp_path.iterdir())
+    assert found.late and len(started) == len(found.trials)
+    assert all(moment < limit for moment in started[1:]), started
+
+
+@dataclass(frozen=True)
+class Stamped:
+    """Notes when each of its trials, of two seconds, began."""
+
+    folder: Path
+
+    def __call__(self, configuration: dict[str, Any], seed: int, steps: int, key: str, watch: Any = None) -> Trial:
+        (self.folder / key).write_text(str(time.time()))
+        time.sleep(2.0)
+        return replace(surrogate.train(configuration, seed, steps), seconds=2.0)
+
+
 def test_a_killed_helper_is_made_up_for(tmp_path: Path) -> None:
     process = start(tmp_path, seconds=1.0, trials=6, workers=2)
     wait_for(lambda: sum(events(tmp_path / "log").values()) >= 2)
@@ -405,13 +442,47 @@ def test_another_metric_is_another_study() -> None:
 
 def claimed(settings: Settings) -> tuple[sweep._Book, sweep._Claim]:
     """Another worker of the study, alive, with a trial in hand."""
+    book = opened(settings)
+    claim = book.claim()
+    assert claim is not None
+    return book, claim
+
+
+def opened(settings: Settings) -> sweep._Book:
     space = spaces.space(settings.sweep.methods)
     name = sweep.study_name(TASK, settings, space)
     book = sweep._Book(sweep._url(None, name), name, TASK, settings, space)
     book.open()
-    claim = book.claim()
-    assert claim is not None
-    return book, claim
+    return book
+
+
+def test_a_trial_may_be_given_back_twice_and_after_it_was_declared_dead() -> None:
+    book, claim = claimed(given(4))
+    other = opened(given(4))
+    book.release(claim)
+    book.release(claim)  # the answer to the first was lost
+    again = book.claim()
+    assert again is not None and again.id == claim.id
+    assert book.locks is not None
+    book.locks.close()  # a database that lost this worker's session
+    taken = other.claim()
+    assert taken is not None and taken.id == claim.id
+    book.release(again)
+    assert [t.user_attrs["id"] for t in other._all() if t.state.name == "RUNNING"] == [claim.id]
+    book.close()
+    other.close()
+
+
+def test_a_study_that_a_kill_left_without_its_identity_was_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    import optuna
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "set_user_attr", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sweep.sweep(Surrogate(), TASK, given(3), study="mine")
+    with pytest.raises(UserError, match="there is no sweep mine"):
+        sweep.load("mine", TASK, given(3))
+    assert sweep.sweep(Surrogate(), TASK, given(3), study="mine").complete
 
 
 @pytest.mark.parametrize("end", ["recorded", "released", "dead"])
@@ -505,7 +576,7 @@ class Watched:
 
 
 def test_hopeless_trials_stop_and_the_front_is_that_of_a_sweep_without_stopping() -> None:
-    rule = stopping.calibrated(recorded(8, 14))
+    rule = stopping.calibrated(recorded(16, 14))
     assert rule.alpha > 0
     found = sweep.sweep(Watched(), TASK, given(30), rule=rule)
     stopped = [t for t in found.trials if t.status == "stopped"]
@@ -530,7 +601,7 @@ def test_the_gp_sampler_says_what_it_needs() -> None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        with pytest.raises(UserError, match=r"pip install 'metapeft\[gp\]'"):
+        with pytest.raises(UserError, match=r"pip install -e '\.\[gp\]'"):
             sweep.sweep(Surrogate(), TASK, given(3, sampler="gp"))
         return
     found = sweep.sweep(Surrogate(), TASK, given(10, sampler="gp", methods=["prompt"]))

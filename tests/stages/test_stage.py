@@ -260,3 +260,18 @@ except KeyboardInterrupt:
     )
     assert (heard.stdout, heard.stderr) == ("heard\n", "")
     assert lost.stdout == "" and "KeyboardInterrupt" in lost.stderr, "without it, it is lost"
+
+
+def test_sigterm_stops_like_an_interrupt() -> None:
+    code = """
+import os, signal
+from metapeft.stages.stage import hear_interrupts
+
+hear_interrupts()
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+except KeyboardInterrupt:
+    print("given back")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "given back\n")

@@ -15,10 +15,13 @@ from metapeft.peft import adapters, create, parse
 from metapeft.peft.prefix import Prefix
 from metapeft.runtime import mx
 from metapeft.switching import handover
+from metapeft.training import trainer
 from metapeft.training.evaluation import evaluate, predict
 from metapeft.training.session import Session
+from metapeft.training.trial import Trial
 from tests.backbones.tiny import CONFIGS, tiny
 from tests.switching import made
+from tests.training import made as training
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +97,22 @@ def test_on_matrices_nothing_changes_and_what_is_left_is_a_prefix_on_them(
     again = evaluate(session, kept, "test")
     kept.detach(session.model)
     assert trial.score is not None and again.value == trial.score.value
+
+
+def test_killed_after_its_last_step_it_is_judged_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = training.session(task=training.classification(train=60, rest=120, labels=("no", "yes")))
+    values = {"method": "prefix", "learning_rate": 0.05, "tokens": 4, "batch_size": 4, "evaluations": 2}
+
+    def trained(folder: Path) -> Trial:
+        gated = lambda adapter: adapter.open_over(2)  # noqa: E731
+        return trainer.run_trial(session, values, steps=12, folder=folder, test=False, prepare=gated)
+
+    whole = trained(tmp_path / "whole").validation
+    monkeypatch.setattr(trainer, "STATE_SECONDS", 0.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer._Run, "validated", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        trained(tmp_path / "killed")
+    assert trained(tmp_path / "killed").validation == whole
 
 
 def test_gradients_through_a_half_open_gate_are_mlx_s(session: Session) -> None:

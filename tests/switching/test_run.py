@@ -23,6 +23,7 @@ from metapeft.training.evaluation import evaluate, untuned
 from metapeft.training.session import Session
 from tests.backbones.tiny import tiny_folder
 from tests.switching import made
+from tests.training import made as training
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -296,3 +297,19 @@ def test_killed_at_any_moment_and_started_again_ends_with_the_same_bits(
     child = start(tmp_path / "killed", methods)
     assert "done" in child.communicate(timeout=300)[0]
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
+
+
+def test_an_exchange_to_what_the_backbone_cannot_take_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2 knows 64 positions here."""
+    monkeypatch.setitem(made.SMALL, "prefix", made.SMALL["prefix"] | {"tokens": 60})
+    session = training.session("gpt2", task=training.classification(longest=20))
+    policy = Policy(looks=4, tolerance=1.0)
+    trial, record = made.train(
+        session, tmp_path / "x", "lora", "prefix", policy=policy, steps=60, prefix=0.9, untuned=0.95
+    )
+    exchange, back = record.legs[1:]
+    assert exchange.undone and "more than the positions" in exchange.why
+    assert back.returns and back.configuration["method"] == "lora" and trial.status == "ok"
+    assert record.switches() == 1

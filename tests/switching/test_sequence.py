@@ -83,6 +83,26 @@ def test_a_sequence_goes_on_with_the_task_it_was_at(backbone: Backbone, tasks: l
     assert cut.scores == whole.scores and cut.perplexity == whole.perplexity
 
 
+def test_killed_while_it_is_measured_a_task_is_not_trained_again(
+    backbone: Backbone, tasks: list[Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_sequence(backbone, tasks[:2], START, Keep("naive"), steps=6, folder=tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_Task, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        train_sequence(backbone, tasks[:2], START, Keep("naive"), steps=6, folder=tmp_path / "cut")
+    trained: list[int] = []
+    cut = train_sequence(
+        backbone,
+        tasks[:2],
+        START,
+        Keep("naive"),
+        steps=6,
+        folder=tmp_path / "cut",
+        progress=lambda number, _: trained.append(number),
+    )
+    assert set(trained) == {1} and cut.scores == whole.scores and cut.perplexity == whole.perplexity
+
+
 def test_what_another_sequence_left_in_the_folder_is_not_continued(
     backbone: Backbone, tasks: list[Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -245,6 +245,19 @@ def test_not_a_number_is_found_at_once(session: Session) -> None:
     assert trial.status == "diverged" and trial.error == "the loss was nan at step 1"
 
 
+def test_weights_that_break_in_the_last_step_are_found(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = trainer._Run._evaluate
+
+    def broken(run: trainer._Run) -> dict[str, Any]:
+        if run.step == run.steps:
+            run._set(run.vector * float("nan"))
+        return real(run)
+
+    monkeypatch.setattr(trainer._Run, "_evaluate", broken)
+    trial = run_trial(session, configuration("lora"), steps=4, test=False)
+    assert trial.status == "diverged" and trial.error == "the validation loss was nan at step 4"
+
+
 def test_early_stopping_keeps_the_best_weights(session: Session, tmp_path: Path) -> None:
     values = {"learning_rate": 0.05, "evaluations": 20, "patience": 2, "schedule": "constant"}
     trial = run_trial(session, configuration("lora", **values), steps=60, folder=tmp_path / "a")
@@ -425,7 +438,7 @@ def test_killed_at_any_moment_and_started_again_ends_with_the_same_bits(
     assert contents(tmp_path / "whole", methods) == contents(tmp_path / "killed", methods)
 
 
-def test_a_state_of_another_trial_or_a_damaged_one_is_not_continued(
+def test_a_state_of_another_trial_or_engine_or_a_damaged_one_is_not_continued(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "STATE_SECONDS", 0.0)
@@ -438,14 +451,20 @@ def test_a_state_of_another_trial_or_a_damaged_one_is_not_continued(
         if event["step"] == 2:
             raise Stop
 
-    for name, damage in (("other", False), ("damaged", True)):
+    for name, steps in (("another trial", 30), ("damaged", 3), ("another engine", 3)):
         folder = tmp_path / name
-        with pytest.raises(Stop):
-            run_trial(session, configuration("prompt"), steps=30, folder=folder, progress=crash)
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            if name == "another engine":
+                patch.setattr(trainer, "engine", lambda: "000000")
+            run_trial(session, configuration("prompt"), steps=steps, folder=folder, progress=crash)
         state = folder / "state.safetensors"
-        if damage:
+        assert state.exists()
+        if name == "damaged":
             state.write_bytes(state.read_bytes()[:100])
-        assert_same(plain, trained(session, folder, steps=3, method="prompt"))
+        seen: list[dict[str, Any]] = []
+        again = run_trial(session, configuration("prompt"), steps=3, folder=folder, progress=seen.append)
+        assert again.status == "ok" and [event["step"] for event in seen] == [1, 2, 3]
+        assert_same(plain, weights(session, folder))
         assert not state.exists()
 
 
