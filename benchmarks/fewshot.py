@@ -698,7 +698,7 @@ def speed(cells: list[dict[str, Any]]) -> dict[str, Any]:
         steps.append(mine.step / (1 + lora.before))
         scheduled.append(mine.step / max(AT))
         by_task[c["task"]].append(steps[-1])
-        from_context += steps[-1] == 0 and c["choice"] == "tuned context"
+        from_context += steps[-1] == 0 and c["choice"] in ("context", "tuned context")
         seconds.append(mine.seconds / max(1e-9, lora.seconds))
     return {
         "cells": len(steps),
