@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from metapeft.data.task import Task
@@ -177,27 +176,18 @@ class Expected:
         return cost(configuration, self.profile, self.speed, steps).peak_memory_mb
 
     def point(self, configuration: dict[str, Any]) -> tuple[float, float, float] | None:
-        """Score, seconds and MiB; None where no score is expected."""
+        """Score, seconds and MiB; the score is that of the recommended configuration of the method with the nearest
+        learning rate. None where that is a factor of NEAR away."""
         from metapeft.meta.costs import cost
         from metapeft.training.configuration import full
 
-        found = self.score(full(configuration), self.steps)
-        if found is None:
-            return None
-        needs = cost(configuration, self.profile, self.speed, self.steps)
-        return found[0], needs.seconds, needs.peak_memory_mb
-
-    def score(self, configuration: dict[str, Any], steps: int) -> tuple[float, float] | None:
-        """Mean and deviation, from the recommended configuration of the method with the nearest learning rate; None
-        where that is a factor of NEAR away."""
-        rate = math.log(configuration["learning_rate"])
+        rate = math.log(full(configuration)["learning_rate"])
         same = [e for e in self.recommendations if e["method"] == configuration["method"]]
         entry = min(same, key=lambda e: abs(math.log(e["configuration"]["learning_rate"]) - rate), default=None)
         if entry is None or abs(math.log(entry["configuration"]["learning_rate"]) - rate) > math.log(NEAR):
             return None
-        found = entry["score"]
-        half = NormalDist().inv_cdf(0.5 + found["level"] / 2)
-        return found["mean"], (found["high"] - found["low"]) / (2 * half)
+        needs = cost(full(configuration), self.profile, self.speed, self.steps)
+        return entry["score"]["mean"], needs.seconds, needs.peak_memory_mb
 
 
 def check(settings: Settings) -> None:
