@@ -702,7 +702,7 @@ def adapters_list(
         from metapeft import api
 
         profile = api.profile(like, backbone=backbone, seed=seed, params=params)
-        near = library.find(profile, count=10, without={profile.task})
+        near = library.find(profile, count=10, named=profile.task)
         found = [{"similarity": near_by.similarity, **near_by.entry.to_json()} for near_by in near]
     rows = [
         {

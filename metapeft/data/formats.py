@@ -19,6 +19,7 @@ from metapeft.data.rows import MAX_ROW_CHARACTERS, Table, listed, parse, too_lon
 from metapeft.errors import UserError
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+READ = ("messages", "prompt", "completion", "text", "label")  # columns; others are passed over
 
 
 def read_file(path: Path) -> Table:
@@ -100,8 +101,9 @@ def csv_records(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             ) from error
         if not any(fields):
             continue  # blank
-        if sum(len(field) for field in fields) > MAX_ROW_CHARACTERS:
-            raise UserError(too_long(f"{path} line {line}", sum(len(field) for field in fields)))
+        read = [text for name, text in zip(header or fields, fields, strict=False) if not header or name in READ]
+        if sum(map(len, read)) > MAX_ROW_CHARACTERS:
+            raise UserError(too_long(f"{path} line {line}", sum(map(len, read))))
         if not header:
             header = [field.strip() for field in fields]
             check_header(header, path)
@@ -126,9 +128,10 @@ def check_header(header: list[str], path: Path) -> None:
 
 def parquet_records(data: bytes, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """https://parquet.apache.org; only the columns of the row formats are decoded."""
+    import numpy as np
+    import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    wanted = ("messages", "prompt", "completion", "text", "label")
     number = 0
     try:
         file = parquet.ParquetFile(io.BytesIO(data))
@@ -136,11 +139,14 @@ def parquet_records(data: bytes, path: Path) -> Iterator[tuple[int, dict[str, An
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise UserError(f"{path} names the column {listed(twice)} more than once; rename or delete the copies")
-        columns = [name for name in names if name in wanted]
+        columns = [name for name in names if name in READ]
+        short = [name for name in columns if file.schema_arrow.field(name).type in (pa.float16(), pa.float32())]
         others = dict.fromkeys(names)  # without their values, so that a message can name them
         for batch in file.iter_batches(columns=columns or names[:1]):
             for record in batch.to_pylist():
                 number += 1
+                for name in short:  # 0.1, not the 0.10000000149011612 that is nearest to it
+                    record[name] = None if record[name] is None else float(str(np.float32(record[name])))
                 yield number, others | record
     except UserError:
         raise

@@ -138,12 +138,13 @@ def build(
     )
 
 
-def check_labels(given: dict[str, list[Row]], source: str) -> tuple[str, ...]:
-    """All labels, sorted. Raises UserError when there is one only, or so many that they are free text."""
+def check_labels(given: dict[str, list[Row]], source: str, few: bool = False) -> tuple[str, ...]:
+    """All labels, sorted. Raises UserError when there is one only, or so many that they are free text. few: a handful
+    of rows, each of which may have a label of its own."""
     counts = Counter(row.answer for rows in given.values() for row in rows)
     if len(counts) == 1:
         raise UserError(f"{source}: every row has the label {next(iter(counts))[:40]!r}; add rows with another label")
-    if len(counts) > MAX_LABELS or (len(counts) > 20 and len(counts) > counts.total() / 2):
+    if len(counts) > MAX_LABELS or (not few and len(counts) > 20 and len(counts) > counts.total() / 2):
         raise UserError(
             f"{source}: {len(counts):,} different labels in {counts.total():,} rows look like free text; "
             "name the columns prompt and completion"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from numbers import Number
 from typing import Any, Literal
 
@@ -95,8 +96,12 @@ def cell(value: Any, column: str, where: str) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise UserError(f"{where}: column {column!r} is missing ({value}); fill it or delete the row")
     if isinstance(value, Number) and not isinstance(value, complex):
+        if isinstance(value, float | Decimal) and not math.isfinite(value):
+            raise UserError(f"{where}: column {column!r} is infinite; write it as text, or delete the row")
         if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
             return str(int(value))  # 1.0 is how tables write the label 1 once a column held a gap
+        if isinstance(value, Decimal):
+            return str(int(value)) if value == value.to_integral_value() else format(value.normalize(), "f")
         try:
             return str(value)
         except ValueError as error:  # an integer of over 4,300 digits

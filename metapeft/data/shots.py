@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metapeft.data import formats, load, versions
-from metapeft.data.rows import Row
+from metapeft.data import formats, load, splits, versions
 from metapeft.data.task import Example, Kind, Task
 from metapeft.data.templates import check_template, default_template, render
 from metapeft.errors import UserError
@@ -22,13 +21,15 @@ MOST = 1000
 def load_shots(task: str, count: int | None, settings: DataSettings, seed: int) -> tuple[Task, list[str]]:
     """A task with `count` shots as its training split, and notes on rows that only the settings' limits left out.
 
-    A file with no more rows than that (None: any file) is learned from whole, with none held out for a test. Raises
-    UserError as `load_task` does, and where a task that is no file comes without a number.
+    A file with no more rows than that (None: any file) is learned from whole, with none held out for a test, and one
+    with too few rows to be split has no test either. Raises UserError as `load_task` does, and where a task that is no
+    file comes without a number.
     """
     path = Path(task).expanduser()
     named = path.is_file() or path.suffix.lower() in formats.SUFFIXES  # one that is missing is told as such
-    if named and (count is None or rows(path) <= count):
-        return read(path, settings), []
+    if named and (count is None or rows(path) <= count or rows(path) < splits.MIN_PROMPTS):
+        few = read(path, settings)
+        return few if count is None or count >= len(few.train) else draw(few, count, seed), list(few.notes)
     if count is None:
         raise UserError(f"say how many examples of {task} to learn from: --shots K")
     whole = load.load_task(task, settings)
@@ -66,9 +67,15 @@ def balanced(examples: Sequence[Example], labelled: bool) -> list[Example]:
 
 
 def folds(task: Task, count: int) -> list[list[int]]:
-    """Which training examples are held out together, `count` times, each label spread over all of them."""
+    """Which training examples are held out together, `count` times at most, each label spread over all of them. None
+    where nothing would be left to learn from."""
     order = sorted(range(len(task.train)), key=lambda i: task.train[i].completion if task.labels else "")
-    return [sorted(order[first::count]) for first in range(min(count, len(order)))]
+    places = {i: place % count for place, i in enumerate(order)}
+    first: dict[str, int] = {}  # of a prompt that comes with several answers: all of them are held out together
+    for i, example in enumerate(task.train):
+        places[i] = places[first.setdefault(splits.normalised(example.prompt), i)]
+    found = [[i for i in range(len(task.train)) if places[i] == fold] for fold in range(count)]
+    return [held for held in found if 0 < len(held) < len(task.train)]
 
 
 def spelled(task: Task) -> tuple[Example, ...]:
@@ -83,15 +90,21 @@ def rows(path: Path) -> int:
 
 
 def read(path: Path, settings: DataSettings) -> Task:
-    """A file all of whose rows are shots, none held out for a test. Raises UserError as `load_task` does."""
+    """A file all of whose rows are shots, none held out for a test, labels in turn. Rows that differ in case or white
+    space alone are one, as when a task is split: held-out shots must not be known. Raises UserError as `load_task`
+    does."""
     table = formats.read_file(path)
-    found: list[Row] = list(dict.fromkeys(table.rows))
-    if len(found) > MOST:
-        raise UserError(f"{path} has {len(found):,} rows; give --shots, how many of them to learn from")
-    labels = load.check_labels({"train": found}, str(path)) if table.shape == "text+label" else ()
+    if len(set(table.rows)) > MOST:
+        raise UserError(f"{path} has {len(set(table.rows)):,} rows; at most {MOST:,} are shots: give fewer by --shots")
+    labels = load.check_labels({"train": list(table.rows)}, str(path), few=True) if table.shape == "text+label" else ()
     kind: Kind = "classification" if labels else "generation"
     template = check_template(settings.template or default_template(kind, labels))
-    examples = tuple(render(row, template, labels) for row in found)
+    different: dict[tuple[str, str], Example] = {}
+    for row in table.rows:
+        example = render(row, template, labels)
+        different.setdefault((splits.normalised(example.prompt), example.completion), example)
+    examples = tuple(balanced(list(different.values()), bool(labels)))
+    left_out = len(table.rows) - len(examples)
     return Task(
         name=path.resolve().stem,
         version=load.version({"train": examples, "validation": (), "test": ()}),
@@ -104,4 +117,5 @@ def read(path: Path, settings: DataSettings) -> Task:
         source=str(path),
         dvc_id=versions.content_id(path),
         template=template,
+        notes=(f"{left_out} duplicate rows left out",) if left_out else (),
     )

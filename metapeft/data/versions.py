@@ -91,7 +91,9 @@ def restore(path: Path, identity: str) -> None:
     import yaml
     from dvc.exceptions import DvcException
 
-    if path.exists() and content_id(path) not in (identity, tracked(path)):
+    here = content_id(path) if path.exists() else identity
+    # A kill may have come between the .dvc file and the content: then DVC has what lies here.
+    if here not in (identity, tracked(path)) and not with_repository(root, lambda repo: repo.cache.local.exists(here)):
         raise UserError(f"{path} holds changes that DVC does not have; run `dvc add {path.name}`, or move it away")
     record = path.with_name(path.name + ".dvc")
     before = record.read_bytes() if record.exists() else None

@@ -96,7 +96,7 @@ def adapt(
     compared with cold training, and the chosen one is trained after it. What is tried, and in what order:
     `metapeft.fewshot.worth`. After a kill, what was tried is not tried again
     (until `tried.clear`).
-    without: names and families of tasks that nothing is taken over from, beside the task itself. only: strategies to
+    without: names and families of tasks that nothing is taken over from, beside tasks of its own name. only: those to
     try (default: all). priors: None is what was measured on other tasks of its kind. The adapter goes to
     METAPEFT_HOME/adapters/TRIAL_ID. Raises UserError for shots that the backbone cannot read.
     """
@@ -105,8 +105,8 @@ def adapt(
 
     begin = time.monotonic()
     session = Session(backbone, replace(task, validation=task.train, test=task.test or task.train[:1]))
-    near = library.find(profile(task, backbone), NEIGHBOURS, without={task.name, *without})
-    found = strategies(session, near, starts_of(backbone, {task.name, task.family, *without} - {""}))
+    near = library.find(profile(task, backbone), NEIGHBOURS, without=without, named=task.name)
+    found = strategies(session, near, starts_of(backbone, {task.family, *without} - {""}, task.name))
     found = [s for s in found if not only or s.name in only]
     folds = sessions(backbone, task, fold_count(len(task.train)), session) if len(task.train) > 1 else []
     base, beliefs = answers(session, None, "train"), measured(task.kind) if priors is None else priors
@@ -162,12 +162,14 @@ def adapt(
     )
 
 
-def starts_of(backbone: Backbone, without: Collection[str] = ()) -> dict[str, Saved]:
-    """The meta-learned starts that are here, by method; one that was learned on any of these tasks does not count."""
+def starts_of(backbone: Backbone, without: Collection[str] = (), named: str = "") -> dict[str, Saved]:
+    """The meta-learned starts that are here, by method; one that was learned on any of these tasks or families, or on a
+    task of this name, does not count."""
     found = {}
     for method in METHODS:
         learned = reptile.read(reptile.place(backbone, method))
-        if learned is not None and not {*learned.tasks, *learned.families} & set(without):
+        known = set() if learned is None else {*learned.tasks, *learned.families}
+        if learned is not None and named not in learned.tasks and not known & set(without):
             found[method] = learned.saved
     return found
 

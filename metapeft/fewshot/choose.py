@@ -293,7 +293,8 @@ def choose(
     if chosen.strategy not in held or rival.strategy not in held:
         return replace(choice, ahead_error=math.hypot(chosen.deviation, rival.deviation))
     both = merit(held[chosen.strategy].answers[chosen.steps]) - merit(held[rival.strategy].answers[rival.steps])
-    return replace(choice, ahead_error=standard_error(both))
+    before = priors.get(chosen.strategy, UNKNOWN), priors.get(rival.strategy, UNKNOWN)
+    return replace(choice, ahead_error=belief(both, _less(*before))[1])
 
 
 def _transfer(strategy: Strategy, held: Mapping[str, Held], priors: Mapping[str, Prior]) -> Transfer | None:
@@ -301,14 +302,18 @@ def _transfer(strategy: Strategy, held: Mapping[str, Held], priors: Mapping[str,
         return None
     mine, cold = held[strategy.name], held[strategy.rival]
     difference = merit(mine.answers[mine.best()]) - merit(cold.answers[cold.best()])
-    before = priors.get(strategy.name, UNKNOWN), priors.get(strategy.rival, UNKNOWN)
-    expected = Prior(before[0].mean - before[1].mean, math.hypot(before[0].deviation, before[1].deviation))
+    expected = _less(priors.get(strategy.name, UNKNOWN), priors.get(strategy.rival, UNKNOWN))
     return Transfer(
         strategy.rival,
         float(difference.mean()),
         standard_error(difference),
         avoided=belief(difference, expected)[0] < 0,
     )
+
+
+def _less(one: Prior, other: Prior) -> Prior:
+    """What is known of the difference between two strategies' gains."""
+    return Prior(one.mean - other.mean, math.hypot(one.deviation, other.deviation))
 
 
 def standard_error(differences: np.ndarray) -> float:

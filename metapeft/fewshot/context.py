@@ -24,8 +24,8 @@ def demonstrations(session: Session, budget: int = VIRTUAL) -> list[int]:
 
 def shown(session: Session, budget: int = VIRTUAL) -> list[tuple[int, list[int]]]:
     """As many training examples as fit into `budget` and the backbone's context, as (number, tokens): prompt,
-    completion, end of sequence and a new line; the first one comes last, next to the question. One that does not fit
-    even alone is passed over; there may be none.
+    completion, end of sequence and a new line; the first one comes last, next to the question. A long one (over a
+    quarter of the room) that does not fit beside those before it is passed over; there may be none.
 
     The end of sequence shows where an answer ends; the new line after it is worth some 20 points of exact match.
     """
@@ -35,9 +35,9 @@ def shown(session: Session, budget: int = VIRTUAL) -> list[tuple[int, list[int]]
     taken: list[tuple[int, list[int]]] = []
     for number, example in enumerate(session.encoded["train"]):
         tokens = [*session.shared, *example.ids, *line]
-        if len(tokens) > room:
-            continue
         if sum(len(each) for _, each in taken) + len(tokens) > room:
+            if 4 * len(tokens) > room:
+                continue
             break
         taken.append((number, tokens))
     return taken[::-1]

@@ -109,7 +109,7 @@ def from_factors(given: Factors, rank: int = RANK, layers: int = 0) -> Saved:
     found: Factors = {}
     for path, (b, a) in given.items():
         left, right = np.linalg.qr(b), np.linalg.qr(a.T)
-        u, values, v = np.linalg.svd(left.R @ right.R.T)
+        u, values, v = np.linalg.svd(left.R @ right.R.T, full_matrices=False)
         root = np.sqrt(values)
         found[path] = _padded((left.Q @ u * root)[:, :rank], ((right.Q @ v.T) * root).T[:rank], rank)
     return _lora(found, rank, layers)

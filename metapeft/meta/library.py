@@ -189,12 +189,14 @@ def find(
     *,
     methods: Collection[str] | None = None,
     without: Collection[str] = (),
+    named: str = "",
     model: Model | None = None,
 ) -> list[Found]:
     """The adapters of the tasks that are nearest to the profile's by the learned metric, nearest task first.
 
     count: tasks at most. methods: None is all. without: names and families of tasks that do not count; neither does the
-    task itself. model: whose metric; None is the champion's. Within a task the best adapter comes first.
+    task itself. named: a name alone, for a file may be called like a family. model: whose metric; None is the
+    champion's. Within a task the best adapter comes first.
     """
     from metapeft.meta import versions
     from metapeft.meta.evidence import Known
@@ -207,6 +209,7 @@ def find(
         and entry.profile_version == profile.version
         and entry.trial.task_version != profile.task_version
         and (methods is None or entry.trial.method in methods)
+        and entry.trial.task != named
         and not {entry.trial.task, entry.family} & set(without)
     ]
     examples = round(profile.features.get("train_examples", 0))

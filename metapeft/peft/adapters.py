@@ -64,7 +64,8 @@ def build(saved: Saved, model: nn.Module, name: str = "the adapter") -> Adapter:
     if isinstance(config, AdaLoRAConfig):
         adapter = adalora.from_tensors(config, _fitted(saved, model, name))
         masks = {path: mx.array(mask)[:, None] for path, mask in saved.rank_pattern.items()}
-        adapter.kept = {path: masks[path] for path in adapter.deltas} if masks else None
+        whole = mx.ones((config.initial_rank, 1), dtype=mx.bool_)  # of a module that lost no rank
+        adapter.kept = {path: masks.get(path, whole) for path in adapter.deltas} if masks else None
         return adapter
     table = saved.tensors["prompt_embeddings"].astype(mx.float32)
     if isinstance(config, PrefixConfig):

@@ -120,7 +120,7 @@ def to_peft(folder: Path, saved: Saved) -> None:
 
 
 def convert(source: Path, destination: Path, to: Format, backbone: str | None = None) -> Saved:
-    """Reads an adapter in any format and writes it in another; returns what was written.
+    """Reads an adapter in any format and writes it in another; returns what was read.
 
     `backbone` is the base model's name to record, where the source has none or a wrong one. Raises UserError.
     """
@@ -130,12 +130,17 @@ def convert(source: Path, destination: Path, to: Format, backbone: str | None = 
     writers = {"metapeft": write, "peft": to_peft, "mlx-lm": to_mlx_lm}
     if to not in writers:
         raise UserError(f"unknown adapter format {to!r}; choose from {', '.join(FORMATS)}")
-    if destination.exists() and not _replaceable(destination):
-        raise UserError(f"{destination} exists and is not an adapter folder; choose another name or remove it first")
+    if destination.exists() and (other := _foreign(destination)) is not None:
+        raise UserError(f"{destination} exists and {other}; choose another name, or remove it first")
     writers[to](destination, saved)
-    return replace(saved, format=to)
+    return saved
 
 
-def _replaceable(folder: Path) -> bool:
-    names = ("adapter_config.json", MATRICES + "adapter_config.json")
-    return folder.is_dir() and (any((folder / name).exists() for name in names) or not any(folder.iterdir()))
+def _foreign(folder: Path) -> str | None:
+    """Why a folder is none that was written here: what is in it is somebody's."""
+    if not folder.is_dir():
+        return "is no folder"
+    files = (huggingface.CONFIG, huggingface.WEIGHTS, mlx_lm.CONFIG, mlx_lm.WEIGHTS, OURS)
+    ours = {folders.MANIFEST, *(part + name for part in ("", MATRICES, VIRTUAL) for name in files)}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in ours or path.is_dir())
+    return f"holds {others[0]}, which belongs to no adapter" if others else None

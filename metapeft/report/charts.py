@@ -302,7 +302,7 @@ def untuned_line(y: Axis, untuned: float | None, left: float, right: float) -> l
     place = y(untuned)
     return [
         stroke("untuned", f"M{left} {place:.1f}H{right}"),
-        f'<text class="note" x="{right - 4}" y="{place - 5:.1f}" text-anchor="end">untuned backbone</text>',
+        f'<text class="note" x="{right - 4}" y="{place - 5:.1f}" text-anchor="end">untuned backbone, test split</text>',
     ]
 
 

@@ -149,7 +149,7 @@ def _untuned(axes: Any, untuned: float | None) -> None:
     if untuned is not None and math.isfinite(untuned):
         axes.axhline(untuned, color="#777777", lw=1, ls=(0, (2, 3)), zorder=0)
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate("untuned backbone", (0.01, untuned), (0, 3), **place, fontsize=8, color="#666666")
+        axes.annotate("untuned backbone, test split", (0.01, untuned), (0, 3), **place, fontsize=8, color="#666666")
 
 
 def _metric(trials: Sequence[Trial]) -> str:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tempfile
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -253,3 +254,29 @@ def test_parquet_rows_are_counted(tmp_path: Path) -> None:
 def test_a_row_of_the_longest_length_is_read(tmp_path: Path) -> None:
     text = "y" * (MAX_ROW_CHARACTERS - 100)
     assert formats.read_file(write(tmp_path, "t.csv", f"text,label\n{text},x\n")).rows[0].prompt == text
+
+
+def test_numbers_of_any_width_are_written_as_they_were(tmp_path: Path) -> None:
+    labels = {
+        "float": pa.array([0.1, 0.7], pa.float32()),
+        "half": pa.array([0.5, 2.0], pa.float16()),
+        "decimal": pa.array([Decimal("1.00"), Decimal("2.50")], pa.decimal128(5, 2)),
+    }
+    wanted = {"float": ["0.1", "0.7"], "half": ["0.5", "2"], "decimal": ["1", "2.5"]}
+    for name, column in labels.items():
+        path = tmp_path / f"{name}.parquet"
+        parquet.write_table(pa.table({"text": ["a", "b"], "label": column}), path)
+        assert [row.answer for row in formats.read_file(path).rows] == wanted[name]
+    path = tmp_path / "infinite.jsonl"
+    path.write_text('{"text": "a", "label": 1e400}\n')
+    with pytest.raises(UserError, match="'label' is infinite"):
+        formats.read_file(path)
+
+
+def test_a_column_that_is_not_read_may_be_long(tmp_path: Path) -> None:
+    path = tmp_path / "pages.csv"
+    path.write_text("text,html,label\na," + "x" * 600_000 + ",yes\n")
+    assert [row.answer for row in formats.read_file(path).rows] == ["yes"]
+    path.write_text("text,html,label\n" + "x" * 600_000 + ",b,yes\n")
+    with pytest.raises(UserError, match="split or shorten"):
+        formats.read_file(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from metapeft.errors import UserError
 from metapeft.settings import DataSettings
 from tests.training import made
 
-TASK = made.classification(train=60, labels=("no", "yes", "maybe"))
+MADE = made.classification(train=90, labels=("no", "yes", "maybe"))
+TASK = replace(MADE, train=tuple({e.prompt: e for e in MADE.train}.values())[:60])
 
 
 @given(count=st.integers(1, 60), more=st.integers(0, 20), seed=st.integers(0, 5))
@@ -66,3 +68,44 @@ def test_every_row_of_a_file_is_a_shot(tmp_path: Path) -> None:
     assert shots.rows(path) == 4 and len(task.train) == 4 and not task.validation and not task.test
     assert (task.name, task.kind, task.metric, task.labels) == ("four", "classification", "accuracy", ("even", "odd"))
     assert {e.completion.strip() for e in shots.spelled(task)} == {"even", "odd"}
+
+
+def written(path: Path, rows: list[tuple[str, str]]) -> Path:
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    return path
+
+
+def test_the_labels_of_a_sorted_file_take_turns(tmp_path: Path) -> None:
+    path = written(tmp_path / "sorted.jsonl", [(f"text {n}", "ham" if n < 20 else "spam") for n in range(40)])
+    few = shots.read(path, DataSettings())
+    assert [e.completion.strip() for e in few.train[:6]] == ["ham", "spam"] * 3
+
+
+def test_what_is_held_out_is_known_in_no_other_spelling(tmp_path: Path) -> None:
+    texts = [f"the text number {n}" for n in range(6)]
+    rows = [(each, "ab"[n % 2]) for n, text in enumerate(texts) for each in (text, text.upper(), f" {text} ")]
+    few = shots.read(written(tmp_path / "spelled.jsonl", rows), DataSettings())
+    assert len(few.train) == 6 and few.notes == ("12 duplicate rows left out",)
+
+    unclear = written(
+        tmp_path / "unclear.jsonl", [*((text, "ab"[n % 2]) for n, text in enumerate(texts)), (texts[0], "b")]
+    )
+    few = shots.read(unclear, DataSettings())
+    (place,) = (fold for fold in shots.folds(few, 3) if any(texts[0] in str(few.train[i].prompt) for i in fold))
+    assert sum(texts[0] in str(few.train[i].prompt) for i in place) == 2
+    twice = shots.read(written(tmp_path / "twice.jsonl", [("one", "a"), ("one", "b")]), DataSettings())
+    assert shots.folds(twice, 2) == [], "nothing would be left to learn from"
+
+
+def test_every_shot_may_have_a_label_of_its_own(tmp_path: Path) -> None:
+    path = written(tmp_path / "intents.jsonl", [(f"text {n}", f"intent {n}") for n in range(25)])
+    assert len(shots.read(path, DataSettings()).labels) == 25
+
+
+def test_fewer_shots_than_a_small_file_has(tmp_path: Path) -> None:
+    path = written(tmp_path / "eight.jsonl", [(f"text {n}", "ab"[n % 2]) for n in range(8)])
+    few, _ = shots.load_shots(str(path), 5, DataSettings(), 0)
+    assert len(few.train) == 5 and not few.test and few.version != shots.read(path, DataSettings()).version
+    many = written(tmp_path / "many.jsonl", [(f"text {n}", "ab"[n % 2]) for n in range(1001)])
+    with pytest.raises(UserError, match=r"1,001 rows; at most 1,000 are shots: give fewer by --shots"):
+        shots.load_shots(str(many), 2000, DataSettings(), 0)

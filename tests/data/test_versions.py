@@ -100,3 +100,21 @@ def test_what_dvc_does_not_track_still_has_its_id(tmp_path: Path) -> None:
 def test_a_missing_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read"):
         versions.track(tmp_path / "none.csv")
+
+
+def test_killed_before_the_content_a_restore_goes_on(empty_repository: Path) -> None:
+    import yaml
+
+    path = empty_repository / "killed.csv"
+    path.write_text("text,label\nfirst,a\n")
+    first = versions.track(path)
+    path.write_text("text,label\nsecond,a\n")
+    versions.track(path)
+    record = {"outs": [{"md5": first, "hash": "md5", "path": path.name}]}
+    path.with_name("killed.csv.dvc").write_text(yaml.safe_dump(record))  # where a kill left it
+    versions.restore(path, first)
+    assert "first" in path.read_text()
+    path.write_text("text,label\nmine,a\n")
+    with pytest.raises(UserError, match="holds changes that DVC does not have"):
+        versions.restore(path, first)
+    assert "mine" in path.read_text()

@@ -117,6 +117,9 @@ def test_what_other_tasks_have_taught_is_used(backbone: object, tmp_path: Path) 
     assert found.chosen and found.chosen.strategy == "nearest lora" and found.chosen.transfer
     assert found.trial and found.trial.method == "lora" and Path(found.adapter).is_dir()
     without = library.find(profile(few, backbone), 4, without={"ones", "two"})  # type: ignore[arg-type]
+    named = [library.find(profile(few, backbone), 4, named=name) for name in ("one", "ones")]  # type: ignore[arg-type]
+    assert {f.entry.trial.task for f in named[0]} == {"two"}
+    assert {f.entry.trial.task for f in named[1]} == {"one", "two"}, "a file may be called like a family"
     assert without == []
 
 
@@ -128,6 +131,8 @@ def test_a_start_that_was_learned_on_the_task_does_not_count(backbone: object) -
     assert starts_of(backbone).keys() == {"lora", "prefix"}  # type: ignore[arg-type]
     assert starts_of(backbone, {"mine"}).keys() == {"lora", "prefix"}  # type: ignore[arg-type]
     assert starts_of(backbone, {"others"}) == starts_of(backbone, {"other"}) == {}  # type: ignore[arg-type]
+    assert starts_of(backbone, named="other") == {}  # type: ignore[arg-type]
+    assert starts_of(backbone, named="others").keys() == {"lora", "prefix"}  # type: ignore[arg-type]
     assert library.entries() == [], "a start is no adapter of a task"
 
 

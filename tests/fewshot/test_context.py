@@ -125,3 +125,14 @@ def test_a_tuned_context_is_offered_from_three_shots_and_starts_from_the_context
     ).values()
     found = fitted(still, at, range(6), (2,), lambda s, a: answers(s, a, "test"))
     np.testing.assert_allclose(found[2].loss, untrained.loss, rtol=1e-4, atol=1e-4)
+
+
+def test_a_long_example_takes_the_room_of_no_other() -> None:
+    first, *others = made.classification(train=4, longest=6).train
+    long = replace(first, prompt="Many a? " + "b" * 60 + ":")
+    task = replace(made.classification(), train=(first, long, *others), validation=(), test=())
+    at = Session(tiny("llama"), task)
+    lengths = {number: len(tokens) for number, tokens in context.shown(at)}
+    room = lengths[1] + 1  # it fits alone
+    assert sum(lengths.values()) - lengths[1] <= room < lengths[0] + lengths[1]
+    assert sorted(number for number, _ in context.shown(at, room)) == [0, 2, 3, 4]

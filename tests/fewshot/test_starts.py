@@ -9,7 +9,7 @@ from mlx.utils import tree_map
 from metapeft.errors import UserError
 from metapeft.fewshot import starts
 from metapeft.peft import adapters
-from metapeft.peft.saved import Saved
+from metapeft.peft.saved import ROOT, Saved
 from metapeft.runtime import mx
 from metapeft.training.evaluation import predict
 from metapeft.training.session import Session
@@ -88,3 +88,11 @@ def test_the_matrices_of_a_start_share_their_size(at: Session) -> None:
         a, b = (float(mx.linalg.norm(parts[name])) for name in "AB")
         assert a == pytest.approx(b, rel=1e-3)
     assert tree_map(lambda v: v.shape, start.tensors) == tree_map(lambda v: v.shape, saved(at, "lora").tensors)
+
+
+def test_more_ranks_than_a_module_is_wide(at: Session) -> None:
+    random = np.random.default_rng(0)
+    b, a = random.normal(size=(8, 20)), random.normal(size=(20, 12))
+    found = starts.from_factors({"layer": (b, a)}, rank=20)
+    left, right = (np.array(found.tensors[f"{ROOT}layer.lora_{name}.weight"]) for name in "BA")
+    np.testing.assert_allclose(left @ right, b @ a, atol=1e-4)

@@ -192,8 +192,8 @@ def test_every_format_becomes_every_other(source: checkpoints.Format, target: ch
     original = adapter(1.25, paths=2)
     writers = {"metapeft": checkpoints.write, "peft": checkpoints.to_peft, "mlx-lm": checkpoints.to_mlx_lm}
     writers[source](room / "source", original)
-    written = checkpoints.convert(room / "source", room / "target", target, backbone="some/base")
-    assert written.format == checkpoints.detect(room / "target") == target
+    given = checkpoints.convert(room / "source", room / "target", target, backbone="some/base")
+    assert given.format == source and checkpoints.detect(room / "target") == target
     back = checkpoints.read(room / "target")
     assert back.metadata["backbone"] == "some/base"
     assert (back.config.rank, back.config.alpha, back.config.dropout) == (2, 3.5, 0.1)
@@ -213,9 +213,14 @@ def test_conversion_does_not_overwrite_what_is_no_adapter(room: Path) -> None:
     checkpoints.write(room / "a", adapter(1.0))
     (room / "home").mkdir()
     (room / "home" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="exists and is not an adapter folder"):
-        checkpoints.convert(room / "a", room / "home", "peft")
-    assert (room / "home" / "thesis.tex").read_text() == "years of work"
+    for _ in ("a folder of texts", "one that a training has left an adapter in"):
+        with pytest.raises(UserError, match=r"home exists and holds thesis\.tex, which belongs to no adapter"):
+            checkpoints.convert(room / "a", room / "home", "peft")
+        assert (room / "home" / "thesis.tex").read_text() == "years of work"
+        (room / "home" / "adapter_config.json").write_text("{}")
+    (room / "file").touch()
+    with pytest.raises(UserError, match="file exists and is no folder"):
+        checkpoints.convert(room / "a", room / "file", "peft")
     with pytest.raises(UserError, match="unknown adapter format 'onnx'"):
         checkpoints.convert(room / "a", room / "b", "onnx")  # type: ignore[arg-type]
     assert not (room / "b").exists()
