@@ -105,11 +105,11 @@ def usable_cores() -> int:
     return cores
 
 
-def compiler(plus: bool = False) -> str | None:
-    """The C or C++ compiler on this machine, if any. plus: for C++."""
+def compilers(plus: bool = False) -> list[list[str]]:
+    """The commands of the compilers on this machine, that of $CC or $CXX (`ccache gcc`) first. plus: for C++."""
     named = os.environ.get("CXX" if plus else "CC", "").split()
-    names = COMPILERS[-3:] if plus else COMPILERS
-    return next((found for name in (*named[:1], *names) if (found := shutil.which(name))), None)
+    names = [named, *([name] for name in (COMPILERS[-3:] if plus else COMPILERS))]
+    return [[found, *name[1:]] for name in names if name and (found := shutil.which(name[0]))]
 
 
 def _open() -> Blas:
@@ -233,6 +233,8 @@ def _processor() -> str:
 def _cache_folder() -> Path | None:
     """A folder that only this user can write to: nobody else can plant a library in it. None if there is none."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(base):  # nobody's home
+        return None
     folder = Path(base, "metapeft", "blas")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -245,19 +247,24 @@ def _cache_folder() -> Path | None:
 
 def _compile(source: Path, flags: Sequence[str], folder: Path, prefix: str) -> Path:
     """Compile, then rename the result after its content: two processes at once end with the same file."""
-    found = compiler(source.suffix == ".cpp")
-    if found is None:
+    commands = compilers(source.suffix == ".cpp")
+    if not commands:
         raise OSError("no C compiler" if source.suffix == ".c" else "no C++ compiler")
     handle, temporary = tempfile.mkstemp(prefix=".compiled-", suffix=".so", dir=folder)
     os.close(handle)
     try:
-        command = [found, *flags, "-shared", "-fPIC", "-o", temporary, str(source)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        except subprocess.SubprocessError as error:
-            raise OSError(str(error)) from error
-        if done.returncode:
-            raise OSError(f"{found} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        problem = OSError()
+        for command in commands:
+            command += [*flags, "-shared", "-fPIC", "-o", temporary, str(source)]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            except subprocess.SubprocessError as error:
+                raise OSError(str(error)) from error
+            if not done.returncode:
+                break
+            problem = OSError(f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        else:
+            raise problem
         target = folder / f"{prefix}-{_digest(Path(temporary))}.so"
         os.replace(temporary, target)
         return target

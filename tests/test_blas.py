@@ -161,6 +161,23 @@ def test_without_a_compiler_it_says_what_to_install(tmp_path: Path) -> None:
 
 
 @linux
+def test_a_compiler_may_be_a_command_and_another_one_follows(tmp_path: Path) -> None:
+    for number, named in enumerate(("env gcc", "env false")):
+        cache = tmp_path / str(number)
+        cache.mkdir()
+        result = opened(cache=cache, CC=named)
+        assert result["fast"] and result["warnings"] == [] and len(kept(cache)) == 1
+
+
+@linux
+def test_without_a_home_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert blas._cache_folder() is None and list(tmp_path.iterdir()) == []
+
+
+@linux
 def test_too_late_after_mlx(tmp_path: Path) -> None:
     result = opened("import mlx.core\n" + OPEN)
     assert not result["fast"]

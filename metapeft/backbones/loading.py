@@ -20,6 +20,8 @@ from metapeft.settings import brief, user_path
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 CONTEXT_UNKNOWN = 2048
+# Weights, configuration, templates, and whatever a tokenizer is made of.
+DECISIVE = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def _content_of(folder: Path, state: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def _decisive(folder: Path) -> list[Path]:
-    parts = [*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]
+    parts = [path for pattern in DECISIVE for path in folder.glob(pattern)]
     return sorted(path for path in parts if path.name != store.MANIFEST)
 
 

@@ -60,8 +60,8 @@ constexpr int ROW_MAJOR = 101, PLAIN = 111, TRANSPOSED = 112;
 constexpr int BLOCK = 64;  // rows of logits at a time
 
 inline float exponential(float x) {  // 2^(x / ln 2): a Taylor series around the nearest whole number
-  x = x > -87.0f ? x : -87.0f;
-  x = x < 88.0f ? x : 88.0f;
+  x = x < -87.0f ? -87.0f : x;  // this way round, NaN stays what it is
+  x = x > 88.0f ? 88.0f : x;
   const float y = x * 1.44269504f, n = __builtin_rintf(y), f = y - n;
   float p = 1.52527338e-5f;
   p = p * f + 1.54035304e-4f;

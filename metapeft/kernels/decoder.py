@@ -12,6 +12,7 @@ compiler or a fast BLAS.
 from __future__ import annotations
 
 import ctypes
+import inspect
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ FLAGS = (
     "-freciprocal-math",
 )
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+# Rotary embeddings whose angles follow from the position alone (not from how long the sequence is).
+ROPES = ("RoPE", "Llama3RoPE", "YarnRoPE", "SuScaledRoPE", "ProportionalRoPE", "NoPE")
 STEP = 2**20  # memory grows by whole steps of so many floats
 
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
@@ -154,15 +158,29 @@ class Decoder:
         _require(heads > 0 and kv_heads > 0 and heads % kv_heads == 0)
         width = embedding.weight.shape[1]
         head_width = _base(first.q_proj).weight.shape[0] // heads
+        inner = _base(self._layers[0].mlp.gate_proj).weight.shape[0]
+        inputs, outputs = heads * head_width, kv_heads * head_width
+        shapes = [(inputs, width), (outputs, width), (outputs, width), (width, inputs)]
+        shapes += [(inner, width), (inner, width), (width, inner)]  # in the order of LINEARS
         norms = [norm]
         for layer in self._layers:
             attention, mlp = _part(layer, "self_attn"), _part(layer, "mlp")
-            norms += [_part(layer, "input_layernorm"), _part(layer, "post_attention_layernorm")]
+            _require(_takes(layer) == _takes(attention) == {"x", "mask", "cache"})  # and no scale by position
+            _require((attention.n_heads, attention.n_kv_heads) == (heads, kv_heads))
+            _require(type(getattr(attention, "rope", None)).__name__ in ROPES)
+            for name, shape in zip(LINEARS, shapes, strict=True):
+                base = _base(_part(layer[_owner(name)], name))
+                _require(base.weight.shape == shape and ("bias" not in base or base.bias.shape == shape[:1]))
+            _require(all(_part(layer, name).weight.shape == (width,) for name in NORMS))
+            _require(all(attention[n].weight.shape == (head_width,) for n in ("q_norm", "k_norm") if n in attention))
+            norms += [_part(layer, name) for name in NORMS]
             norms += [attention[name] for name in ("q_norm", "k_norm") if name in attention]
             for owner, names in ((attention, LINEARS[:4]), (mlp, LINEARS[4:])):
                 _require(all(type(_base(owner[name])) is nn.Linear if name in owner else False for name in names))
         _require(all(type(n) is nn.RMSNorm and n.eps == norm.eps for n in norms))
         _require(all(v.dtype == mx.float32 for v in (embedding.weight, head.weight, norm.weight)))
+        _require(head.weight.shape == embedding.weight.shape and norm.weight.shape == (width,))
+        _require(len({int(getattr(each.self_attn.rope, "dims", head_width)) for each in self._layers}) == 1)
         self.embedding = _array(embedding.weight)
         self.depth, self.width = len(self._layers), width
         self.kv_heads, self.head_width = kv_heads, head_width
@@ -176,7 +194,7 @@ class Decoder:
             head=_address(self._head),
             gemm=gemm,
             width=width,
-            inner=_base(self._layers[0].mlp.gate_proj).weight.shape[0],
+            inner=inner,
             heads=heads,
             kv_heads=kv_heads,
             head_width=head_width,
@@ -424,6 +442,10 @@ class _Unlike(Exception):
 def _require(true: bool) -> None:
     if not true:
         raise _Unlike
+
+
+def _takes(module: nn.Module) -> set[str]:
+    return set(inspect.signature(type(module).__call__).parameters) - {"self"}
 
 
 def _part(module: Any, name: str) -> Any:

@@ -100,8 +100,8 @@ inline float largest(Vector v) {
 }
 
 inline Vector exponential(Vector x) {  // 2^(x / ln 2): a Taylor series around the nearest whole number
-  x = larger(x, fill(-87.0f));
-  x = x < fill(88.0f) ? x : fill(88.0f);
+  x = larger(fill(-87.0f), x);  // this way round, NaN stays what it is
+  x = x > fill(88.0f) ? fill(88.0f) : x;
   const Vector y = x * 1.44269504f, shifted = y + 12582912.0f, n = shifted - 12582912.0f, f = y - n;
   Vector p = fill(1.52527338e-5f);
   p = p * f + 1.54035304e-4f;

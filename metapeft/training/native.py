@@ -27,6 +27,9 @@ def usable(session: Session, adapter: Adapter | None) -> Decoder | None:
     view = session.decoder
     if view is None or not view.covers():
         return None
+    below = 0 if session.below is None else session.below[0][0].shape[2]
+    if session.seen is not None and below + getattr(getattr(adapter, "config", None), "tokens", 0) > session.seen:
+        return None
     if adapter is None or isinstance(adapter, MatrixAdapter | PrefixAdapter | VirtualTokens | Stack):
         return view
     return None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from metapeft.backbones import Backbone
     from metapeft.training.evaluation import Predictions
 
-VIRTUAL = 512  # no method adds more virtual tokens than this
+VIRTUAL = 512  # tokens that examples in the context may take
 PASS_TOKENS = 48  # one more pass through the layers costs about as much as these tokens in a pass that is made anyway
 
 
@@ -76,8 +76,10 @@ class Session:
         same = like is not None and like.model is self.model
         self._view: Decoder | None = like._view if like is not None and same else decoder(self.model)
         view = self._view
+        # How many virtual tokens every token sees; None: all. The decoder computes no sliding window.
+        self.seen = None if view is None or view.window is None else view.window - longest
         # None where MLX computes: on a GPU, without a compiler, and for architectures that are not like Llama.
-        self.decoder = view if view is None or view.window is None or longest + VIRTUAL <= view.window else None
+        self.decoder = view if self.seen is None or self.seen >= 0 else None
 
     @contextmanager
     def over(self, adapter: Adapter) -> Iterator[Session]:

@@ -67,18 +67,20 @@ class Workers:
     def _work(self) -> None:
         mx.set_default_stream(mx.new_stream(mx.cpu))
         while (item := self._jobs.get()) is not None:
-            job, future = item
-            try:
-                with self._building:
-                    result = job()
-                if callable(result):
-                    result = result()
-                mx.eval(result)
-                future.set_result(result)
-            except BaseException as error:  # whoever waits for it raises it
-                future.set_exception(error)
-            del item, job, future  # or their arrays would live until the next job
+            self._do(*item)
+            del item  # or its arrays would live until the next job
         mx.clear_streams()
+
+    def _do(self, job: Callable[[], Any], future: Future[Any]) -> None:
+        try:
+            with self._building:
+                result = job()
+            if callable(result):
+                result = result()
+            mx.eval(result)
+            future.set_result(result)
+        except BaseException as error:  # whoever waits for it raises it
+            future.set_exception(error)
 
 
 @lru_cache(maxsize=1)

@@ -85,6 +85,9 @@ def test_the_content_id_is_that_of_the_content(tmp_path: Path) -> None:
     before = identity(str(folder))
     save_file(stored, folder / "model.safetensors")
     assert load(str(folder)).content_id != one
+    known = load(str(folder)).content_id
+    (folder / "merges.txt").write_text("a b")
+    assert load(str(folder)).content_id != known, "what the tokenizer is made of"
     assert identity(str(folder)) == load(str(folder)).identity != before
     assert identity("smollm2-135m-instruct") == "smollm2-135m-instruct" and identity("owner/name") == "owner/name"
 

@@ -7,7 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from mlx.utils import tree_map
 
+from metapeft.backbones import Backbone, load
+from metapeft.backbones.forward import run
 from metapeft.kernels import decoder as kernels
 from metapeft.kernels.decoder import Rows, decoder
 from metapeft.peft import adapters
@@ -18,7 +21,7 @@ from metapeft.training.configuration import full, split
 from metapeft.training.evaluation import predict
 from metapeft.training.session import Session
 from metapeft.training.trainer import _Run
-from tests.backbones.tiny import CONFIGS, tiny
+from tests.backbones.tiny import CONFIGS, tiny, write
 from tests.training import made
 
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -170,6 +173,76 @@ def test_an_unknown_layer_is_left_to_mlx() -> None:
     assert native.usable(at, None) is None
     attention.q_proj = plain
     assert native.usable(at, None) is not None
+
+
+def block(ffn: float, group: int) -> dict[str, object]:
+    return {"attention": {"n_heads_in_group": group}, "ffn": {"ffn_mult": ffn}}
+
+
+UNLIKE: dict[str, tuple[str, dict[str, object]]] = {
+    "layers of several sizes": (
+        "nemotron-nas",
+        {"block_configs": [block(1.0, 4), block(24.0, 4), block(1.0, 4), block(1.0, 4)], "tie_word_embeddings": False},
+    ),
+    "angles that follow from the length": (
+        "llama",
+        {"max_position_embeddings": 600, "rope_scaling": {"type": "dynamic", "rope_type": "dynamic", "factor": 4.0}},
+    ),
+    "queries scaled by their position": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_theta": 10000.0,
+                "llama_4_scaling_beta": 0.1,
+                "original_max_position_embeddings": 16,
+                "rope_type": "default",
+                "type": "default",
+            }
+        },
+    ),
+}
+
+
+def changed(folder: Path, name: str, values: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> Backbone:
+    monkeypatch.setitem(CONFIGS, name, CONFIGS.get(name, {}) | values)
+    write(folder, name)
+    return load(str(folder))
+
+
+@pytest.mark.parametrize("what", UNLIKE)
+def test_what_it_would_compute_wrongly_is_left_to_mlx(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, values = UNLIKE[what]
+    model = changed(tmp_path, name, values, monkeypatch).model
+    assert run(model, mx.array([[1, 2, 3]])).shape[:2] == (1, 3)
+    assert decoder(model) is None
+
+
+def test_virtual_tokens_beyond_the_window_are_left_to_mlx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = ["sliding_attention", "full_attention"] * 2
+    values = {"max_position_embeddings": 4096, "sliding_window": 200, "layer_types": layers}
+    at = Session(changed(tmp_path, "llama", values, monkeypatch), made.classification())
+    assert at.seen is not None and 100 < at.seen < 200
+    for method in ("prefix", "prompt"):
+        for tokens in (100, 190):
+            adapter = made.moved(method, at, tokens=tokens)
+            assert (native.usable(at, adapter) is None) == (tokens > at.seen)
+            found = predict(at, adapter, "validation").loss_sum
+            with monkeypatch.context() as patch:
+                patch.setattr(native, "usable", lambda *_: None)
+                assert predict(at, adapter, "validation").loss_sum == pytest.approx(found, abs=1e-3)
+            adapter.detach(at.model)
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    at = made.session("llama")
+    adapter = made.moved("lora", at, targets=["q_proj"])
+    adapter.module.update(tree_map(lambda value: value * float("nan"), adapter.module.trainable_parameters()))
+    mx.eval(adapter.module.parameters())
+    assert native.usable(at, adapter) is not None
+    assert np.isnan(predict(at, adapter, "validation").loss_sum).all()
+    adapter.detach(at.model)
 
 
 def test_without_a_compiler_mlx_computes(

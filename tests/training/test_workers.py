@@ -72,3 +72,16 @@ def test_the_number_of_blas_threads_is_given_back(workers: Workers) -> None:
     before = blas.get_threads()
     workers.map([lambda: mx.array(0.0)] * 2)
     assert blas.get_threads() == before
+
+
+def test_results_that_nobody_holds_are_gone() -> None:
+    found = Workers(2)
+    try:
+        before = mx.get_active_memory()
+        results = found.map([lambda: mx.zeros((5_000_000,)) + 1] * 2)
+        assert mx.get_active_memory() - before >= 40_000_000
+        del results
+        found.map([lambda: mx.array(1.0)] * 2)
+        assert mx.get_active_memory() - before < 1_000_000
+    finally:
+        found.close()
