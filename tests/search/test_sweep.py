@@ -366,25 +366,12 @@ def test_two_sweeps_that_were_started_apart_share_a_study(tmp_path: Path) -> Non
     assert len(found.trials) == 10 and set(events(tmp_path / "log").values()) == {1}
 
 
-def test_no_worker_begins_anything_when_the_time_is_over(tmp_path: Path) -> None:
-    limit = 8.0
-    begun = time.time()
-    found = sweep.sweep(Stamped(tmp_path), TASK, given(60, workers=2, max_seconds=limit))
-    started = sorted(float(path.read_text()) - begun for path in tmp_path.iterdir())
-    assert found.late and len(started) == len(found.trials)
-    assert all(moment < limit for moment in started[1:]), started
-
-
-@dataclass(frozen=True)
-class Stamped:
-    """Notes when each of its trials, of two seconds, began."""
-
-    folder: Path
-
-    def __call__(self, configuration: dict[str, Any], seed: int, steps: int, key: str, watch: Any = None) -> Trial:
-        (self.folder / key).write_text(str(time.time()))
-        time.sleep(2.0)
-        return replace(surrogate.train(configuration, seed, steps), seconds=2.0)
+def test_when_the_time_is_over_only_the_first_trial_is_begun(tmp_path: Path) -> None:
+    """Neither a helper that was slow to start nor who clears up after it begins another one."""
+    log = tmp_path / "log"
+    found = sweep.sweep(Surrogate(log, seconds=0.2), TASK, given(12, workers=2, max_seconds=0.01))
+    assert found.late and len(found.trials) == 1
+    assert sum(count for event, count in events(log).items() if event.startswith("begin")) == 1
 
 
 def test_a_killed_helper_is_made_up_for(tmp_path: Path) -> None:
