@@ -50,7 +50,7 @@ with Workflow(
 ) as dag:
     monitor = CommandOperator(
         task_id="monitor",
-        arguments=["monitor"],
+        arguments=["monitor", "--retrains", "{{ run_id }}"],  # a retry is told the same
         form={"shadow": "--shadow"},
         project=str(PROJECT),
         execution_timeout=timedelta(hours=4),
@@ -59,7 +59,7 @@ with Workflow(
 
     @task(outlets=[DEGRADED], on_success_callback=tell)
     def degraded(report: dict[str, Any]) -> dict[str, Any]:
-        """Succeeds, and so updates the asset, only where retraining may mend what no earlier run has asked for."""
+        """Succeeds, and so updates the asset, only where retraining may mend what no earlier run has begun to."""
         if not report["retrain"]:
             old = len(report["alerts"])
             raise AirflowSkipException(f"nothing new to retrain for; {old} alerts in all" if old else "no alert")

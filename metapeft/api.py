@@ -355,6 +355,7 @@ def monitor(
     remeasure: int | None = None,
     tell: bool = True,
     estimate: bool = True,
+    retrains: str = "",
     params: Path | None = None,
 ) -> Report:
     """Is the advice still as good as promised, and what is served with it? Says what is new by the configured channels.
@@ -362,6 +363,7 @@ def monitor(
     shadow: trials of the runner-up that are run first (None: as the settings say). remeasure: profiles that are
     measured again (the same; all whose rows are here where one differs, and those are replaced). tell: False says and
     remembers nothing, and runs no trial. estimate: whether a new alert comes with the benefit of retraining (minutes).
+    retrains: the name of whoever retrains for what the report calls due; to others it is not due any more.
     """
     from metapeft.monitoring import monitor as monitoring
 
@@ -379,7 +381,7 @@ def monitor(
         from metapeft.monitoring import remeasure as profiles
 
         again = profiles.run(settings.monitor.remeasure, decided, backbones.load, profiled)
-    return monitoring.monitor(settings, tell=tell, estimate=estimate, again=again)
+    return monitoring.monitor(settings, tell=tell, estimate=estimate, again=again, retrains=retrains)
 
 
 def decided(entry: dict[str, Any]) -> Task | None:

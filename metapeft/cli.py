@@ -528,7 +528,12 @@ def meta_evaluate(
     tasks = list(dict.fromkeys(o.task for o in observations))
     written = evaluation.write(found, versions.champion().model, tasks, output or home() / "meta" / "evaluation")
     record = {**found.to_json(), "folder": str(written.folder), "files": list(written.files)}
-    show(record, as_json, evaluation.rows_of_selectors(found), title=f"{len(found.tasks)} tasks, each family left out")
+    show(
+        record,
+        as_json,
+        evaluation.rows_of_selectors(found),
+        title=f"{len({j.task for j in found.tasks})} tasks, each family left out",
+    )
     if not as_json:
         show(None, False, evaluation.rows_of_targets(found))
         print(f"table and pictures: {written.folder}")
@@ -772,6 +777,9 @@ def monitor(
         bool, Option("--quick", help="Do not estimate what retraining would gain; measure no profile again.")
     ] = False,
     exit_code: Annotated[bool, Option("--exit-code", help="End with exit code 3 when there is an alert.")] = False,
+    retrains: Annotated[
+        str, Option(help="Your name, if you retrain where it says so: no one else is told to for the same alert.")
+    ] = "",
     params: Params = None,
     as_json: Json = False,
 ) -> None:
@@ -781,7 +789,9 @@ def monitor(
 
     if quick and remeasure is None:
         remeasure = 0
-    report = api.monitor(shadow=shadow, remeasure=remeasure, tell=not dry, estimate=not quick, params=params)
+    report = api.monitor(
+        shadow=shadow, remeasure=remeasure, tell=not dry, estimate=not quick, retrains=retrains, params=params
+    )
     if textfile is not None:
         from metapeft.monitoring import exported
 
@@ -971,7 +981,7 @@ def size(bytes: float | None) -> str:
 
 def show(value: Any, as_json: bool, rows: list[dict[str, Any]] | None = None, title: str | None = None) -> None:
     """JSON for machines; for people a table of `rows`, or names and values."""
-    from metapeft.stages.stage import finite
+    from metapeft.files import finite
 
     if as_json:
         print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 
 def clear(path: Path) -> None:
@@ -26,3 +28,14 @@ def add_line(path: Path, line: bytes, mode: int = 0o644) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def finite(value: Any) -> Any:
+    """A JSON value without NaN and infinities, which JSON does not have: they become null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if hasattr(value, "item"):  # a numpy scalar
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

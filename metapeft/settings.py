@@ -81,7 +81,7 @@ class MonitorSettings(Section):
     """What `metapeft monitor` watches (see `metapeft.monitoring`)."""
 
     false_alarms: float = Field(
-        1.0, gt=0, le=100, description="per 1,000 decisions, of all tests of the advice together"
+        1.0, ge=0.1, le=100, description="per 1,000 decisions, of all tests of the advice together"
     )
     shadow: int = Field(0, ge=0, description="trials of the runner-up that a run may make, to know what was missed")
     remeasure: int = Field(1, ge=0, description="profiles that a run measures again; all at hand where one differs")

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from metapeft.errors import MetapeftError, UserError
+from metapeft.files import finite
 from metapeft.peft.base import METHODS
 from metapeft.settings import brief, home
 from metapeft.training.trial import Score, Status, Trial
@@ -166,7 +167,7 @@ class Experience:
         mine = {record["id"]: _rank(record) for record in self._records(shipped=False)}
         other = _unique([(0, records)])
         new = [record for record in other if record["id"] not in mine or mine[record["id"]] < _rank(record)]
-        self._write([_finite(record) for record in new])
+        self._write([finite(record) for record in new])
         return len(new)
 
     @staticmethod
@@ -261,7 +262,7 @@ def migrate(record: Record) -> Record:
 
 
 def _record(trial: Trial) -> Record:
-    return {"schema": SCHEMA, **_finite(trial.to_json())}
+    return {"schema": SCHEMA, **finite(trial.to_json())}
 
 
 def _trial(record: Record) -> Trial:
@@ -270,17 +271,6 @@ def _trial(record: Record) -> Trial:
         if values.get(name) is not None:
             values[name] = {k: math.nan if v is None else v for k, v in values[name].items()}
     return Trial.from_json(values)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if hasattr(value, "item"):  # a numpy scalar
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _line(record: Record) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,9 +50,7 @@ class Alert:
 
 
 def surely(chance: float) -> str:
-    if chance < 0.002:
-        return "not once in 600 simulated histories of 1,000 decisions without a change was the evidence so strong"
-    return f"in {chance:.1%} of 1,000-decision histories without any change the evidence gets so strong"
+    return f"in {chance:.1%} of 1,000-decision histories without any change the evidence gets so strong, or in fewer"
 
 
 TITLES = {
@@ -71,6 +69,14 @@ DO = {
     " measured now correct the prediction by themselves.",
     "profiles": "look at the features named: if data or profiling changed by mistake, mend that. If the tasks are"
     " really new, let trials run on some of them and fit anew (DAG grow_and_retrain).",
+}
+TELLS: dict[str, Callable[[Decision], bool]] = {  # whether a decision says something
+    "regret": lambda d: d.regret is not None,
+    "order": lambda d: d.disorder is not None,
+    "intervals": lambda d: d.outside is not None,
+    "chances": lambda d: d.chances is not None,
+    "seconds": lambda d: d.slowness is not None,
+    "profiles": lambda d: True,
 }
 DO["order"] = DO["regret"]
 DO["chances"] = DO["intervals"]
@@ -95,8 +101,8 @@ def of_watch(
         "intervals": f"{finding.at_alarm:.0%} of the scores were outside; {finding.expected:.0%} were promised",
         "chances": f"Chances were off by {100 * finding.at_alarm:.0f} percentage points on average;"
         f" {100 * finding.expected:.0f} are usual",
-        "seconds": f"Measured seconds were {2**finding.at_alarm:.2g} times the predicted ones;"
-        f" {2**finding.expected:.2g} times at first",
+        "seconds": f"Measured seconds were {_times(finding.at_alarm)} times the predicted ones;"
+        f" {_times(finding.expected)} times at first",
         "profiles": f"Most different in the mean, in spreads of the known tasks: {_shifts(moved or {})}. The population"
         f" stability index of all features is {finding.at_alarm:.2f}; chance alone makes {finding.expected:.2f}",
     }[name]
@@ -108,7 +114,7 @@ def of_watch(
         key=name,
         severity="warning" if name in ("seconds", "profiles") else "critical",
         title=TITLES[name],
-        text=f"{told}, over {len(worse)} decisions.",
+        text=f"{told}, over {sum(TELLS[name](d) for d in worse)} decisions.",
         do=do,
         since=decisions[finding.since or 0].at,
         value=finite(finding.at_alarm),
@@ -142,6 +148,11 @@ def of_profiles(again: Sequence[Remeasured], since: str) -> Alert | None:
         kinds=tuple(each.task.name for each in wrong[:KINDS]),
         retrain=True,
     )
+
+
+def _times(logarithm: float) -> str:
+    """A factor, to two digits, from its logarithm to the base of two."""
+    return f"{float(f'{2**logarithm:.2g}'):g}"
 
 
 def _shifts(moved: Mapping[str, float]) -> str:
@@ -188,6 +199,12 @@ def of_server(health: Health, since: str) -> list[Alert]:
         text = "It is listed as running, and does not answer."
         if health.reached:
             text = f"{health.errors} of {health.requests} requests since the last look failed inside (5xx)."
+        elif health.ours == "address":
+            text = "That is no address: it begins with neither http:// nor https://."
+            do = "correct METAPEFT_SERVER."
+        elif health.ours == "key":
+            text = "It answers, and refuses to say how it is: its key is wrong, or may not read /metrics."
+            do = "set METAPEFT_SERVER_KEY to a key of that server (`metapeft keys create` there)."
         elif health.killed:
             text = "Its process is gone and did not end in order: it was killed, or memory ran out."
             do = f"start it again; if it is not to run any more, remove {health.killed}."

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from metapeft.meta.evidence import Observation, key, without
+from metapeft.meta.evidence import Known, Observation, key, without
 from metapeft.meta.fitting import fit, folds
 from metapeft.meta.forecast import forecast, untuned_of
 from metapeft.meta.model import Conditioned, Model
@@ -65,9 +65,9 @@ def benefit(
         first = chosen.get(wanted[version, backbone].id)
         if len(table) > 1 and any(o.key == first for o in table):
             asked.append((table, first))
-    if len(asked) < LEAST:
+    if len({table[0].task for table, _ in asked}) < LEAST:
         return Benefit(0)
-    pairs: list[tuple[float, float]] = []
+    pairs: dict[Known, list[tuple[float, float]]] = {}
     with one_thread():
         for part in folds([o for table, _ in asked for o in table]):
             known = without(observations, part)
@@ -84,8 +84,8 @@ def benefit(
                     conditioned, here.task, configurations, here.steps, untuned_of(table), tests, device=here.device
                 )
                 now = float(scores.max() - next(o.score for o in table if o.key == first))
-                pairs.append((now, float(scores.max() - scores[int(told.mean.argmax())])))
-    now, new = np.array(pairs).T
+                pairs.setdefault(here.task, []).append((now, float(scores.max() - scores[int(told.mean.argmax())])))
+    now, new = np.array([np.mean(own, axis=0) for own in pairs.values()]).T
     error = float((now - new).std(ddof=1) / math.sqrt(len(now)))
     return Benefit(len(pairs), float(now.mean()), float(new.mean()), error)
 

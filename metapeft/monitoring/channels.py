@@ -13,6 +13,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import smtplib
 import socket
 import ssl
@@ -22,11 +23,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.message import EmailMessage
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from metapeft.errors import UserError
 from metapeft.monitoring.alerts import surely
 from metapeft.progress import say
+from metapeft.settings import shown
 
 URL, EMAIL, SMTP, PASSWORD, ALERTMANAGER = (
     "METAPEFT_ALERT_URL",
@@ -117,11 +119,11 @@ class Email:
     def __call__(self, alert: dict[str, Any], at: str, over: bool) -> bool:
         message = EmailMessage()
         said = text(alert, over)
-        message["Subject"] = said.splitlines()[0]
-        message["From"] = self.user if "@" in self.user else f"metapeft@{socket.getfqdn()}"
-        message["To"] = ", ".join(self.to)
-        message.set_content(f"{said}\n")
         try:
+            message["Subject"] = said.splitlines()[0]
+            message["From"] = self.user if "@" in self.user else f"metapeft@{socket.getfqdn()}"
+            message["To"] = ", ".join(self.to)
+            message.set_content(f"{said}\n")
             with self._connected() as server:
                 server.send_message(message)
             return True
@@ -148,15 +150,13 @@ class Email:
 
 
 def _email(to: str, server: str, password: str) -> Email:
-    parts = urlsplit(server)
-    try:
-        port = parts.port
-    except ValueError:
-        port = -1
-    if parts.scheme not in ("smtp", "smtps") or not parts.hostname or port == -1:
-        raise UserError(f"{SMTP}={server!r} is no mail server; write smtp://USER@HOST:PORT or smtps://…")
+    parts, port = _parts(server)
+    if parts is None or parts.scheme not in ("smtp", "smtps") or not parts.hostname:
+        raise UserError(f"{SMTP}={shown(server)!r} is no mail server; write smtp://USER@HOST:PORT or smtps://…")
+    if parts.password:
+        raise UserError(f"{SMTP} holds a password; give it in {PASSWORD}")
     addresses = tuple(address.strip() for address in to.split(",") if address.strip())
-    if not addresses or any("@" not in a or any(c.isspace() for c in a) for a in addresses):
+    if not addresses or not all(re.fullmatch(r"[^@\s]+@[^@\s]+", address) for address in addresses):
         raise UserError(f"{EMAIL}={to!r}: write addresses separated by commas")
     secure = parts.scheme == "smtps"
     user = unquote(parts.username or "")
@@ -164,9 +164,19 @@ def _email(to: str, server: str, password: str) -> Email:
 
 
 def _address(url: str, name: str) -> str:
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+    parts, _ = _parts(url)
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"{name}={url!r} is no http or https address; correct it or unset it")
     return url
+
+
+def _parts(url: str) -> tuple[SplitResult | None, int | None]:
+    """With its port; None: it is no address."""
+    try:
+        parts = urlsplit(url)
+        return parts, parts.port
+    except ValueError:
+        return None, None
 
 
 def _posted(url: str, body: Any, what: str, name: str) -> bool:

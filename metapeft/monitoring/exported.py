@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -76,4 +77,6 @@ def write(report: dict[str, Any], path: Path) -> None:
         temporary.write_bytes(generate_latest(registry))
         os.replace(temporary, path)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error.strerror}); give a place you may write to") from error

@@ -98,8 +98,14 @@ class Served:
 
 
 def watch(model: str, right: Sequence[bool], promised: float, error: float) -> Served:
-    """promised: the registered test score (accuracy or exact match) and its standard error. right: the oldest first."""
-    least = min(max(promised - ERRORS * error - SLACK, 0.02), 0.999)
+    """promised: the registered test score (accuracy or exact match) and its standard error. right: the oldest first.
+
+    Of a score so low that it promises nothing, no answers are too bad: it never fires.
+    """
+    least = min(max(promised - ERRORS * error - SLACK, 0.0), 0.999)
+    accuracy = float(np.mean(right[-RECENT:])) if len(right) else float("nan")
+    if least == 0:
+        return Served(model, len(right), accuracy, promised, 0.0, None, None)
     wrong = 1.0 - np.asarray(right, dtype=float)
     # A bet pays 1 + b (wrong - (1 - least)), whose expectation is at most 1 while answers are right as promised.
     most = 1 / (1 - least) if least < 1 else 1.0
@@ -119,7 +125,6 @@ def watch(model: str, right: Sequence[bool], promised: float, error: float) -> S
     if fired is not None:
         rises = np.concatenate([[0.0], np.cumsum(wrong[: fired + 1] - (1 - least))])
         since = int(min(np.flatnonzero(rises == rises.min())[-1], fired))
-    accuracy = float(np.mean(right[-RECENT:])) if len(wrong) else float("nan")
     evidence = max(highest, 1.0) if fired is not None else highest
     return Served(model, len(wrong), accuracy, promised, evidence, fired, since)
 

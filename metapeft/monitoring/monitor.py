@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -46,7 +46,7 @@ class Report:
     alerts: list[Alert]
     new: tuple[str, ...] = ()
     over: tuple[str, ...] = ()
-    due: tuple[str, ...] = ()  # alerts to retrain for, which no run that came to its end has said so of
+    due: tuple[str, ...] = ()  # alerts to retrain for, which nobody has begun to do
     undelivered: dict[str, str] = field(default_factory=dict)
     servers: dict[str, Any] = field(default_factory=dict)
 
@@ -56,7 +56,7 @@ class Report:
 
     @property
     def retrain(self) -> bool:
-        """Whether a new meta-model may mend what no earlier run has asked one for."""
+        """Whether a new meta-model may mend what nobody has begun to retrain for."""
         return bool(self.due)
 
     def to_json(self) -> dict[str, Any]:
@@ -64,30 +64,37 @@ class Report:
 
 
 def monitor(
-    settings: Settings, *, tell: bool = True, estimate: bool = True, again: Sequence[Remeasured] = ()
+    settings: Settings,
+    *,
+    tell: bool = True,
+    estimate: bool = True,
+    again: Sequence[Remeasured] = (),
+    retrains: str = "",
 ) -> Report:
     """Look, remember, and say what is new. again: profiles that were measured again; what differs is kept from here on.
 
     tell: False neither says nor remembers anything. estimate: whether the benefit of retraining is estimated when there
-    is a new alert that it may mend (minutes). Raises UserError when METAPEFT_HOME cannot be written or a channel's
-    address is none.
+    is a new alert that it may mend (minutes). retrains: who retrains for what is due; it is due to no one else then,
+    and to them again if they ask again. Raises UserError when METAPEFT_HOME cannot be written or a channel's address is
+    none.
     """
     carried = channels.configured()
     with state.alone():
         remembered = state.read()
         now = datetime.now(UTC).isoformat(timespec="seconds")
         report, seen = _look(settings, now, remembered, estimate, again)
+        changes = state.compare(remembered, report.alerts, now)
+        report.new, report.over = changes.new, changes.over
         if tell:
-            changes = state.compare(remembered, report.alerts, now)
-            report.new, report.over = changes.new, changes.over
-            report.due = tuple(a.key for a in report.alerts if a.retrain and not remembered.alerts[a.key].asked)
+            takers = ("", retrains)
+            report.due = tuple(a.key for a in report.alerts if a.retrain and remembered.alerts[a.key].taken in takers)
             remembered.servers, remembered.report = seen, report.to_json()
             remembered.remeasured |= {each.place: each.at for each in again if not each.moved}
             state.write(remembered)  # what is known is kept even if telling is interrupted
             report.undelivered = state.tell(remembered, carried)
             remembered.report = report.to_json()
             for key in report.due:
-                remembered.alerts[key].asked = True
+                remembered.alerts[key].taken = retrains
             state.write(remembered)
             for each in again:  # last: a kill before finds the same difference once more
                 each.mend()
@@ -159,7 +166,7 @@ def _look(
         joined=sum(bool(d.followed) for d in decisions),
         compared=sum(d.regret is not None for d in decisions),
         watches=sorted(watches, key=lambda w: _ORDER.index(w["watch"]) if w["watch"] in _ORDER else len(_ORDER)),
-        alerts=found,
+        alerts=[_lasting(alert, remembered, now) for alert in found],
         servers=served.summed(health),
     )
     return report, {**remembered.servers, **seen}
@@ -255,6 +262,12 @@ def _owed(remembered: state.State) -> Alert | None:
 def _opened(earlier: state.Open) -> Alert:
     """As it was raised."""
     return Alert(**{**earlier.alert, "kinds": tuple(earlier.alert["kinds"])})
+
+
+def _lasting(alert: Alert, remembered: state.State, now: str) -> Alert:
+    """What began when it was first seen began then, not at the latest look."""
+    earlier = remembered.alerts.get(alert.key)
+    return replace(alert, since=earlier.alert["since"]) if earlier is not None and alert.since == now else alert
 
 
 def _remeasured(again: Sequence[Remeasured], remembered: state.State) -> dict[str, Any]:

@@ -120,8 +120,9 @@ def _measured(followed: Sequence[Trial], listed: Mapping[str, Any]) -> dict[str,
     """Configuration -> mean score over seeds, of the budget and split in which most of them were measured."""
     tables: dict[tuple[int, str], dict[str, list[Score]]] = {}
     for trial in followed:
-        for split, score in (("test", trial.score), ("validation", trial.validation)):
-            if score is not None and trial.status == "ok" and math.isfinite(score.value):
+        for split in ("test", "validation"):
+            score = _came_to(trial, split)
+            if score is not None and math.isfinite(score.value):
                 tables.setdefault((trial.budget, split), {}).setdefault(key(trial.configuration), []).append(score)
     if not tables:
         return {}
@@ -133,14 +134,24 @@ def _measured(followed: Sequence[Trial], listed: Mapping[str, Any]) -> dict[str,
     }
 
 
+def _came_to(trial: Trial, split: str) -> Score | None:
+    """What diverged leaves the backbone as it was, in the experience and in what is promised: so it does here."""
+    if trial.status == "diverged":
+        return trial.untuned_score  # of the test split; of the other one it is the best guess
+    if trial.status != "ok":
+        return None
+    return trial.score if split == "test" else trial.validation
+
+
 def _outside(
     entry: Mapping[str, Any], listed: Mapping[str, Mapping[str, Any]], followed: Sequence[Trial]
 ) -> float | None:
     hits = []
     for trial in followed:
         said = listed[key(trial.configuration)]["score"]
-        if trial.score is not None and trial.status == "ok" and entry.get("steps", trial.budget) == trial.budget:
-            hits.append(not said["low"] <= trial.score.value <= said["high"])
+        score = _came_to(trial, "test")
+        if score is not None and entry.get("steps", trial.budget) == trial.budget:
+            hits.append(not said["low"] <= score.value <= said["high"])
     return sum(hits) / len(hits) if hits else None
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import http.client
 import math
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from metapeft.tracking import servers
 
@@ -18,12 +19,14 @@ SLOW_SECONDS, SLOW = 30.0, 0.05  # one answer in twenty may take longer
 RARE = 1e-4  # chance of as many, at these rates, below which it is no chance any more
 
 Counts = dict[str, float]
+Ours = Literal["", "key", "address"]
 
 
 @dataclass(frozen=True)
 class Health:
     """Of one server, or of all: since the last look. chance: of so many errors (slow answers) at the rates allowed.
-    killed: the note of a server whose process is gone and did not take it back."""
+    killed: the note of a server whose process is gone and did not take it back. ours: what is wrong here rather than
+    with the server, if it was not reached."""
 
     server: str
     requests: int
@@ -33,6 +36,7 @@ class Health:
     error_chance: float
     slow_chance: float
     reached: bool = True
+    ours: Ours = ""
     killed: str = ""
 
     @property
@@ -50,8 +54,11 @@ def look(before: Mapping[str, Counts]) -> tuple[list[Health], dict[str, Counts]]
     for url, token in servers.known():
         try:
             counts = counted(_get(f"{url}/metrics", token))
-        except (OSError, ValueError, http.client.HTTPException):
-            found.append(Health(url, 0, 0, 0, 0, 1.0, 1.0, reached=False))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            refused = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403)
+            no_address = not url.startswith(("http://", "https://"))
+            ours: Ours = "key" if refused else "address" if no_address else ""
+            found.append(Health(url, 0, 0, 0, 0, 1.0, 1.0, reached=False, ours=ours))
             continue
         now[url] = counts
         found.append(since(url, before.get(url, {}), counts))
@@ -86,8 +93,8 @@ def counted(text: str) -> Counts:
                 continue  # probes and scrapes: they fail while a server starts, and hide failures in their number
             if name == "metapeft_http_requests_total":
                 found["requests"] += value
-                found["errors"] += value if labels["status"].startswith("5") else 0
-            elif labels["route"] in ANSWERS:
+                found["errors"] += value if labels.get("status", "").startswith("5") else 0
+            elif labels.get("route") in ANSWERS:
                 if name == "metapeft_http_request_seconds_count":
                     found["answers"] += value
                     found["slow"] += value

@@ -7,9 +7,11 @@ sizes of the first choice's own trial, the latest decisions first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from metapeft.data.task import Task
+from metapeft.errors import MetapeftError
 from metapeft.meta import decisions as given
 from metapeft.meta.evidence import key
 from metapeft.meta.experience import Experience
@@ -25,18 +27,26 @@ Find = Callable[[dict[str, Any]], Task | None]
 
 
 def due(entries: Sequence[dict[str, Any]], trials: Sequence[Trial]) -> list[tuple[dict[str, Any], Trial]]:
-    """Decisions whose first choice was trained and nothing else of the list, with that trial; the latest first."""
+    """Decisions whose first choice was trained and nothing else of the list, with that trial; the latest first. Not
+    those whose runner-up was trained in the same way, whatever came of it and whichever decision it counts for."""
     by_id = {trial.id: trial for trial in trials}
+    trained = {_work(trial, key(trial.configuration)) for trial in trials}
     listed = {entry["id"]: entry for entry in entries}
     found = []
     for decision in reversed(joined(entries, trials)):
         if decision.kind.tried == 1:
             entry = listed[decision.id]
-            first = key(entry["recommendations"][0]["configuration"])
+            first, *others = (key(each["configuration"]) for each in entry["recommendations"])
             own = [by_id[id] for id in decision.followed if key(by_id[id].configuration) == first]
-            if own and own[-1].score is not None and len(entry["recommendations"]) > 1:
+            useful = own and own[-1].score is not None and others
+            if useful and _work(own[-1], others[0]) not in trained:
                 found.append((entry, own[-1]))
     return found
+
+
+def _work(like: Trial, configuration: str) -> tuple[str, str, int, int, str]:
+    """What a configuration's training is, at the budget and seed of another trial."""
+    return like.task_version, like.backbone, like.budget, like.seed, configuration
 
 
 def run(count: int, find: Find, backbone: Callable[[str], Backbone]) -> list[Trial]:
@@ -47,7 +57,7 @@ def run(count: int, find: Find, backbone: Callable[[str], Backbone]) -> list[Tri
     from metapeft.training.session import Session
     from metapeft.training.trainer import run_trial
 
-    store = Experience()
+    store, load = Experience(), cache(backbone)
     done: list[Trial] = []
     for entry, first in due(given.read(), store.trials()):
         if len(done) == count:
@@ -59,10 +69,14 @@ def run(count: int, find: Find, backbone: Callable[[str], Backbone]) -> list[Tri
         with Slots(1).place(None) as turn:
             if turn is None:
                 break
-            session = Session(backbone(entry["backbone"]), task)
-            if first.untuned_score is not None:
-                session.untuned["test"] = first.untuned_score
-            trial = run_trial(session, second, steps=first.budget, seed=first.seed)
+            try:
+                session = Session(load(entry["backbone"]), task)
+                if first.untuned_score is not None:
+                    session.untuned["test"] = first.untuned_score
+                trial = run_trial(session, second, steps=first.budget, seed=first.seed)
+            except MetapeftError as error:
+                say(f"no shadow trial on {task.name}: {error}")
+                continue
         store.append(trial)
         done.append(trial)
         result = f"{trial.score.value:.3f}" if trial.score else trial.status

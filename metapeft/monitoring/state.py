@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError, UserError
 from metapeft.monitoring.alerts import Alert
 from metapeft.profiling import cache
 from metapeft.settings import home
@@ -23,13 +23,13 @@ SCHEMA = 1
 @dataclass
 class Open:
     """An alert that was raised, or is over since `at`. told: names of channels. heard: of one that is over, the
-    channels that had said it. asked: whether retraining for it was asked for."""
+    channels that had said it. taken: by whom, to retrain for it."""
 
     alert: dict[str, Any]
     at: str
     told: list[str] = field(default_factory=list)
     heard: list[str] = field(default_factory=list)
-    asked: bool = False
+    taken: str = ""
 
 
 @dataclass
@@ -64,11 +64,17 @@ def read() -> State:
     try:
         if record is None or record["schema"] != SCHEMA:
             return State()
-        opened, over = ({k: Open(**v) for k, v in record[name].items()} for name in ("alerts", "over"))
+        opened, over = ({k: _open(v) for k, v in record[name].items()} for name in ("alerts", "over"))
         again = {str(place): str(at) for place, at in record.get("remeasured", {}).items()}
         return State(opened, over, dict(record["servers"]), dict(record["report"]), again)
     except (KeyError, TypeError, AttributeError, ValueError):
         return State()
+
+
+def _open(record: dict[str, Any]) -> Open:
+    """`asked` is of earlier versions, which did not know who retrains."""
+    taken = "somebody" if record.get("asked") else ""
+    return Open(**{"taken": taken, **{name: value for name, value in record.items() if name != "asked"}})
 
 
 def write(state: State) -> None:
@@ -78,7 +84,7 @@ def write(state: State) -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """One run at a time. Raises UserError when another one holds it for long."""
+    """One run at a time. Raises MetapeftError when another one holds it for long."""
     from filelock import FileLock, Timeout
 
     try:
@@ -86,7 +92,7 @@ def alone() -> Iterator[None]:
         lock = FileLock(path().parent / "monitor.lock", timeout=60)
         lock.acquire()
     except Timeout as error:
-        raise UserError("another `metapeft monitor` is running here; wait for it to end") from error
+        raise MetapeftError("another `metapeft monitor` is at work here; try again when it has ended") from error
     except OSError as error:
         raise UserError(
             f"cannot write in {path().parent} ({error.strerror}); set METAPEFT_HOME to a folder you may write in"
@@ -99,10 +105,9 @@ def alone() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Changes:
-    """Keys of alerts: new in this run, lasting from before, and over."""
+    """Keys of alerts: new in this run, and over."""
 
     new: tuple[str, ...]
-    lasting: tuple[str, ...]
     over: tuple[str, ...]
 
 
@@ -118,7 +123,7 @@ def compare(state: State, alerts: Sequence[Alert], now: str) -> Changes:
         earlier = state.alerts.get(key)
         state.over.pop(key, None)
         state.alerts[key] = replace(earlier, alert=alert.to_json()) if earlier else Open(alert.to_json(), now)
-    return Changes(new, tuple(key for key in found if key not in new), over)
+    return Changes(new, over)
 
 
 def tell(state: State, channels: Mapping[str, Callable[[dict[str, Any], str, bool], bool]]) -> dict[str, str]:

@@ -148,9 +148,10 @@ def watch(decisions: Sequence[Decision], promise: Promise, limits: Limits) -> li
     for name, measure in SEEN.items():
         places = [i for i, d in enumerate(decisions) if measure(d) is not None]
         values = np.array([measure(decisions[i]) for i in places], dtype=float)
-        values = np.minimum(values, promise.cap) if name == "regret" else values
         kinds = [_followed(decisions[i].kind) for i in places]
-        found.append(_mean(name, values, np.array([usual(MEANS[name](promise.of(k))) for k in kinds]), places, made))
+        cut = np.minimum(values, promise.cap) if name == "regret" else values
+        usually = np.array([usual(MEANS[name](promise.of(k))) for k in kinds])
+        found.append(_mean(name, values, cut, usually, places, made))
     places = [i for i, d in enumerate(decisions) if d.chances is not None]
     chances = np.array([decisions[i].chances for i in places]).reshape(len(places), BINS, 3)
     hoped = np.array([ece(promise.of(decisions[i].kind).chances.sum(axis=(0, 1))) for i in places])
@@ -162,9 +163,15 @@ def _followed(kind: Kind) -> Kind:
 
 
 def _mean(
-    name: str, values: np.ndarray, expected: np.ndarray, places: Sequence[int], made: Mapping[tuple[str, str], Limit]
+    name: str,
+    values: np.ndarray,
+    cut: np.ndarray,
+    expected: np.ndarray,
+    places: Sequence[int],
+    made: Mapping[tuple[str, str], Limit],
 ) -> Finding:
-    measured, tolerated = values - expected, SMALLEST[name] / 2
+    """values: as people are told them; cut: as they count."""
+    measured, tolerated = cut - expected, SMALLEST[name] / 2
     beyond = measured
     tests = {"page_hinkley": made[name, "page_hinkley"], "window": made[name, "window"]}
     alarms: list[int] = []

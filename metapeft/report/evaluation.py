@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from metapeft.files import finite
 from metapeft.meta.evaluate import OURS, SBS, Evaluation, Judged
 from metapeft.meta.evidence import Known
 from metapeft.meta.model import Model
@@ -29,7 +30,7 @@ def write(found: Evaluation, model: Model, tasks: Sequence[Known], folder: Path)
     """Every file is replaced as a whole. tasks: those of the experience, for the map."""
     folder.mkdir(parents=True, exist_ok=True)
     files = ["evaluation.json", "evaluation.md"]
-    _replace(folder / files[0], (json.dumps(found.to_json(), indent=1) + "\n").encode())
+    _replace(folder / files[0], (json.dumps(finite(found.to_json()), indent=1, allow_nan=False) + "\n").encode())
     _replace(folder / files[1], markdown(found).encode())
     if found.tasks:
         _reliability(folder / PICTURES[0], found)

@@ -49,12 +49,15 @@ class Content:
         known = [t.untuned_score for t in (self.final, *self.trials) if t is not None and t.untuned_score is not None]
         return known[0].value if known else None
 
+    def kept(self) -> str:
+        """Id of the sweep's trial with the configuration that is kept; "" where the sweep has none."""
+        found = [t.id for t in self.trials if self.final is not None and t.configuration == self.final.configuration]
+        return found[0] if found else ""
+
     def best(self) -> str:
         """Id of the trial that the pictures emphasise."""
-        if self.final is not None:
-            same = [t for t in self.trials if t.configuration == self.final.configuration]
-            if same:
-                return same[0].id
+        if same := self.kept():
+            return same
         names = pareto.named(self.feasible(), self.adapters)
         return names["most accurate"].id if names else ""
 
@@ -143,10 +146,15 @@ def _final(content: Content) -> dict[str, Any] | None:
     return {
         "sentence": sentence,
         "bars": _picture(lambda width: charts.comparison(bars, width)) if bars else None,
-        "caption": f"{wording.metric(found.metric).capitalize()} with one standard error." if found else "",
+        "caption": f"{_begun(wording.metric(found.metric))} with one standard error." if found else "",
         "facts": facts,
         "command": _parts(pareto.command(trial, content.called or None)),
     }
+
+
+def _begun(text: str) -> str:
+    """As a sentence begins; `capitalize` would make F1 an f1."""
+    return text[:1].upper() + text[1:]
 
 
 def _switching(content: Content) -> dict[str, Any] | None:
@@ -176,6 +184,7 @@ def _sweep(content: Content) -> dict[str, Any]:
         "sentence": _sweep_sentence(content, len(rows)),
         "order": " ".join(tables.order(rows)),
         "metric": metric,
+        "goals": _goals(content),
         "legend": [(name, wording.method(name), counts[name]) for name in wording.METHODS if counts[name]],
         "chart": _picture(lambda width: charts.trade_offs(feasible, width, content.untuned(), content.adapters)),
         "points": [
@@ -198,6 +207,10 @@ def _sweep(content: Content) -> dict[str, Any]:
     }
 
 
+def _goals(content: Content) -> str:
+    return "score, training time, memory and adapter size" if content.adapters else "score, training time and memory"
+
+
 def _sweep_sentence(content: Content, front: int) -> str:
     total = len(pareto.averaged(content.trials))
     ended = Counter[str](trial.status for trial in content.trials)
@@ -206,7 +219,7 @@ def _sweep_sentence(content: Content, front: int) -> str:
     text = f"{total} configuration{'' if total == 1 else 's'} {'was' if total == 1 else 'were'} tried"
     if front:
         text += f"; {front} {'is a' if front == 1 else 'are'} best trade-off{'' if front == 1 else 's'}"
-    text += " of score, training time and memory." if front else ", none with a usable result."
+    text += f" of {_goals(content)}." if front else ", none with a usable result."
     odd = [f"{ended[status]} {said}" for status, said in wording.ENDINGS.items() if ended[status]]
     odd += [f"{limited} broke a limit"] if limited else []
     odd += [f"{len(out) - limited} did not end well with every seed"] if len(out) > limited else []
@@ -237,7 +250,7 @@ def _search(content: Content) -> dict[str, Any]:
         for row in found
     ]
     return {
-        "parallel": _picture(lambda width: parallel.chart(feasible, width)),
+        "parallel": _picture(lambda width: parallel.chart(feasible, width, content.adapters)),
         "growth": _picture(lambda width: charts.growth(times, grown, width)),
         "importance": _picture(lambda width: charts.shares(bars, width)),
     }
@@ -254,7 +267,7 @@ def _learning(content: Content) -> dict[str, Any]:
 
     chosen = next((trial for trial in content.trials if trial.id == best), None)
     caption = (
-        f"The thick line is the {'one that was kept' if content.final else 'most accurate one'}." if chosen else ""
+        f"The thick line is the {'one that was kept' if content.kept() else 'most accurate one'}." if chosen else ""
     )
     return {
         "score": draw("validation_score", content.untuned()),

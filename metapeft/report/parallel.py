@@ -53,9 +53,11 @@ def columns(trials: Sequence[Trial], most: int) -> list[Column]:
     return found
 
 
-def lines(trials: Sequence[Trial], found: Sequence[Column]) -> list[tuple[Trial, list[tuple[int, float]]]]:
-    """(trial, [(column, place), …]), those of the front last: they are drawn on top."""
-    front = {t.id for t in pareto.front(trials)}
+def lines(
+    trials: Sequence[Trial], found: Sequence[Column], adapters: bool = False
+) -> list[tuple[Trial, list[tuple[int, float]]]]:
+    """(trial, [(column, place), …]), those of the front (`pareto.front`) last: they are drawn on top."""
+    front = {t.id for t in pareto.front(trials, adapters)}
     shown = [t for t in trials if pareto.objectives(t) is not None]
     shown.sort(key=lambda t: t.id in front)
     result = []
@@ -65,7 +67,7 @@ def lines(trials: Sequence[Trial], found: Sequence[Column]) -> list[tuple[Trial,
     return result
 
 
-def chart(trials: Sequence[Trial], width: int) -> str:
+def chart(trials: Sequence[Trial], width: int, adapters: bool = False) -> str:
     """As inline SVG, "" for fewer than two trials with a result. A phone gets fewer columns."""
     trials = pareto.averaged(trials)
     if sum(pareto.objectives(t) is not None for t in trials) < 2:
@@ -74,9 +76,9 @@ def chart(trials: Sequence[Trial], width: int) -> str:
     height, top = 360, 46.0
     bottom, left, right = height - 14.0, 46.0, width - 50.0
     step = (right - left) / (len(found) - 1)
-    front, titles = {t.id for t in pareto.front(trials)}, pareto.titles(trials)
+    front, titles = {t.id for t in pareto.front(trials, adapters)}, pareto.titles(trials, adapters)
     body: list[str] = []
-    for trial, placed in lines(trials, found):
+    for trial, placed in lines(trials, found, adapters):
         path = "M" + "L".join(f"{left + i * step:.1f} {bottom - place * (bottom - top):.1f}" for i, place in placed)
         kind = f"{'best' if trial.id in front else 'usual'} m-{escape(trial.method)}"
         body.append(
@@ -102,7 +104,7 @@ def _hyperparameter(name: str, trials: Sequence[Trial]) -> Column:
     if all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values):
         if name == "layers":  # 0 means all of them
             said = sorted({v for v in values}, key=lambda n: n or math.inf)
-            return _categories(name, [_short(name, v) for v in said], lambda t: _said(name, value(t)))
+            return _categories(name, [_long(name, v) for v in said], lambda t: _said(name, value(t)))
         small = min(values)
         spread = small > 0 and max(values) / small > LOGARITHMIC
 
@@ -110,7 +112,7 @@ def _hyperparameter(name: str, trials: Sequence[Trial]) -> Column:
             return value(trial)
 
         return _numbers(name, values, number, lambda v: _short(name, v), spread)
-    said = sorted({_short(name, v) for v in values})
+    said = sorted({_long(name, v) for v in values})
     return _categories(name, said, lambda t: _said(name, value(t)))
 
 
@@ -121,7 +123,7 @@ def _categories(name: str, values: Sequence[str], value: Callable[[Trial], str |
         found = value(trial)
         return None if found is None else places[found]
 
-    return Column(name, place, [(p, v) for v, p in places.items()])
+    return Column(name, place, [(p, _cut(v)) for v, p in places.items()])
 
 
 def _numbers(
@@ -157,9 +159,16 @@ def _value(points: dict[str, pareto.Point], index: int) -> Callable[[Trial], flo
 
 
 def _said(name: str, value: Any) -> str | None:
-    return None if value is None else _short(name, value)
+    return None if value is None else _long(name, value)
+
+
+def _long(name: str, value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else wording.hyperparameter(name, value)
 
 
 def _short(name: str, value: Any) -> str:
-    said = f"{value:.2g}" if isinstance(value, float) else wording.hyperparameter(name, value)
+    return _cut(_long(name, value))
+
+
+def _cut(said: str) -> str:
     return said if len(said) <= SHORT else said[: SHORT - 1] + "…"

@@ -56,7 +56,7 @@ def trade_offs(
     _save(figure, path)
 
 
-def parallel(path: Path, trials: Sequence[Trial], title: str) -> None:
+def parallel(path: Path, trials: Sequence[Trial], title: str, adapters: bool = False) -> None:
     """Parallel coordinates: every configuration as a line through its settings, score, time and memory."""
     from metapeft.report import parallel as coordinates
 
@@ -68,8 +68,8 @@ def parallel(path: Path, trials: Sequence[Trial], title: str) -> None:
     axes.set_yticks([])
     measured = [t for t in trials if pareto.objectives(t) is not None]
     found = coordinates.columns(trials, 10) if measured else []
-    front = {t.id for t in pareto.front(trials)}
-    for trial, placed in coordinates.lines(trials, found):
+    front = {t.id for t in pareto.front(trials, adapters)}
+    for trial, placed in coordinates.lines(trials, found, adapters):
         best = trial.id in front
         look = {"lw": 2.2 if best else 1.0, "alpha": 1.0 if best else 0.4}
         colour = wording.COLOURS.get(trial.method, "#444444")

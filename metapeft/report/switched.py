@@ -109,7 +109,8 @@ def rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         {
             "step": str(point.step),
-            "method": leg.method,
+            "key": leg.method,
+            "method": wording.method(leg.method),
             "score": wording.score(point.score),
             "forecast": f"{wording.score(point.low)} to {wording.score(point.high)}",
             "decision": f"change to {wording.method(point.taken)}" if point.taken else "go on",

@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from metapeft.report import wording
-from metapeft.search import pareto, spaces
+from metapeft.search import pareto
 from metapeft.training.trial import Trial
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-BAR = 15  # characters of an interval
-
-
-def recommendation(found: Mapping[str, Any], title: str = "") -> Table:
-    """Ranked methods; the expected score with its interval drawn on a scale that all rows share."""
-    entries = found["recommendations"]
-    scores = [entry["score"] for entry in entries if (entry.get("score") or {}).get("mean") is not None]
-    low, high = min((s["low"] for s in scores), default=0.0), max((s["high"] for s in scores), default=1.0)
-    level = wording.score(scores[0].get("level"), 0) + " " if scores and scores[0].get("level") else ""
-    table = _table(title, "", "method", f"{level}interval", ">expected", ">P(best)", ">time", ">memory", ">adapter")
-    for entry in entries:
-        score = entry.get("score") or {}
-        known = score.get("mean") is not None
-        table.add_row(
-            str(entry["rank"]),
-            wording.method(entry["method"]),
-            _interval(score["low"], score["mean"], score["high"], low, high) if known else "",
-            wording.score(score["mean"]) if known else "–",
-            wording.probability(entry.get("p_best")),
-            wording.duration(entry.get("seconds")),
-            wording.memory(entry.get("peak_memory_mb")),
-            wording.size(entry.get("adapter_bytes")),
-        )
-    table.caption = "\n".join(f"{e['rank']}  {_settings(e['method'], e['configuration'])}" for e in entries)
-    return table
 
 
 def front(rows: Iterable[pareto.Row], title: str = "") -> Table:
@@ -90,41 +64,6 @@ def commands(rows: Iterable[pareto.Row]) -> str:
     return "\n".join(f"# {', '.join(row.names)}\n{row.command}" for row in rows if row.names)
 
 
-def trials(found: Sequence[Trial], title: str = "") -> Table:
-    """Trials in their order, with how those that did not end well ended; their task where there are several."""
-    several = len({trial.task for trial in found}) > 1
-    columns = ("trial", *(("task",) if several else ()), "method", ">validation", ">test", ">time", ">memory", "ended")
-    table = _table(title, *columns)
-    for trial in found:
-        table.add_row(
-            trial.id[:8],
-            *((trial.task,) if several else ()),
-            wording.method(trial.method),
-            _score(trial.validation),
-            wording.score(trial.score.value if trial.score else None),
-            wording.duration(trial.train_seconds or trial.seconds),
-            wording.memory(trial.peak_memory_mb),
-            "ok" if trial.status == "ok" else f"[red]{wording.ending(trial.status)}[/]",
-        )
-    return table
-
-
-def models(rows: Iterable[Mapping[str, Any]], title: str = "") -> Table:
-    """Registered adapters, from `RegisteredModel.to_json()`."""
-    table = _table(title, "model", ">version", "alias", "method", ">score", ">untuned", ">adapter")
-    for row in rows:
-        table.add_row(
-            str(row["name"]),
-            str(row["version"]),
-            ", ".join(row.get("aliases") or ()),
-            wording.method(str(row.get("method") or "")),
-            wording.plus_minus(row.get("score"), row.get("standard_error")),
-            wording.score(row.get("untuned_score")),
-            wording.size(row.get("adapter_bytes")),
-        )
-    return table
-
-
 def _table(title: str, *columns: str) -> Table:
     """Columns that start with > are aligned to the right."""
     from rich.box import SIMPLE_HEAD
@@ -136,28 +75,3 @@ def _table(title: str, *columns: str) -> Table:
         right = column.startswith(">")
         table.add_column(column.removeprefix(">"), justify="right" if right else "left", no_wrap=right)
     return table
-
-
-def _settings(method: str, configuration: Mapping[str, Any]) -> str:
-    """The learning rate and what is not the default; the command says the rest."""
-    from rich.markup import escape
-
-    usual = spaces.defaults(method)
-    odd = [n for n in pareto.searched(method) if n == "learning_rate" or configuration.get(n, usual[n]) != usual[n]]
-    return escape(wording.configuration(configuration, odd))
-
-
-def _score(score: Any) -> str:
-    return wording.plus_minus(score.value, score.standard_error) if score else "–"
-
-
-def _interval(low: float, mean: float, high: float, start: float, end: float) -> str:
-    """`   ──●──────   `: low to high, with the mean."""
-    span = end - start if end > start else 1.0
-
-    def cell(value: float) -> int:
-        return min(BAR - 1, max(0, round((value - start) / span * (BAR - 1))))
-
-    cells = ["─" if cell(low) <= i <= cell(high) else " " for i in range(BAR)]
-    cells[cell(mean)] = "●"
-    return "".join(cells)

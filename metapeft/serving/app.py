@@ -31,6 +31,7 @@ from metapeft.data.rows import Row as DataRow
 from metapeft.data.task import separator
 from metapeft.data.templates import check_template, render
 from metapeft.errors import UserError
+from metapeft.files import finite
 from metapeft.serving import feedback, openai
 from metapeft.serving.engine import Busy, Classification, Engine, Generation, Piece, TooSlow, Unavailable
 from metapeft.serving.keys import Key, Keyring
@@ -712,9 +713,3 @@ def traced(error: Exception) -> str:
 
 def sse(record: dict[str, Any]) -> str:
     return f"data: {json.dumps(record, ensure_ascii=False)}\n\n"
-
-
-def finite(value: Any) -> Any:
-    from metapeft.stages.stage import finite as without_nan
-
-    return without_nan(value)

@@ -10,8 +10,9 @@ from typing import Any
 
 from metapeft.data.task import SPLITS, Example, Task
 from metapeft.errors import UserError
+from metapeft.files import finite
 from metapeft.settings import Settings, brief, home
-from metapeft.stages.stage import backbone_identity, finite, read_json, write_json, write_text
+from metapeft.stages.stage import backbone_identity, read_json, write_json, write_text
 from metapeft.training.trial import Trial
 
 

@@ -43,7 +43,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     if trial.method in METHODS:
         Experience().append(trial)  # now with its score
         library.offer(work / "train" / "adapter", trial, task, Profile.from_json(profile.record))
-    with pipeline_run(settings, work, task) as tracker:
+    with pipeline_run(settings, work, task, trial.id) as tracker:
         tracker.log_task(task)
         tracker.log_profile(profile)
         tracker.log_recommendation(recommendation)

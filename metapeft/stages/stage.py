@@ -11,7 +11,6 @@ import _thread
 import argparse
 import hashlib
 import json
-import math
 import os
 import shutil
 import signal
@@ -303,15 +302,6 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON, keys sorted, so that a reader sees the old file or the new one, never a part."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     write_text(path, text)
-
-
-def finite(value: Any) -> Any:
-    """A JSON value without NaN and infinities, which JSON does not have: they become null."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -60,6 +60,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         for trial in result.trials:
             if trial.id in chosen:
                 prepared.train.tested(trial)
+                tracker.log_trial(trial, task)  # now with its score
         spent = sum(trial.seconds for trial in result.trials)
         tracker.log_metrics({"sweep.trials": len(result.trials), "sweep.seconds": spent})
     for trial in result.trials:  # in DVC's cache a path of this machine would be a lie

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapeft.errors import MetapeftError, UserError
+from metapeft.files import finite
 from metapeft.progress import progress
 from metapeft.settings import Settings, home
 from metapeft.stages.files import current_sweep, read_task, read_trials, write_csv
-from metapeft.stages.stage import Stage, finite, read_json, write_json
+from metapeft.stages.stage import Stage, read_json, write_json
 from metapeft.stages.sweep import CURVE, NAMED
 from metapeft.stages.trainer import ENGINE, Trainer, trial_lock
 

@@ -57,13 +57,13 @@ def connect(settings: TrackingSettings) -> MlflowClient:
             f"tracking uri {shown(where)!r} is not supported; use sqlite:///FILE, postgresql://… or an http(s) server"
         )
     if scheme == "sqlite":
-        _create_database(Path(where.removeprefix("sqlite:///")))
+        _create_database(_file(where))
     try:
         if scheme != "sqlite" and scheme in DATABASES:
             _log_in(where)
         return _client(where)
     except Exception as error:
-        kind = MetapeftError if scheme != "sqlite" and _away(error) else UserError
+        kind = MetapeftError if (_busy(error) if scheme == "sqlite" else _away(error)) else UserError
         raise kind(f"cannot use the tracking store {shown(where)}: {_reason(error, where)}") from error
 
 
@@ -151,6 +151,16 @@ def _client(where: str) -> MlflowClient:
     return client
 
 
+def _file(where: str) -> Path:
+    """The file of an SQLite address."""
+    from sqlalchemy import make_url
+
+    found = make_url(where).database
+    if found in (None, "", ":memory:"):
+        raise UserError(f"tracking uri {where!r} names no file, so nothing would be kept; use sqlite:///FILE")
+    return Path(str(found))
+
+
 def _create_database(path: Path) -> None:
     """MLflow's dozens of migrations run in a file of another name, so that a killed one leaves nothing half-made."""
     if _has_tables(path):
@@ -179,9 +189,16 @@ def _has_tables(path: Path) -> bool:
         with sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True) as database:
             return bool(database.execute("select 1 from sqlite_master limit 1").fetchone())
     except sqlite3.DatabaseError as error:
+        if _busy(error):
+            raise MetapeftError(f"another process is writing {path} ({error}); try again") from error
         raise UserError(
             f"{path} is not a usable SQLite database ({error}); move it away or set tracking.uri"
         ) from error
+
+
+def _busy(error: Exception) -> bool:
+    """Whether SQLite only says that another process is writing."""
+    return "database is locked" in str(error)
 
 
 def _away(error: BaseException | None) -> bool:

@@ -38,8 +38,8 @@ def compare(settings: Settings, runs: Sequence[str] = ()) -> list[dict[str, Any]
     client = connect(settings.tracking)
     rows: dict[str, dict[str, Any]] = {}
 
-    def order(row: dict[str, Any]) -> tuple[bool, str]:
-        return not row["status"], row["started"]  # a kill leaves a run without an outcome
+    def order(row: dict[str, Any]) -> tuple[bool, bool, str]:  # a kill leaves a run without an outcome
+        return not row["status"], row["score"] is None, row["started"]
 
     for run in chosen(settings, client, runs):
         if "trial_id" in run.data.tags:
@@ -69,10 +69,10 @@ def chosen(settings: Settings, client: Any, runs: Sequence[str]) -> list[Run]:
 
 
 def _named(client: Any, experiments: list[str], name: str) -> list[Run]:
-    quoted = name.replace("'", "")
-    chosen = _search(client, experiments, f"attributes.run_name = '{quoted}'")
-    if quoted.isalnum():
-        chosen += _search(client, experiments, f"attributes.run_id = '{quoted}'")
+    quoted = f"'{name}'" if "'" not in name else '"' + name.replace('"', "") + '"'
+    chosen = _search(client, experiments, f"attributes.run_name = {quoted}")
+    if name.isalnum():
+        chosen += _search(client, experiments, f"attributes.run_id = '{name}'")
     parents = [run.info.run_id for run in chosen]
     for parent in parents:
         chosen += _search(client, experiments, f"tags.mlflow.parentRunId = '{parent}'")

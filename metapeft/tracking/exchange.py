@@ -6,10 +6,10 @@ A tag holds a few thousand characters at most: a longer record is cut into `tria
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from metapeft.files import finite
 from metapeft.settings import Settings
 from metapeft.tracking.client import connect, failures
 from metapeft.training.trial import Trial
@@ -25,7 +25,7 @@ _PAGE = 1000
 
 def tags(trial: Trial) -> dict[str, str]:
     """The record as tags. Not-a-number and infinity become null."""
-    text = json.dumps(_finite(trial.to_json()), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(trial.to_json()), ensure_ascii=False, allow_nan=False)
     return {f"{TAG}.{n}": text[start : start + PIECE] for n, start in enumerate(range(0, len(text), PIECE))}
 
 
@@ -50,7 +50,8 @@ def collect(settings: Settings) -> list[dict[str, Any]]:
 
 
 def publish(settings: Settings, trials: Iterable[Trial]) -> int:
-    """Adds the trials that the tracking store does not hold, each as a run; returns how many.
+    """Adds the trials that the tracking store does not hold, or not with their test score, each as a run; returns how
+    many.
 
     They go into the settings' experiment, as parts of a run called "experience".
     """
@@ -58,8 +59,9 @@ def publish(settings: Settings, trials: Iterable[Trial]) -> int:
 
     client = connect(settings.tracking)
     with failures(settings.tracking):
-        known = {run.data.tags.get("trial_id") for run in _runs(client) if record(run.data.tags) is not None}
-    new = [trial for trial in trials if trial.id not in known]
+        held = [found for run in _runs(client) if (found := record(run.data.tags)) is not None]
+    known, scored = {found.get("id") for found in held}, {found.get("id") for found in held if found.get("score")}
+    new = [trial for trial in trials if trial.id not in (known if trial.score is None else scored)]
     if new:
         with run(settings, "experience") as tracker:
             for trial in new:
@@ -77,11 +79,3 @@ def _runs(client: MlflowClient) -> Iterator[Run]:
         token = page.token
         if not token:
             return
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

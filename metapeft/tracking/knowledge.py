@@ -49,6 +49,8 @@ def snapshot(settings: Settings, folder: Path) -> Snapshot:
     """
     if versions.repository(folder.absolute()) is None:
         raise UserError(f"{folder} is in no DVC repository; run `dvc init` in the project's folder")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder")
     if folder.exists() and versions.tracked(folder) is None and any(folder.iterdir()):
         raise UserError(f"{folder} holds something that is not this command's; give another folder")
     with lock("knowledge"):

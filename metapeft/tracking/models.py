@@ -295,12 +295,12 @@ def _decide(trial: Trial, task: Task, present: MlflowVersion | None) -> tuple[st
 
 
 def _crown(client: MlflowClient, name: str, version: int) -> None:
-    # Alias first: should the process die before the tag is written, `_history` completes it from the alias.
+    # The tag first: should the process die before the alias is set, `_history` ends at the champion that still is.
     history = _history(client, name)
-    client.set_registered_model_alias(name, CHAMPION, str(version))
     if not history or history[-1] != version:
         history.append(version)
     client.set_registered_model_tag(name, _HISTORY, json.dumps(history))
+    client.set_registered_model_alias(name, CHAMPION, str(version))
     challenger = _by_alias(client, name, CHALLENGER)
     if challenger is not None and int(challenger.version) == version:
         client.delete_registered_model_alias(name, CHALLENGER)
@@ -313,7 +313,7 @@ def _history(client: MlflowClient, name: str) -> list[int]:
     if present is None:
         return history
     current = int(present.version)
-    if current in history:  # cut what an interrupted rollback left behind
+    if current in history:  # cut what an interrupted promotion or rollback left behind
         return history[: len(history) - history[::-1].index(current)]
     return [*history, current]
 

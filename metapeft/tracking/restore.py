@@ -105,7 +105,8 @@ def _check_out(commit: str, folder: Path) -> str:
         done = _git("worktree", "add", "--detach", "--force", str(folder.absolute()), commit)
         if done.returncode == 0:
             return f"commit {commit[:12]}, checked out"
-        raise MetapeftError(f"git could not check out {commit}: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"]
+        raise MetapeftError(f"git could not check out {commit}: {said[-1]}")
     folder.mkdir(parents=True, exist_ok=True)
     if not commit:
         return "not known: the run was made outside of Git"
@@ -120,7 +121,7 @@ def _remove(folder: Path) -> None:
 def _git(*words: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(["git", *words], capture_output=True, text=True, timeout=120, check=False)
-    except OSError as error:  # no Git on this machine
+    except (OSError, subprocess.TimeoutExpired) as error:  # no Git on this machine, or one that hangs
         return subprocess.CompletedProcess(words, 127, "", str(error))
 
 
@@ -144,6 +145,8 @@ def _data(model: Model, task: str, folder: Path) -> tuple[str, str]:
     root = versions.repository(source.absolute()) or versions.repository(Path.cwd() / "here")
     if root is None:
         raise UserError(f"{source} has changed since (it was {model.dvc_id}), and there is no DVC repository to ask")
+    if place.is_dir():
+        shutil.rmtree(place)
     place.unlink(missing_ok=True)
     versions.fetch(model.dvc_id, place, root)
     return f"data/{source.name}", f"DVC, {root}"

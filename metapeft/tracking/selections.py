@@ -80,21 +80,21 @@ def selections(settings: Settings, runs: Sequence[str] = ()) -> Comparison:
     found = chosen(settings, connect(settings.tracking), runs)
     best: dict[tuple[str, ...], float] = {}
     for run in found:
-        score = run.data.metrics.get("score")
-        if score is not None and score == score:
+        score = run.data.metrics.get("score", math.nan)
+        if math.isfinite(score):
             best[_place(run)] = max(best.get(_place(run), score), score)
     outcomes = [
         Outcome(
             run.info.run_id,
             run.data.tags[TAG],
-            "/".join(_place(run)[:3]),
+            "/".join(_place(run)),
             run.data.tags.get("family") or run.data.tags.get("task_kind", ""),
             run.data.metrics["score"],
             run.data.metrics.get("score_standard_error", 0.0),
             best[_place(run)],
         )
         for run in found
-        if TAG in run.data.tags and _place(run) in best and "score" in run.data.metrics
+        if TAG in run.data.tags and math.isfinite(run.data.metrics.get("score", math.nan))
     ]
     return compared(outcomes)
 

@@ -64,11 +64,10 @@ def tell(name: str) -> int:
 
 def known() -> Iterator[tuple[str, str]]:
     """(address, token) of every server that runs here, and of the one that METAPEFT_SERVER names."""
-    if url := os.environ.get("METAPEFT_SERVER"):
-        yield url.rstrip("/"), os.environ.get("METAPEFT_SERVER_KEY", "")
-    for note, lives, _ in _notes():
-        if lives:
-            yield note["url"], note["token"]
+    found = {note["url"]: note["token"] for note, lives, _ in _notes() if lives}
+    if url := os.environ.get("METAPEFT_SERVER", "").rstrip("/"):
+        found = {url: os.environ.get("METAPEFT_SERVER_KEY") or found.get(url, "")} | found
+    yield from found.items()
 
 
 def gone() -> Iterator[tuple[str, Path]]:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from metapeft.data.task import Task
-from metapeft.errors import UserError
+from metapeft.errors import MetapeftError, UserError
+from metapeft.progress import say
 from metapeft.settings import Settings, shown
 from metapeft.tracking import exchange
 from metapeft.tracking.client import connect, experiment_id, failures, uri
@@ -73,12 +74,22 @@ def run(
         raise
     except BaseException as error:
         status = "FAILED"
-        with failures(settings.tracking):
+        with _noted(settings):
             client.set_tag(run_id, "error", " ".join(f"{type(error).__name__}: {error}".split())[:5000])
         raise
     finally:
-        with failures(settings.tracking):
+        with failures(settings.tracking) if status == "FINISHED" else _noted(settings):
             client.set_terminated(run_id, status)
+
+
+@contextmanager
+def _noted(settings: Settings) -> Iterator[None]:
+    """What MLflow refuses while an error is under way is said, and does not take its place."""
+    try:
+        with failures(settings.tracking):
+            yield
+    except MetapeftError as refused:
+        say(f"the run's end was not recorded: {refused}")
 
 
 @dataclass(frozen=True)
@@ -125,15 +136,18 @@ class Tracker:
     def log_trial(self, trial: Trial, task: Task | None = None, *, experience: bool = True) -> str:
         """A nested run with the configuration, the learning curve and the outcome; returns its run id.
 
-        A trial that this run holds already is not recorded twice. experience: whether others may learn from it; not
-        where a configuration alone does not make this outcome again.
+        A trial that this run holds already is not recorded twice; a test score that was measured since is added to it.
+        experience: whether others may learn from it; not where a configuration alone does not make this outcome again.
         """
         with failures(self.settings.tracking):
             parent = self.client.get_run(self.run_id).info
             query = f"tags.trial_id = '{trial.id}' and tags.mlflow.parentRunId = '{self.run_id}'"
             found = self.client.search_runs([parent.experiment_id], query, max_results=1)
             if found and found[0].info.status != "RUNNING":
-                return str(found[0].info.run_id)
+                run_id = str(found[0].info.run_id)
+                if trial.score is not None and "score" not in found[0].data.metrics:
+                    _write_outcome(self.client, run_id, trial, experience)
+                return run_id
             started = _milliseconds(trial.started)
             tags = {**_about(), "mlflow.parentRunId": self.run_id, "trial_id": trial.id}
             name = f"{trial.method}-{trial.id[:6]}"
@@ -187,31 +201,9 @@ class Tracker:
         with failures(self.settings.tracking):
             _write(self.client, self.run_id, metrics=metrics, tags={"meta_model": record["meta_model"]})
 
-    def log_point(self, point: Mapping[str, Any]) -> None:
-        """One row of a learning curve (`Trial.curve`), while training goes on."""
-        with failures(self.settings.tracking):
-            _write_curve(
-                self.client, self.run_id, [point], int(time.time() * 1000) - int(1000 * point.get("seconds", 0))
-            )
-
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         with failures(self.settings.tracking):
             _write(self.client, self.run_id, metrics=metrics)
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """MLflow's parameters never change: raises MetapeftError when one has another value already."""
-        with failures(self.settings.tracking):
-            _write(self.client, self.run_id, params=params)
-
-    def log_file(self, path: Path, folder: str | None = None) -> None:
-        """A file, or everything in a folder, as artifacts."""
-        if not path.exists():
-            raise UserError(f"cannot record {path}: there is no such file")
-        with failures(self.settings.tracking):
-            if path.is_dir():
-                self.client.log_artifacts(self.run_id, str(path), folder)
-            else:
-                self.client.log_artifact(self.run_id, str(path), folder)
 
     def log_json(self, value: Any, name: str) -> None:
         with failures(self.settings.tracking):

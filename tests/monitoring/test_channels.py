@@ -150,10 +150,15 @@ def test_what_cannot_be_delivered_is_said_in_a_line(
         ({channels.EMAIL: "a@b"}, channels.SMTP),
         ({channels.EMAIL: "a@b", channels.SMTP: "mail.example:25"}, channels.SMTP),
         ({channels.EMAIL: "a@b", channels.SMTP: "smtp://mail:99999999"}, channels.SMTP),
+        ({channels.URL: "http://[::1/x"}, channels.URL),
+        ({channels.EMAIL: "a@b", channels.SMTP: "smtp://[::1/x"}, channels.SMTP),
+        ({channels.EMAIL: "a@b", channels.SMTP: "smtp://a:secret@mail"}, channels.PASSWORD),
         ({channels.EMAIL: "nobody", channels.SMTP: "smtp://mail"}, channels.EMAIL),
+        ({channels.EMAIL: "a@", channels.SMTP: "smtp://mail"}, channels.EMAIL),
         ({channels.EMAIL: "a@b\nBcc: c@d", channels.SMTP: "smtp://mail"}, channels.EMAIL),
     ],
 )
 def test_wrong_addresses_are_one_sentence(given: dict[str, str], name: str) -> None:
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=name) as refused:
         channels.configured(given)
+    assert "secret" not in str(refused.value)

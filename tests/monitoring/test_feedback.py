@@ -60,3 +60,10 @@ def test_it_is_over_when_answers_are_right_again() -> None:
     right = np.concatenate([random.random(100) < 0.9, random.random(80) < 0.4, random.random(400) < 0.95])
     assert watch("m", right[:180], 0.9, 0.02).fired is not None
     assert watch("m", right, 0.9, 0.02).fired is None
+
+
+def test_a_score_that_promises_nothing_is_never_broken() -> None:
+    """A test score of nought, or of nearly that: there are such adapters."""
+    for promised, error in ((0.0, 0.005), (0.007, 0.005)):
+        found = feedback.watch("a@1", [False] * 30_000, promised, error)
+        assert found.fired is None and found.evidence == 0 and found.accuracy == 0

@@ -77,8 +77,11 @@ def test_a_degradation_is_told_once_and_is_over_after_retraining(
     gauges = {family.name: family for family in exported.Collector().collect()}
     assert gauges["metapeft_monitor_healthy"].samples[0].value == 0
 
-    again = monitor(settings, estimate=False)
-    assert {a.key for a in again.alerts} == keys and again.new == () and not again.retrain
+    again = monitor(settings, estimate=False, retrains="one")
+    assert {a.key for a in again.alerts} == keys and again.new == ()
+    assert again.retrain, "whoever looks does not take it from whoever retrains"
+    assert monitor(settings, estimate=False, retrains="one").due == again.due, "a retry is told the same"
+    assert not monitor(settings, estimate=False).retrain and not monitor(settings, estimate=False, retrains="two").due
     assert len(messages) == len(keys), "told once"
 
     new = versions._add(replace(versions.champion(), number=0))
@@ -102,9 +105,9 @@ def test_killed_while_telling_the_next_run_still_asks_for_retraining(
     with monkeypatch.context() as patch:
         patch.setattr(state, "tell", killed)
         with pytest.raises(KeyboardInterrupt):
-            monitor(settings, estimate=False)
-    found = monitor(settings, estimate=False)
-    assert found.alerts and found.new == () and found.retrain, "it is known, and was never asked for"
+            monitor(settings, estimate=False, retrains="one")
+    found = monitor(settings, estimate=False, retrains="two")
+    assert found.alerts and found.new == () and found.retrain, "it is known, and nobody retrains for it"
     assert not monitor(settings, estimate=False).retrain
 
 
@@ -235,6 +238,13 @@ def test_shadow_trials_are_due_where_only_the_first_was_tried() -> None:
     due = shadow.due(given, [t for s in first_only for t in s.trials])
     assert [entry["id"] for entry, _ in due] == [s.entry["id"] for s in reversed(first_only)]
     assert shadow.due(given, [t for s in entries for t in s.trials]) == []
+    one = first_only[0]
+    second = one.entry["recommendations"][1]["configuration"]
+    failed = replace(one.trials[0], id="failed", status="diverged", score=None, configuration=second)
+    assert shadow.due([one.entry], [*one.trials, failed]) == [], "it would end in the same way again"
+    later = one.entry | {"id": "later", "at": "2999-01-01T00:00:00+00:00"}
+    credited = replace(failed, id="credited", status="ok", started="2999-01-02T00:00:00+00:00")
+    assert shadow.due([one.entry, later], [*one.trials, credited]) == [], "wherever it counts"
 
 
 def replace_trials(step: Any, count: int) -> Any:

@@ -70,8 +70,19 @@ def test_only_one_budget_and_split_is_compared_and_intervals_only_at_what_was_pr
 
 
 def test_what_failed_or_came_before_says_nothing() -> None:
-    (decision,) = joined([entry("a", 5)], [run(0.9, RATES[0], 4), run(0.1, RATES[0], 6, status="diverged")])
+    (decision,) = joined([entry("a", 5)], [run(0.9, RATES[0], 4), run(0.1, RATES[0], 6, status="failed")])
     assert decision.regret is None and decision.outside is None and decision.kind == Kind(0)
+
+
+def test_what_diverged_leaves_the_untuned_backbone() -> None:
+    untuned = Score("accuracy", 0.2, 0.02, 300, 1.0)
+    lost = run(None, RATES[0], 2, status="diverged", untuned_score=untuned)
+    (decision,) = joined([entry("a", 1)], [lost, run(0.7, RATES[1], 2)])
+    assert decision.regret == pytest.approx(0.5) and decision.kind.tried == 2
+    assert decision.outside == pytest.approx(0.5), "the one that diverged is far below its interval"
+    swept = run(None, RATES[1], 2, validation=Score("accuracy", 0.7, 0.02, 64, 1.0))
+    (decision,) = joined([entry("a", 1)], [lost, swept])
+    assert decision.regret == pytest.approx(0.5), "also beside what was scored on validation rows alone"
 
 
 def test_seconds_are_compared_at_the_predicted_budget() -> None:

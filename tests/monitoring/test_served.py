@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.server
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from scipy.stats import binom
 from metapeft.monitoring import served
 from metapeft.monitoring.alerts import of_server
 from metapeft.serving.metrics import SECONDS
+from metapeft.tracking import servers
 from tests.tracking.test_servers import killed
 
 
@@ -73,3 +76,36 @@ def test_a_server_that_is_listed_and_silent_is_told(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("METAPEFT_SERVER", "http://127.0.0.1:9")
     (found,), counts = served.look({})
     assert not found.reached and found.failing and counts == {}
+
+
+class Locked(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_server_that_refuses_the_key_is_not_called_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Locked)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("METAPEFT_SERVER", f"http://127.0.0.1:{server.server_address[1]}")
+    try:
+        (found,), _ = served.look({})
+    finally:
+        server.shutdown()
+    (alert,) = of_server(found, "now")
+    assert found.ours == "key" and "METAPEFT_SERVER_KEY" in alert.do and "restart" not in alert.do
+
+
+def test_an_address_that_is_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAPEFT_SERVER", "localhost:8000")
+    (found,), _ = served.look({})
+    (alert,) = of_server(found, "now")
+    assert "no address" in alert.text and alert.do == "correct METAPEFT_SERVER."
+
+
+def test_a_server_that_is_listed_and_named_counts_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAPEFT_SERVER", "http://127.0.0.1:9/")
+    with servers.listed("http://127.0.0.1:9", "secret"):
+        assert len(served.look({})[0]) == 1 and list(servers.known()) == [("http://127.0.0.1:9", "secret")]

@@ -40,7 +40,7 @@ def test_once_and_over_once() -> None:
     both = {"webhook": channel, "alertmanager": steady}
     for _ in range(3):
         changes, _ = run([alert()], both)
-    assert changes.new == () and changes.lasting == ("regret",)
+    assert changes.new == () and changes.over == ()
     for _ in range(2):
         run([], both)
     assert channel.said == [("regret", False), ("regret", True)]

@@ -45,6 +45,12 @@ def test_a_run_that_was_killed_hides_no_outcome(settings: Settings, task: Task) 
     assert [(row["run"], row["score"]) for row in compare(settings)] == [(done, 0.8)]
 
 
+def test_a_name_may_hold_an_apostrophe(settings: Settings, task: Task) -> None:
+    with tracking.run(settings, "Ann's run") as run:
+        run.log_trial(make_trial(1, 0.8), task)
+    assert [row["score"] for row in compare(settings, ["Ann's run"])] == [0.8]
+
+
 def test_an_empty_experiment_has_no_rows(settings: Settings) -> None:
     assert compare(settings) == []
     assert compare(load_settings(tracking={"experiment": "other"})) == []

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,6 +127,32 @@ def test_rolling_back_survives_deaths_and_deletions(settings: Settings, task: Ta
     promote(settings, NAME, 3)
     client.delete_model_version(NAME, "2")
     assert rollback(settings, NAME).version == 1
+
+
+def test_a_promotion_that_dies_halfway_forgets_no_champion(
+    settings: Settings, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    for number, score in ((1, 0.7), (2, 0.8), (3, 0.9)):
+        register(settings, task, make_trial(number, score))
+    writes = []
+
+    def killed(real: Any) -> Any:
+        def write(*arguments: Any) -> Any:
+            writes.append(real)
+            if len(writes) == 2:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        return write
+
+    with monkeypatch.context() as patch:
+        for name in ("set_registered_model_alias", "set_registered_model_tag"):
+            patch.setattr(MlflowClient, name, killed(getattr(MlflowClient, name)))
+        with pytest.raises(KeyboardInterrupt):
+            promote(settings, NAME, 1)  # which was champion before
+    assert [rollback(settings, NAME).version for _ in range(2)] == [2, 1]
 
 
 def test_a_folder_that_is_replaced_meanwhile_is_taken_whole(

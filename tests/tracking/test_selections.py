@@ -111,3 +111,15 @@ def test_from_recorded_runs(settings: Settings, task: Task, tmp_path: Path, caps
     assert cli.main(["compare", "--by", "selection"]) == 0
     assert "experience is better" in capsys.readouterr().out
     assert cli.main(["compare", "--plot", str(picture)]) == 2
+
+
+def test_only_scores_by_one_metric_are_compared(settings: Settings, task: Task) -> None:
+    for strategy, metric in (("portfolio", "accuracy"), ("experience", "macro_f1")):
+        trial = replace(make_trial(1), id=strategy)
+        trial.score = Score(metric, 0.9 if metric == "accuracy" else 0.6, 0.01, 300, 0.3)
+        with tracking.run(settings, strategy) as tracker:
+            tracker.log_task(task)
+            tracker.log_outcome(trial)
+            tracker.set_tags({"selection": strategy})
+    found = selections(settings)
+    assert len(found.outcomes) == 2 and found.pairs == []

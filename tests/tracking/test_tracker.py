@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from metapeft import tracking
 from metapeft.data.task import Task
 from metapeft.errors import MetapeftError, UserError
 from metapeft.settings import Settings, home, load_settings
+from metapeft.tracking import client, exchange
 from metapeft.tracking.client import connect, uri
 from tests.tracking.made import make_trial
 
@@ -70,10 +72,6 @@ def test_a_run_holds_task_profile_recommendation_and_trials(settings: Settings, 
         second = tracker.log_trial(bad, task)
         tracker.log_outcome(good)
         tracker.log_decision(RECOMMENDATION, PROFILE, good)
-        tracker.log_point({"step": 30, "seconds": 9.0, "train_loss": 0.5, "validation_loss": None})
-        tracker.log_params({"steps": 40})
-        (Path("report.html")).write_text("<html>")
-        tracker.log_file(Path("report.html"), "report")
 
     client = connect(settings.tracking)
     run = client.get_run(tracker.run_id)
@@ -88,14 +86,13 @@ def test_a_run_holds_task_profile_recommendation_and_trials(settings: Settings, 
     assert run.data.metrics["profile.zero_shot_loss"] == 2.5
     assert run.data.metrics["recommended.score"] == 0.8
     assert run.data.metrics["score"] == 0.9 and run.data.metrics["score_standard_error"] == 0.02
-    assert run.data.params["learning_rate"] == "0.001" and run.data.params["steps"] == "40"
+    assert run.data.params["learning_rate"] == "0.001"
     assert run.data.metrics["decision.error"] == pytest.approx(0.1) and run.data.metrics["decision.inside_90"] == 1
     assert run.data.metrics["decision.rank"] == 1 and "decision.inside_80" not in run.data.metrics
     root = home() / "mlartifacts" / tracker.run_id / "artifacts"
     assert json.loads((root / "decision.json").read_text())["embedding"] == [0.5]
     assert json.loads((root / "profile.json").read_text()) == PROFILE.record
     assert json.loads((root / "recommendation.json").read_text())["basis"] == "portfolio"
-    assert (root / "report" / "report.html").exists()
 
     trial_run = client.get_run(first)
     assert trial_run.data.tags["mlflow.parentRunId"] == tracker.run_id
@@ -127,6 +124,50 @@ def test_what_a_kill_kept_from_the_run_is_recorded_later_and_what_another_run_ho
     found = client.search_runs([client.get_run(second.run_id).info.experiment_id], "tags.trial_id != ''")
     held = sorted((r.data.tags["mlflow.parentRunId"] == second.run_id, r.data.tags["trial_id"]) for r in found)
     assert held == sorted([(False, make_trial(1).id), (True, make_trial(2).id), (True, make_trial(3).id)])
+
+
+def test_a_test_score_that_was_measured_later_is_added(settings: Settings, task: Task) -> None:
+    later = make_trial(1)
+    with tracking.run(settings, "sweep") as tracker:
+        run_id = tracker.log_trial(replace(later, score=None), task)
+        assert "score" not in connect(settings.tracking).get_run(run_id).data.metrics
+        assert tracker.log_trial(later, task) == run_id
+    assert connect(settings.tracking).get_run(run_id).data.metrics["score"] == 0.9
+    (found,) = exchange.collect(settings)
+    assert found["score"]["value"] == 0.9 and exchange.publish(settings, [later]) == 0
+
+
+def test_what_went_wrong_is_not_hidden_by_a_store_that_is_away(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    def lost(*_: Any, **__: Any) -> None:
+        raise MlflowException("connection lost")
+
+    with pytest.raises(UserError, match="a lower learning rate"), tracking.run(settings, "x"):
+        monkeypatch.setattr(MlflowClient, "set_tag", lost)
+        monkeypatch.setattr(MlflowClient, "set_terminated", lost)
+        raise UserError("train needs a lower learning rate")
+    assert "connection lost" in capsys.readouterr().err
+
+
+def test_a_database_that_another_process_writes_is_not_called_damaged(no_database: Settings, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "busy.db", isolation_level=None) as database:
+        database.execute("create table one (n)")
+        database.execute("begin exclusive")
+        with pytest.raises(MetapeftError, match="try again") as busy:
+            connect(load_settings(tracking={"uri": "sqlite:///busy.db"}).tracking)
+    assert busy.value.exit_code == 1
+
+
+def test_the_file_of_an_sqlite_address(tmp_path: Path) -> None:
+    assert client._file("sqlite:///a/b.db") == Path("a/b.db")
+    assert client._file(f"sqlite+pysqlite:///{tmp_path}/b.db") == tmp_path / "b.db"
+    for nowhere in ("sqlite://", "sqlite:///:memory:"):
+        with pytest.raises(UserError, match="names no file"):
+            client._file(nowhere)
 
 
 def test_long_curves_are_kept_whole(settings: Settings) -> None:
@@ -250,11 +291,9 @@ def test_bad_stores_and_runs(settings: Settings, tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match="no MLflow run nothing"), tracking.run(settings, "x", run_id="nothing"):
         pass
     with tracking.run(settings, "y") as tracker:
-        tracker.log_params({"steps": 40})
-        with pytest.raises(MetapeftError, match=r"refused.*steps"):
-            tracker.log_params({"steps": 41})
-        with pytest.raises(UserError, match="no such file"):
-            tracker.log_file(tmp_path / "missing")
+        tracker.log_outcome(make_trial(1))
+        with pytest.raises(MetapeftError, match=r"refused.*param"):
+            tracker.log_outcome(make_trial(2, seed=7))
     client = connect(settings.tracking)
     client.delete_experiment(client.get_experiment_by_name("metapeft").experiment_id)
     with pytest.raises(UserError, match="was deleted"):
