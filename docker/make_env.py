@@ -4,6 +4,7 @@ hold its passwords; a file made by an older version gets what it lacks.
 
 import base64
 import os
+import re
 import secrets
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ VALUES = {
     "AIRFLOW_FERNET_KEY": base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
     "GRAFANA_PASSWORD": secrets.token_urlsafe(18),
     "METRICS_KEY": f"mp-{secrets.token_hex(4)}-{secrets.token_urlsafe(32)}",
+    "SERVER_KEY": f"mp-{secrets.token_hex(4)}-{secrets.token_urlsafe(32)}",
     "METAPEFT_UID": str(os.getuid() or 50000),  # never root: the checkout then belongs to 50000 (docs/operations.md)
 }
 
@@ -26,7 +28,9 @@ VALUES = {
 def main() -> int:
     path = Path(sys.argv[1] if len(sys.argv) > 1 else ".env")
     text = path.read_text() if path.exists() else ""
-    known = {line.partition("=")[0].strip() for line in text.splitlines()}
+    lines = [line for line in text.splitlines(keepends=True) if not re.fullmatch(r"\s*\w+\s*=\s*", line)]
+    text = "".join(lines)  # without names that have no value
+    known = {line.partition("=")[0].strip() for line in lines}
     missing = [f"{name}={value}\n" for name, value in VALUES.items() if name not in known]
     if not missing:
         print(f"{path} has everything; nothing changed", file=sys.stderr)

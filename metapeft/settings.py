@@ -108,7 +108,7 @@ class Settings(Section):
 
 def home() -> Path:
     """The folder for caches, the MLflow database, adapters and experience (absolute, not created)."""
-    return Path(os.environ.get("METAPEFT_HOME", ".metapeft")).expanduser().absolute()
+    return Path(os.environ.get("METAPEFT_HOME") or ".metapeft").expanduser().absolute()
 
 
 def load_settings(params: Path | None = None, **overrides: Any) -> Settings:
@@ -127,7 +127,19 @@ def load_settings(params: Path | None = None, **overrides: Any) -> Settings:
         first = error.errors()[0]
         where = ".".join(str(part)[:60] for part in first["loc"])
         problem = unknown(first["loc"]) if first["type"] == "extra_forbidden" else brief(first["msg"].lower())
-        raise UserError(f"setting {brief(where)}: {problem} (in {params or 'the given options'})") from error
+        source = "the given options" if params is None or _given(overrides, first["loc"]) else params
+        raise UserError(f"setting {brief(where)}: {problem} (in {source})") from error
+
+
+def _given(values: Any, place: tuple[int | str, ...]) -> bool:
+    """Whether nested mappings hold this place, or end above it."""
+    for part in place:
+        if not isinstance(values, dict):
+            return True
+        if part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def read_yaml(path: Path, what: str) -> Any:

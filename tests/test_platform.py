@@ -167,6 +167,8 @@ def test_the_script_makes_every_secret_that_the_file_asks_for(tmp_path: Path) ->
     older = "".join(line for line in text.splitlines(True) if not line.startswith("S3_SECRET_KEY="))
     env.write_text(older)
     assert make().startswith(older) and "S3_SECRET_KEY=" in env.read_text(), "an older file gets what it lacks"
+    env.write_text(text.replace("GRAFANA_PASSWORD=", "#", 1) + "GRAFANA_PASSWORD=\n")
+    assert re.findall("^GRAFANA_PASSWORD=(.*)$", make(), re.M)[0], "a name without a value is no secret"
     made = dict(line.split("=", 1) for line in text.splitlines())
     compose = (ROOT / "docker-compose.yaml").read_text()
     asked = set(re.findall(r"\$\{(\w+):\?", compose)) | set(re.findall(r"environment: ([A-Z_]+)$", compose, re.M))
@@ -208,7 +210,7 @@ def test_commands_exist(services: dict[str, Service]) -> None:
 def test_no_secret_stands_in_the_file(services: dict[str, Service]) -> None:
     for service in services.values():
         for key, value in service.environment.items():
-            if re.search(r"PASSWORD$|SECRET|FERNET|REDISCLI_AUTH|ACCESS_KEY|METRICS_KEY", key):
+            if re.search(r"PASSWORD$|SECRET|FERNET|REDISCLI_AUTH|ACCESS_KEY|METRICS_KEY|SERVER_KEY", key):
                 assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", value), key
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from metapeft.errors import UserError
-from metapeft.settings import Settings, load_settings, shown, user_path
+from metapeft.settings import Settings, home, load_settings, shown, user_path
 
 
 def test_a_section_of_comments_alone_leaves_its_defaults(tmp_path: Path) -> None:
@@ -45,3 +45,18 @@ def test_a_name_that_is_not_utf_8_is_a_mistake(tmp_path: Path) -> None:
 )
 def test_passwords_are_not_printed(address: str, printed: str) -> None:
     assert shown(address) == printed
+
+
+def test_a_mistake_is_said_to_be_where_it_is(tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    params.write_text("sweep: {trials: 4}\n")
+    with pytest.raises(UserError, match=r"sweep\.trials: .*\(in the given options\)"):
+        load_settings(params, sweep={"trials": 0})
+    params.write_text("sweep: {trials: 0}\n")
+    with pytest.raises(UserError, match=r"sweep\.trials: .*params\.yaml\)"):
+        load_settings(params, sweep={"repeats": 1})
+
+
+def test_an_empty_home_is_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAPEFT_HOME", "")
+    assert home() == Path(".metapeft").absolute()

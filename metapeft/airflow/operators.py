@@ -7,6 +7,7 @@ in a process group of its own that dies with the task. What it prints goes to th
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -68,15 +69,15 @@ class ProcessOperator(BaseOperator):
         self.device = device
         self.run_url = ""  # of the MLflow run, once the work has said it
         self._process: subprocess.Popen[str] | None = None
-        self._spoke = 0.0
+        self._spoke, self._last = 0.0, ""  # when it last said something, and what
         self._used_mb = 0.0  # once it was too much
 
     def execute(self, context: Mapping[str, Any]) -> Any:
         command = [sys.executable, "-u", "-m", self.module, *self.command(context.get("params") or {})]
         self.log.info("%s", " ".join(command[2:]))
-        limit = self.memory_mb or float(os.environ.get(MEMORY) or 0) or None
+        limit = self.memory_mb or workers_memory()
         with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
-            self._used_mb, self._spoke = 0.0, time.monotonic()
+            self._used_mb, self._spoke, self._last = 0.0, time.monotonic(), ""
             self._process = process = subprocess.Popen(
                 command,
                 cwd=self.project,
@@ -90,18 +91,23 @@ class ProcessOperator(BaseOperator):
                 start_new_session=True,
             )
             threading.Thread(target=self._watch, args=(process, limit), daemon=True).start()
-            last = ""
+            listener = threading.Thread(target=self._listen, args=(process,), daemon=True)
+            listener.start()
             try:
-                assert process.stderr is not None
-                for line in process.stderr:
-                    if line := line.rstrip():
-                        self.log.info("%s", line)
-                        self._spoke = time.monotonic()
-                        last = line
-                ended(process, None)
+                ended(process, None)  # not the end of its output, which whatever it left behind may hold open
             finally:
                 self.on_kill()  # a timeout or a cancelled task arrives here as an exception
-            return self._outcome(process.returncode, last, out)
+            listener.join(GRACE_SECONDS)
+            return self._outcome(process.returncode, self._last, out)
+
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        """What the work says goes to the task's log, as it comes."""
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line := line.rstrip():
+                self.log.info("%s", line)
+                self._spoke = time.monotonic()
+                self._last = line
 
     def command(self, params: Mapping[str, Any]) -> list[str]:
         """The module's command line for the given DAG parameters."""
@@ -160,7 +166,7 @@ class StageOperator(ProcessOperator):
         stage: name of the stage module.
         work: folder of this run's outputs (templated); relative to `METAPEFT_HOME/airflow`.
         settings: dotted setting -> value, on top of params.yaml (templated).
-        form: DAG parameter -> dotted setting: what the trigger form sets. Empty fields (None) leave the default.
+        form: DAG parameter -> dotted setting: what the trigger form sets. Empty fields (None) take the value away.
     """
 
     template_fields: Sequence[str] = ("arguments", "work", "settings")
@@ -181,8 +187,8 @@ class StageOperator(ProcessOperator):
         self.form = dict(form or {})
 
     def command(self, params: Mapping[str, Any]) -> list[str]:
-        settings = self.settings | {setting: params.get(name) for name, setting in self.form.items()}
-        given = [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
+        settings = self.settings | {setting: params[name] for name, setting in self.form.items() if name in params}
+        given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         work = str(work_folder(self.work, self.project))
         return ["--work", work, *(part for pair in given for part in ("--set", pair)), *self.arguments]
 
@@ -206,6 +212,18 @@ class CommandOperator(ProcessOperator):
             for one in value if isinstance(value, list) else [value]:
                 given += [] if one is None else [option, str(one)]
         return [*self.arguments, *given, "--json"]
+
+
+def workers_memory() -> float | None:
+    """METAPEFT_MEMORY_MB of the worker, MiB; None where it is not set."""
+    text = os.environ.get(MEMORY) or "inf"
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = math.nan
+    if not limit > 0:
+        raise AirflowFailException(f"{MEMORY}={text[:40]} is no number of MiB; give one, such as 4096, or unset it")
+    return None if math.isinf(limit) else limit
 
 
 def parsed(text: str) -> Any:
@@ -259,5 +277,5 @@ def ended(process: subprocess.Popen[str], seconds: float | None) -> bool:
 
 def work_folder(name: str, project: str) -> Path:
     """`METAPEFT_HOME/airflow/NAME`, with every character of a run id that a shell or DVC could mind replaced by "_"."""
-    home = Path(project, os.environ.get("METAPEFT_HOME", ".metapeft")).expanduser().absolute()
+    home = Path(project, Path(os.environ.get("METAPEFT_HOME") or ".metapeft").expanduser()).absolute()
     return home / "airflow" / "/".join(re.sub(r"^\.+|[^\w.-]", "_", part) for part in name.split("/"))

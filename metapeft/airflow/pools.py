@@ -6,12 +6,14 @@ Airflow UI or `airflow pools set` changes it. `dvc`: one, DVC locks its reposito
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 from airflow.listeners import hookimpl
 
 MLX, DVC = "mlx", "dvc"
+_log = logging.getLogger(__name__)
 
 
 @hookimpl
@@ -23,13 +25,23 @@ def on_starting(component: Any) -> None:
         ensure()
 
 
+def mlx_slots() -> int:
+    """METAPEFT_MLX_SLOTS; 1 where it is no number: without the pool every training would wait for ever."""
+    text = os.environ.get("METAPEFT_MLX_SLOTS") or "1"
+    try:
+        return max(1, int(text))
+    except ValueError:
+        _log.warning("METAPEFT_MLX_SLOTS=%s is no number; the pool %s gets one slot", text[:40], MLX)
+        return 1
+
+
 def ensure() -> list[str]:
     """Makes the pools that are missing, and changes none that is there. Returns the new ones."""
     from airflow.models.pool import Pool
     from sqlalchemy.exc import SQLAlchemyError
 
     wanted = {
-        MLX: (max(1, int(os.environ.get("METAPEFT_MLX_SLOTS") or 1)), "Trainings at the same time, over all workers"),
+        MLX: (mlx_slots(), "Trainings at the same time, over all workers"),
         DVC: (1, "DVC locks its repository: one task at a time"),
     }
     made = []

@@ -23,6 +23,8 @@ from metapeft.training.trial import Score, Trial
 
 Point = tuple[float, ...]
 NAMES = ("most accurate", "fastest", "smallest", "balanced")
+# By what the settings prefer (`recommend.prefer`).
+PREFERRED = {"accuracy": "most accurate", "balanced": "balanced", "speed": "fastest", "memory": "smallest"}
 
 
 def judged(trial: Trial) -> Score | None:

@@ -12,10 +12,11 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +48,7 @@ from metapeft.training.encode import prompt_ids
 PAGE = Path(__file__).parent / "page"
 DEFAULT_TOKENS = 256  # written where the request says nothing
 LABEL_TOKENS = 64  # that a label may have
+OWN = Key("", "this machine", "", "", admin=True)  # whoever shows the token in METAPEFT_HOME/servers
 SELECTIONS = 8  # made at the same time; each takes seconds
 STATUS = {
     400: "invalid_request_error",
@@ -63,7 +65,8 @@ Receive = Callable[[], Awaitable[Any]]
 class Bounds:
     """What one request may take."""
 
-    body_bytes: int = 16 * 2**20
+    body_bytes: int = 4 * 2**20
+    rows_bytes: int = 16 * 2**20  # of /v1/select, which takes whole tasks
     receive_seconds: float = 30.0  # until the whole body is here
     seconds: float = 300.0  # until the answer is written
 
@@ -133,6 +136,20 @@ class TooMany(Busy):
     """The key's own rate is used up."""
 
 
+def known_by(service: Service, authorization: str) -> Key | None:
+    """The key that an Authorization header shows; None where none is needed. Raises HTTPException."""
+    scheme, _, text = authorization.partition(" ")
+    given = text.strip() if scheme.lower() == "bearer" else ""
+    if given and hmac.compare_digest(given.encode(), service.token.encode()):
+        return OWN
+    if not service.keyring.needed and service.local:
+        return None
+    key = service.keyring.find(given) if given else None
+    if key is None:
+        raise HTTPException(401, "a valid key is needed: Authorization: Bearer mp-…", {"WWW-Authenticate": "Bearer"})
+    return key
+
+
 def create_app(service: Service) -> FastAPI:
     """The service as an ASGI application. What it uses is started and stopped by its caller (see `serve`)."""
     engine, registry = service.engine, service.registry
@@ -145,26 +162,20 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
         responses=FAILURES,
     )
+    vocabulary = backbone.tokenizer.get_vocab()  # with added tokens, which `vocab_size` leaves out
+    longest_token = max(map(len, vocabulary))
+    reading = ThreadPoolExecutor(1, "metapeft-tokenizing")
     selecting = ThreadPoolExecutor(SELECTIONS, "metapeft-selecting")  # of their own: nothing else waits for them
     page, docs = ((PAGE / name).read_text(encoding="utf-8") for name in ("index.html", "docs.html"))
 
     def caller(request: Request) -> Key | None:
-        """The key of a request; None where none is needed. Raises HTTPException."""
-        scheme, _, text = request.headers.get("authorization", "").partition(" ")
-        given = text.strip() if scheme.lower() == "bearer" else ""
-        if given and hmac.compare_digest(given.encode(), service.token.encode()):
-            return Key("local", "local", "", "", admin=True)
-        if not service.keyring.any and service.local:
-            return None
-        key = service.keyring.find(given) if given else None
-        if key is None:
-            raise HTTPException(
-                401, "a valid key is needed: Authorization: Bearer mp-…", {"WWW-Authenticate": "Bearer"}
-            )
-        request.state.key = key.id
-        wait = service.keyring.spend(key)
-        if wait:
-            raise TooMany(wait)
+        """The key of a request; None where none is needed. Raises HTTPException, and TooMany."""
+        key = known_by(service, request.headers.get("authorization", ""))
+        if key is not None and key.id:
+            request.state.key = key.id
+            wait = service.keyring.spend(key)
+            if wait:
+                raise TooMany(wait)
         return key
 
     known = Depends(caller)
@@ -220,7 +231,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/deployments", tags=["models"], summary="Deployments, latest first", dependencies=[known])
     def deployments() -> dict[str, Any]:
-        done = [asdict(deployment) for deployment in reversed(registry.deployments)]
+        done = [asdict(deployment) for deployment in reversed(list(registry.deployments))]
         return {"object": "list", "data": done, "problem": registry.problem}
 
     @app.get("/v1/overview", tags=["selection"], summary="What the page shows", dependencies=[known])
@@ -235,10 +246,11 @@ def create_app(service: Service) -> FastAPI:
         """OpenAI's chat completions. model: an id of /v1/models."""
         version = await resolved(body.model)
         form = version.form if version is not None else {}
-        ids, skip = openai.chat_prompt(body, form, backbone.tokenizer)
-        limit = room(len(ids), body.max_completion_tokens or body.max_tokens)
+        readable([sum(len(str(message.content)) for message in body.messages)])
+        ids, skip = await tokenized(openai.chat_prompt, body, form, backbone.tokenizer)
+        limits = [room(len(ids), body.max_completion_tokens or body.max_tokens, version)]
         events: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
-        jobs = start(body, version, [ids], limit, body.alternatives, events)
+        jobs = start(body, version, [ids], limits, body.alternatives, events)
         note(request, body.model, len(ids))
         if not body.stream:
             pieces = await everything(request, jobs, events)
@@ -279,10 +291,15 @@ def create_app(service: Service) -> FastAPI:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """OpenAI's completions: the prompt as it is, without any template."""
         version = await resolved(body.model)
-        prompts = openai.plain_prompts(body, backbone.tokenizer, backbone.tokenizer.vocab_size)
-        limit = min(room(len(ids), body.max_tokens) for ids in prompts)
+        readable(
+            len(text)
+            for text in ([body.prompt] if isinstance(body.prompt, str) else body.prompt)
+            if isinstance(text, str)
+        )
+        prompts = await tokenized(openai.plain_prompts, body, backbone.tokenizer, len(vocabulary))
+        limits = [room(len(ids), body.max_tokens, version) for ids in prompts]
         events: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
-        jobs = start(body, version, prompts, limit, body.logprobs, events)
+        jobs = start(body, version, prompts, limits, body.logprobs, events)
         prompt_tokens = sum(map(len, prompts))
         note(request, body.model, prompt_tokens)
         record = openai.head("text_completion", "cmpl", body.model)
@@ -292,7 +309,7 @@ def create_app(service: Service) -> FastAPI:
             logs = None
             if body.logprobs is not None:
                 logs = openai.completion_logprobs(piece.tokens, backbone.tokenizer, sent[n])
-                sent[n] += sum(map(len, logs["tokens"]))
+                sent[n] += len(piece.text)
             return {"index": n, "text": piece.text, "logprobs": logs, "finish_reason": piece.finished}
 
         if body.stream:
@@ -320,7 +337,8 @@ def create_app(service: Service) -> FastAPI:
             raise UserError("labels: every label once")
         texts = [body.input] if isinstance(body.input, str) else body.input
         rendered = [render(DataRow(text, ""), template, labels).prompt for text in texts]
-        prompts = [prompt_ids(prompt, backbone.tokenizer) for prompt in rendered]
+        readable(map(len, texts))
+        prompts = await tokenized(lambda: [prompt_ids(prompt, backbone.tokenizer) for prompt in rendered])
         end = backbone.tokenizer.eos_token_id
         space = separator(rendered[0])
         named = [backbone.tokenizer.encode(space + name, add_special_tokens=False) for name in labels]
@@ -330,10 +348,11 @@ def create_app(service: Service) -> FastAPI:
         for n, ids in enumerate(prompts):
             if not ids:
                 raise UserError(f"input {n}: with this template nothing is left of it to read; give a text")
-            room(len(ids), answers.longest + 1)
+            room(len(ids), answers.longest + 1, version)
         events: asyncio.Queue[list[np.ndarray] | Exception] = asyncio.Queue()
         deadline = time.monotonic() + service.bounds.seconds
-        job = Classification(version, prompts, answers, threadsafe(events), deadline)
+        virtual = version.virtual if version is not None else 0
+        job = Classification(version, prompts, answers, threadsafe(events), deadline, virtual)
         engine.submit(job)
         note(request, body.model, sum(map(len, prompts)))
         scores = await first_of(request, events, [job])
@@ -423,12 +442,26 @@ def create_app(service: Service) -> FastAPI:
             return None
         return registry.known(model) or await asyncio.to_thread(registry.fetch, model)
 
-    def room(prompt: int, wanted: int | None) -> int:
+    async def tokenized(read: Callable[..., Any], *arguments: Any) -> Any:
+        """What `read` makes of a request's texts, beside the event loop: of long ones it takes seconds."""
+        return await asyncio.get_running_loop().run_in_executor(reading, partial(read, *arguments))
+
+    def readable(characters: Iterable[int]) -> None:
+        """Raises UserError for a text that is too long for the context however few tokens it has."""
+        most = backbone.context_length * longest_token
+        if (longest := max(characters, default=0)) > most:
+            raise UserError(
+                f"the prompt has {longest} characters; the backbone's context holds {backbone.context_length} tokens"
+            )
+
+    def room(prompt: int, wanted: int | None, version: Version | None) -> int:
         """Tokens that may be written after so many. Raises UserError when the prompt fills the context."""
-        free = backbone.context_length - prompt
+        virtual = version.virtual if version is not None else 0
+        free = backbone.context_length - prompt - virtual
         if free < 1 or (wanted or 0) > free:
             raise UserError(
                 f"the prompt has {prompt} tokens"
+                + (f", the adapter {virtual}" if virtual else "")
                 + (f" and {wanted} are to be written" if wanted else "")
                 + f"; the backbone's context holds {backbone.context_length}"
             )
@@ -438,7 +471,7 @@ def create_app(service: Service) -> FastAPI:
         body: openai.Generate,
         version: Version | None,
         prompts: list[list[int]],
-        limit: int,
+        limits: list[int],
         logprobs: int | None,
         events: asyncio.Queue[tuple[int, Piece | Exception]],
     ) -> list[Generation]:
@@ -449,13 +482,16 @@ def create_app(service: Service) -> FastAPI:
                 source=version,
                 prompt=ids,
                 limit=limit,
+                virtual=version.virtual if version is not None else 0,
                 deliver=threadsafe(events, n),
                 deadline=deadline,
                 sampling=body.sampling(place, logprobs),
                 stop=tuple(body.stop or ()),
                 stream=body.stream,
             )
-            for n, (ids, place) in enumerate(itertools.product(prompts, range(body.n or 1)))
+            for n, ((ids, limit), place) in enumerate(
+                itertools.product(zip(prompts, limits, strict=True), range(body.n or 1))
+            )
         ]
         engine.submit(*jobs)
         return jobs
@@ -499,6 +535,7 @@ def create_app(service: Service) -> FastAPI:
                         break
                     n, event = await events.get()
                     if isinstance(event, Exception):
+                        request.state.error, request.state.failed = traced(event), True
                         yield sse(openai.failure(said(event), "server_error"))
                         break
                     piece = event
@@ -521,7 +558,8 @@ def create_app(service: Service) -> FastAPI:
         return engine.name if version is None else version.key
 
     def fail(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
-        kind = STATUS.get(status, "rate_limit_error" if status == 429 else "server_error")
+        usual = "server_error" if status >= 500 else "invalid_request_error"
+        kind = STATUS.get(status, "rate_limit_error" if status == 429 else usual)
         return JSONResponse(openai.failure(message, kind, code), status, headers)
 
     @app.exception_handler(UserError)
@@ -582,6 +620,7 @@ class Guard:
         begin, status, read = time.perf_counter(), 0, 0
         headers = dict(scope["headers"])
         bounds = self.service.bounds
+        most = bounds.rows_bytes if scope["path"] == "/v1/select" else bounds.body_bytes
         body_over = asyncio.get_running_loop().time() + bounds.receive_seconds
         complete = False
         id = secrets.token_hex(8)
@@ -597,8 +636,8 @@ class Guard:
                 raise HTTPException(408, f"the body took longer than {bounds.receive_seconds:.0f} s") from None
             read += len(message.get("body", b""))
             complete = not message.get("more_body", False)
-            if read > bounds.body_bytes:
-                raise HTTPException(413, f"the body is larger than {bounds.body_bytes} bytes")
+            if read > most:
+                raise HTTPException(413, f"the body is larger than {most} bytes")
             return message
 
         async def told(message: Any) -> None:
@@ -610,10 +649,12 @@ class Guard:
 
         try:
             length = headers.get(b"content-length", b"0")
-            if length.isdigit() and int(length) > bounds.body_bytes:
-                await refuse(told, 413, f"the body is larger than {bounds.body_bytes} bytes")
+            if length.isdigit() and int(length) > most:
+                await refuse(told, 413, f"the body is larger than {most} bytes")
             elif self.service.local and not is_local(headers.get(b"host", b"")):
                 await refuse(told, 403, "this server answers to localhost only")  # a page elsewhere used its name
+            elif scope["method"] == "POST" and (problem := self._stranger(headers)) is not None:
+                await refuse(told, problem.status_code, problem.detail, problem.headers)  # before the body is read
             else:
                 await self.app(scope, limited, told)
         except asyncio.CancelledError:
@@ -627,9 +668,10 @@ class Guard:
         finally:
             seconds = time.perf_counter() - begin
             route = getattr(scope.get("route"), "path", "-")  # never the path itself: it is the caller's text
+            state = scope.get("state", {})
+            status = 500 if state.get("failed") else status  # in the middle of a stream, after its 200
             self.service.metrics.requests.labels(route, str(status)).inc()
             self.service.metrics.seconds.labels(route).observe(seconds)
-            state = scope.get("state", {})
             self.service.log(
                 {
                     "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -643,10 +685,19 @@ class Guard:
                 }
             )
 
+    def _stranger(self, headers: Mapping[bytes, bytes]) -> HTTPException | None:
+        """Why a request is not this service's caller's; None: it is."""
+        try:
+            known_by(self.service, headers.get(b"authorization", b"").decode("latin-1"))
+        except HTTPException as problem:
+            return problem
+        return None
 
-async def refuse(send: Send, status: int, message: str) -> None:
+
+async def refuse(send: Send, status: int, message: str, more: Mapping[str, str] | None = None) -> None:
     body = json.dumps(openai.failure(message, STATUS.get(status, "invalid_request_error"))).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.lower().encode(), value.encode()) for name, value in (more or {}).items()]
     await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"connection", b"close")]})
     await send({"type": "http.response.body", "body": body})
 

@@ -87,6 +87,7 @@ class Generation:
     sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
     stream: bool = False
+    virtual: int = 0  # the adapter's tokens, which take places too
     cancelled: bool = False
     row: Row | None = None
     text: Text | None = None
@@ -94,8 +95,8 @@ class Generation:
 
     @property
     def places(self) -> int:
-        """Prompt and answer together, in tokens."""
-        return len(self.prompt) + self.limit
+        """Prompt and answer together with the adapter's virtual tokens."""
+        return self.virtual + len(self.prompt) + self.limit
 
 
 @dataclass(eq=False)
@@ -107,12 +108,13 @@ class Classification:
     answers: Answers
     deliver: Callable[[list[np.ndarray] | Exception], None]
     deadline: float
+    virtual: int = 0
     cancelled: bool = False
 
     @property
     def places(self) -> int:
-        """The longest prompt and the longest path behind it, in tokens."""
-        return max(map(len, self.prompts)) + self.answers.longest
+        """The adapter's virtual tokens, the longest prompt and the longest path behind it."""
+        return self.virtual + max(map(len, self.prompts)) + self.answers.longest
 
 
 Job = Generation | Classification
@@ -474,11 +476,29 @@ class Engine:
             self.weighing = None
 
     def _answers(self) -> Pieces[None]:
-        """Classify what waits, as many prompts at once as fit; of requests that leave meanwhile no more is weighed."""
+        """Classify what waits, as many prompts at once as fit; of requests that leave meanwhile no more is weighed.
+
+        A request is answered as soon as its own prompts are weighed. Between two groups of a large one, small ones that
+        came meanwhile have their turn.
+        """
         jobs: list[Classification] = []
         while self.questions and (not jobs or sum(len(j.prompts) for j in jobs) < SCORE_ROWS):
             jobs.append(self.questions.popleft())
             self._left()
+        yield from self._answered(jobs)
+
+    def _small(self) -> list[Classification]:
+        """Requests that wait and fit into one group together, the oldest first; they wait no more."""
+        found: list[Classification] = []
+        for job in list(self.questions):
+            if sum(len(j.prompts) for j in [*found, job]) <= READ_ROWS:
+                found.append(job)
+                self.questions.remove(job)
+                self._left()
+        return found
+
+    def _answered(self, jobs: Sequence[Classification], within: bool = False) -> Pieces[None]:
+        """within: between the groups of others."""
         pinned: list[Classification] = []
         questions: list[tuple[Classification, Question]] = []
         for job in jobs:
@@ -489,12 +509,14 @@ class Engine:
                 continue
             pinned.append(job)
             questions += [(job, Question(prompt, job.answers, resident)) for prompt in job.prompts]
-        self.weighed = list(pinned)
+        self.weighed += pinned
         try:
             found: dict[Classification, dict[int, np.ndarray]] = {job: {} for job in pinned}
             for n, group in enumerate(self._groups([question for _, question in questions])):
                 if n:
                     yield
+                    if not within and (small := self._small()):
+                        yield from self._answered(small, within=True)
                 part = [i for i in group if questions[i][0] in self.weighed]
                 some = [questions[i][1] for i in part]
                 if not some:
@@ -503,13 +525,15 @@ class Engine:
                 self.counts.questions += len(some)
                 for i, value in zip(part, values, strict=True):
                     found[questions[i][0]][i] = value
-            for job in self.weighed:
-                job.deliver([found[job][i] for i in sorted(found[job])])
+                for job in [job for job in pinned if job in self.weighed and len(found[job]) == len(job.prompts)]:
+                    self.weighed.remove(job)
+                    job.deliver([found[job][i] for i in sorted(found[job])])
         except Exception as error:
-            for job in self.weighed:
-                job.deliver(error)
+            for job in pinned:
+                if job in self.weighed:
+                    job.deliver(error)
         finally:
-            self.weighed = []
+            self.weighed = [job for job in self.weighed if job not in pinned]
             for job in pinned:
                 self._unpin(job.source)
 

@@ -23,7 +23,7 @@ from metapeft.serving.openai import Body
 if TYPE_CHECKING:
     from metapeft.serving.app import Service
 
-KEPT = 20_000  # answers that are remembered
+KEPT = 20_000  # answers that are remembered, those of one request each for itself
 Text = Annotated[str, Field(max_length=100_000)]
 
 
@@ -57,14 +57,16 @@ class Given:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, tuple[str, tuple[bytes | None, ...]]] = OrderedDict()
+        self._answers = 0
         self._lock = threading.Lock()
 
     def remember(self, id: str, version: str, texts: Sequence[str | None]) -> None:
         """texts: None where nobody kept it (a stream); then the answer has to be sent with the feedback."""
         with self._lock:
             self._kept[id] = (version, tuple(None if text is None else _digest(text) for text in texts))
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
+            self._answers += len(texts)
+            while self._answers > KEPT and len(self._kept) > 1:
+                self._answers -= len(self._kept.popitem(last=False)[1][1])
 
     def verdict(self, asked: FeedbackRequest, resolve: Any) -> tuple[str, feedback.Verdict, str]:
         """The version that answered, whether it was right, and the answer's id. Raises UserError."""

@@ -85,7 +85,7 @@ def create(name: str, per_minute: int = PER_MINUTE, admin: bool = False) -> tupl
     return key, text
 
 
-def adopt(name: str, text: str) -> Key:
+def adopt(name: str, text: str, admin: bool = False) -> Key:
     """Make `text`, a secret made elsewhere (a platform's .env), the key `name`; repeating changes nothing.
 
     Raises UserError for a text of under 32 characters.
@@ -96,9 +96,9 @@ def adopt(name: str, text: str) -> Key:
         place = next((n for n, key in enumerate(keys) if key.name == name), len(keys))
         if place == len(keys):
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            keys.append(Key(secrets.token_hex(4), name, _hash(text), now))
+            keys.append(Key(secrets.token_hex(4), name, _hash(text), now, admin=admin))
         else:
-            keys[place] = replace(keys[place], sha256=_hash(text), before="", until=0.0)
+            keys[place] = replace(keys[place], sha256=_hash(text), before="", until=0.0, admin=admin)
     return keys[place]
 
 
@@ -153,6 +153,7 @@ class Keyring:
 
     def __init__(self) -> None:
         self._keys: list[Key] = []
+        self._needed = False
         self._stamp: tuple[int, int] | None = None
         self._buckets: dict[str, tuple[float, float]] = {}  # id -> (requests left, when that was)
         self._lock = threading.Lock()
@@ -162,6 +163,13 @@ class Keyring:
     def any(self) -> bool:
         self._refresh()
         return bool(self._keys)
+
+    @property
+    def needed(self) -> bool:
+        """Whether a caller must show a key: there are some, or there were, so that revoking the last one opens
+        nothing."""
+        self._refresh()
+        return self._needed
 
     def find(self, text: str) -> Key | None:
         """The key that `text` is, else None; takes the same time for every wrong one."""
@@ -191,8 +199,9 @@ class Keyring:
         try:
             status = path().stat()
             stamp = (status.st_mtime_ns, status.st_ino)
-        except FileNotFoundError:
+        except OSError:
             stamp = None
+        self._needed |= stamp is not None
         if stamp != self._stamp or stamp is None:
             try:
                 self._keys = load()

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from metapeft.monitoring import exported
 from metapeft.runtime import mx
+from metapeft.serving.registry import OUTCOMES
 
 if TYPE_CHECKING:
     from metapeft.serving.engine import Engine
@@ -43,6 +44,8 @@ class Metrics:
             "metapeft_feedback", "Answers that callers judged", ["model", "verdict"], registry=self.registry
         )
         self.deployments = Counter("metapeft_deployments", "Deployments", ["outcome"], registry=self.registry)
+        for outcome in OUTCOMES:  # from zero on: a counter that appears with its first event has not increased
+            self.deployments.labels(outcome)
 
     def deployed(self, deployment: Deployment) -> None:
         self.deployments.labels(deployment.outcome).inc()

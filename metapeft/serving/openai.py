@@ -11,9 +11,11 @@ prompt template, one that was trained on conversations through the backbone's ch
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Sequence
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -25,7 +27,15 @@ from metapeft.errors import UserError
 from metapeft.serving.generate import Sampling, Token
 from metapeft.training.encode import prompt_ids
 
-UNSUPPORTED = ("tools", "tool_choice", "functions", "function_call", "logit_bias", "suffix", "audio", "modalities")
+# What would change an answer, and the values of it that change nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("tools", "functions", "logit_bias", "suffix", "audio"), ()),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none",)),
+    "modalities": (["text"],),
+    "repetition_penalty": (1,),
+    "top_k": (-1,),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p"), ()),
+}
 ROLES = Literal["system", "developer", "user", "assistant"]
 TextPart = dict[str, Any]
 
@@ -70,9 +80,9 @@ class Generate(Body):
     model: Annotated[str, Field(max_length=300)]
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     n: int | None = Field(None, ge=1, le=8)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -81,16 +91,18 @@ class Generate(Body):
     @classmethod
     def nothing_unsupported(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            for name in UNSUPPORTED:
-                if values.get(name):
+            for name, harmless in UNSUPPORTED.items():
+                if values.get(name) and values[name] not in harmless:
                     raise ValueError(f"{name} is not supported")
-            for name in ("presence_penalty", "frequency_penalty"):
-                if values.get(name):
-                    raise ValueError(f"{name} is not supported; leave it at 0")
             form = values.get("response_format")
             if form is not None and form != {"type": "text"}:
                 raise ValueError("response_format is not supported")
         return values
+
+    @field_validator("stream", mode="before")
+    @classmethod
+    def not_streamed(cls, value: Any) -> Any:
+        return False if value is None else value
 
     @field_validator("stop")
     @classmethod
@@ -102,8 +114,9 @@ class Generate(Body):
 
     def sampling(self, place: int, logprobs: int | None) -> Sampling:
         """How the `place`-th of the n answers is drawn."""
-        seed = None if self.seed is None else self.seed + place
-        return Sampling(self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, seed, logprobs)
+        seed = None if self.seed is None else (self.seed + place) % 2**63
+        top_p = 1.0 if self.top_p is None else max(self.top_p, 1e-9)  # of 0 the likeliest token is left
+        return Sampling(self.temperature or 0.0, top_p, seed, logprobs)
 
 
 class ChatRequest(Generate):
@@ -149,9 +162,9 @@ def plain_prompts(request: CompletionRequest, tokenizer: Any, vocabulary: int) -
     given: Sequence[Any] = [request.prompt] if isinstance(request.prompt, str) else request.prompt
     if given and isinstance(given[0], int):
         given = [given]
-    found = [prompt_ids(p, tokenizer) if isinstance(p, str) else [int(id) for id in p] for p in given]
-    if not 1 <= len(found) <= 64:
+    if not 1 <= len(given) <= 64:
         raise UserError("prompt: give between 1 and 64 prompts")
+    found = [prompt_ids(p, tokenizer) if isinstance(p, str) else [int(id) for id in p] for p in given]
     if any(not 0 <= id < vocabulary for ids in found for id in ids):
         raise UserError(f"prompt: token ids go from 0 to {vocabulary - 1}")
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -177,10 +190,29 @@ def token_text(id: int, tokenizer: Any) -> str:
     return str(tokenizer.convert_ids_to_tokens(id)) if "\ufffd" in text or not text else text
 
 
+def token_bytes(id: int, tokenizer: Any) -> bytes:
+    """What a token adds to the text in UTF-8, also where it is a part of a character: then from the vocabulary, which
+    writes bytes as GPT-2 does (one letter each) or as <0x..>."""
+    text = str(tokenizer.decode([id]))
+    if "\ufffd" not in text:
+        return text.encode()
+    token = str(tokenizer.convert_ids_to_tokens(id))
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    letters = _letters()
+    return bytes(letters[letter] for letter in token) if all(letter in letters for letter in token) else text.encode()
+
+
+@cache
+def _letters() -> dict[str, int]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+
+
 def chat_logprobs(tokens: Sequence[Token], tokenizer: Any) -> dict[str, Any]:
     def entry(id: int, logprob: float | None) -> dict[str, Any]:
-        text = token_text(id, tokenizer)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": token_text(id, tokenizer), "logprob": logprob, "bytes": list(token_bytes(id, tokenizer))}
 
     content = [
         entry(t.id, t.logprob) | {"top_logprobs": [entry(id, value) for id, value in t.alternatives]} for t in tokens
@@ -191,7 +223,8 @@ def chat_logprobs(tokens: Sequence[Token], tokenizer: Any) -> dict[str, Any]:
 def completion_logprobs(tokens: Sequence[Token], tokenizer: Any, offset: int) -> dict[str, Any]:
     """offset: characters of this answer that were sent before."""
     texts = [token_text(t.id, tokenizer) for t in tokens]
-    offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+    parts = [token_bytes(t.id, tokenizer) for t in tokens]
+    offsets = [offset + len(b"".join(parts[:i]).decode(errors="ignore")) for i in range(len(parts))]
     top = [{token_text(id, tokenizer): value for id, value in t.alternatives} for t in tokens]
     return {
         "tokens": texts,

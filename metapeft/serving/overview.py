@@ -150,13 +150,12 @@ def decided(backbone: str, trials: Sequence[Trial], count: int = 20) -> list[dic
 
 
 def described(model: Model, registry: Registry) -> dict[str, Any]:
-    serving = [alias for (name, alias), v in registry.served.items() if name == model.name and v == model.version]
     numbers = {"score": model.score, "standard_error": model.standard_error, "untuned": model.untuned_score}
     return {
         "name": model.name,
         "task": model.task,
         "version": model.version,
-        "aliases": sorted(serving),
+        "aliases": registry.aliases(model),
         "method": model.method,
         "metric": model.metric,
         "created": model.created,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections import deque
@@ -25,6 +26,7 @@ import numpy as np
 
 from metapeft.errors import MetapeftError, UserError
 from metapeft.peft import checkpoints
+from metapeft.peft.saved import Saved
 from metapeft.serving.engine import Unavailable
 from metapeft.serving.generate import Logits, Row, whole, write
 from metapeft.settings import Settings, brief, home
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from metapeft.serving.engine import Engine
 
 PROBE = "Hello"
+OUTCOMES = ("deployed", "refused", "postponed")
 HISTORY = 200  # deployments that are remembered
 RETRY_SECONDS = 2.0  # until the first new try of what could not be looked at; then twice as long each time
 LONGEST_SECONDS = 86_400.0  # between two looks at the registry
@@ -51,6 +54,7 @@ class Version:
     model: Model
     folder: Path
     form: dict[str, Any]  # how its task asks: name, kind, labels, template ({} in folders that do not say)
+    virtual: int = 0  # tokens that it puts before every prompt
 
     @property
     def key(self) -> str:
@@ -59,7 +63,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What became of a version that an alias was to mean. outcome: "deployed", "refused" or "postponed"."""
+    """What became of a version that an alias was to mean. outcome: one of OUTCOMES."""
 
     time: str
     model: str
@@ -79,12 +83,14 @@ class Registry:
         self.engine, self.settings = engine, settings
         self.seconds = min(LONGEST_SECONDS, seconds)  # in this order also for what is no number
         self.ready = threading.Event()
+        self.looked = False  # whether one ever succeeded
         self.problem = ""  # why the last look at the registry failed
         self.models: tuple[Model, ...] = ()
         self.served: dict[tuple[str, str], int] = {}  # (name, alias) -> version
         self.deployments: deque[Deployment] = deque(_remembered(), maxlen=HISTORY)
         self._versions: dict[str, Version] = {}
-        self._failed: dict[tuple[str, str], int] = {}
+        self._failed: dict[tuple[str, str], Registered] = {}
+        self._deployed: dict[tuple[str, str], Registered] = {}
         self._postponed: set[tuple[str, str]] = set()  # of the last look: what could not be looked at
         self._wake = threading.Event()
         self._closing = False
@@ -99,17 +105,28 @@ class Registry:
         self._thread.join(10)
 
     def notice(self, name: str | None = None) -> None:
-        """Look at the registry now; a version of `name` that failed before gets another chance."""
-        self._failed = {key: version for key, version in self._failed.items() if name not in (None, key[0])}
+        """Look at the registry now; a version of `name` (a registered name, or an id as requests have it) that failed
+        before gets another chance."""
+        if name is None:
+            self._failed = {}
+        else:
+            task = name.removeprefix("task/")
+            meant = {name} | (self._named(task) or self._named(task.rpartition("@")[0]))
+            self._failed = {key: version for key, version in self._failed.items() if key[0] not in meant}
         self._wake.set()
 
     def ids(self) -> list[tuple[str, Model]]:
         """What `model` may be: `task/NAME@ALIAS` for what is deployed, `task/NAME@VERSION` for all."""
         found = []
         for model in self.models:
-            aliases = [a for (name, a), v in self.served.items() if name == model.name and v == model.version]
-            found += [(f"task/{model.task}@{which}", model) for which in [*sorted(aliases), str(model.version)]]
+            aliases = self.aliases(model)
+            found += [(f"task/{model.task}@{which}", model) for which in [*aliases, str(model.version)]]
         return found
+
+    def aliases(self, model: Model) -> list[str]:
+        """By which a version is served, in order."""
+        served = list(self.served.items())  # the registry's thread changes it
+        return sorted(alias for (name, alias), v in served if name == model.name and v == model.version)
 
     def resolve(self, id: str) -> Version | None:
         """The version that an id means now; None is the backbone alone. May fetch files: it may take a while.
@@ -123,6 +140,8 @@ class Registry:
         """What an id means now, from memory; None is the backbone alone. Raises UnknownModel and Unavailable."""
         if id == self.engine.name:
             return None
+        if not self.looked:
+            raise Unavailable("the registry of adapters could not be looked at yet; try again")
         name, which = id.removeprefix("task/"), ""
         names = self._named(name)
         if not names and "@" in name:  # the name of a task may hold "@" itself
@@ -155,15 +174,22 @@ class Registry:
 
     def refresh(self) -> None:
         """Look at the registry and deploy what has changed."""
-        found = [m for m in models.list_models(self.settings) if m.backbone == self.engine.backbone.id]
+        found = [m for m in models.list_models(self.settings) if same_backbone(m.backbone, self.engine.backbone.id)]
         wanted = {(m.name, alias): m for m in found for alias in m.aliases}
         self.models = tuple(found)
+        self.looked = True
         for key in [key for key in self.served if key not in wanted]:
             del self.served[key]
+        present = {registered(model) for model in found}
+        for name, version in list(self._versions.items()):
+            if registered(version.model) not in present:  # deleted, and perhaps another one has its number now
+                del self._versions[name]
+                self.engine.call(partial(self.engine.unload, name))
         changed = {
             key: model
             for key, model in wanted.items()
-            if self.served.get(key) != model.version and self._failed.get(key) != model.version
+            if key not in self.served or self._deployed.get(key) != registered(model)
+            if self._failed.get(key) != registered(model)
         }
         done = {key: self._deploy(key, model) for key, model in changed.items()}
         self._postponed = {key for key, deployment in done.items() if deployment.outcome == "postponed"}
@@ -198,12 +224,13 @@ class Registry:
             away = out_of_reach(error) or (version is not None and not _weights(version.folder))
             outcome = "postponed" if away else "refused"
         if outcome == "refused":
-            self._failed[key] = model.version
+            self._failed[key] = registered(model)
             self._versions.pop(f"{model.name}@{model.version}", None)
             if key[1] == CHAMPION and before is not None:
                 reason += self._give_back(model)
         elif outcome == "deployed":
             self.served[key] = model.version
+            self._deployed[key] = registered(model)
             self._failed.pop(key, None)
         done = Deployment(
             datetime.now(UTC).isoformat(timespec="seconds"),
@@ -227,12 +254,12 @@ class Registry:
 
     def _served_before(self, key: tuple[str, str], version: int) -> int | None:
         """What an alias meant before this process began, where that is another version."""
-        earlier = [d.version for d in self.deployments if (d.model, d.alias, d.outcome) == (*key, "deployed")]
+        earlier = [d.version for d in list(self.deployments) if (d.model, d.alias, d.outcome) == (*key, "deployed")]
         return earlier[-1] if earlier and earlier[-1] != version else None
 
     def _same_as_before(self, done: Deployment) -> bool:
         """A restart that takes up what was served."""
-        earlier = [d for d in self.deployments if (d.model, d.alias) == (done.model, done.alias)]
+        earlier = [d for d in list(self.deployments) if (d.model, d.alias) == (done.model, done.alias)]
         return bool(earlier) and (earlier[-1].version, earlier[-1].outcome) == (done.version, done.outcome)
 
     def _give_back(self, model: Model) -> str:
@@ -253,10 +280,30 @@ class Registry:
             raise MetapeftError(f"the weights of {model.name} version {model.version} are gone from {folder}")
         if model.weights and models.weights_digest(folder) != model.weights:
             raise UserError(f"{model.name} version {model.version}: its weights are not those that were registered")
-        form = checkpoints.read(folder).metadata.get("task")
-        version = Version(model, folder, form if isinstance(form, dict) else {})
+        saved = checkpoints.read(folder)
+        form = saved.metadata.get("task")
+        version = Version(model, folder, form if isinstance(form, dict) else {}, virtual_tokens(saved))
         self._versions[version.key] = version
         return version
+
+
+def same_backbone(one: str, other: str) -> bool:
+    """By name; a folder however it is written."""
+    return one == other or (Path(one).is_dir() and Path(other).is_dir() and os.path.samefile(one, other))
+
+
+Registered = tuple[str, int, str, int]
+
+
+def registered(model: Model) -> Registered:
+    """Which version it is: a number may be given out again once a model was deleted."""
+    return model.name, model.version, model.weights, model.created
+
+
+def virtual_tokens(saved: Saved) -> int:
+    """How many places of the context an adapter takes."""
+    table = (saved.virtual or saved).tensors.get("prompt_embeddings")
+    return 0 if table is None else int(table.shape[0])
 
 
 def out_of_reach(error: BaseException | None) -> bool:

@@ -35,7 +35,7 @@ from metapeft.profiling.cache import read as read_record
 from metapeft.profiling.cache import write as write_record
 from metapeft.serving.engine import Busy
 from metapeft.settings import Settings, home
-from metapeft.stages.stage import content
+from metapeft.stages.stage import PARENT, content
 
 PACKAGE = Path(__file__).parents[1]
 QUEUE = 16  # measurements that may wait
@@ -242,7 +242,11 @@ class Selector:
         if self.params is not None:
             arguments += ["--params", str(self.params)]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", COMMAND, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, PARENT: str(os.getpid())},
         )
         try:
             out, said = self._process.communicate(timeout=SECONDS)
@@ -255,7 +259,7 @@ class Selector:
         if code == 0:
             return json.loads(out), "", False
         reason = next((line for line in reversed(said.splitlines()) if line.startswith("error: ")), "error: failed")
-        return None, reason.removeprefix("error: "), code == UserError.exit_code
+        return None, _told(reason.removeprefix("error: "), request), code == UserError.exit_code
 
     def _remember(self, job: Job) -> Job:
         _write(job)
@@ -278,6 +282,11 @@ class Selector:
             with self._lock:
                 self._known[id] = job
         return job
+
+
+def _told(reason: str, request: dict[str, Any]) -> str:
+    """For the caller, who gave rows and a name, not a file."""
+    return reason.replace(request["task"], Path(request["task"]).stem) if request.get("uploaded") else reason
 
 
 def _load(file: Path) -> Job | None:

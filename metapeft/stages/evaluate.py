@@ -16,7 +16,8 @@ from metapeft.settings import Settings
 from metapeft.stages.adapter import read_adapter
 from metapeft.stages.files import read_task, write_csv
 from metapeft.stages.stage import Stage, read_json, write_json, write_text
-from metapeft.stages.trainer import ENGINE, Trainer
+from metapeft.stages.trainer import Trainer
+from metapeft.training.engine import SOURCES
 from metapeft.training.trial import Score, Trial
 
 if TYPE_CHECKING:
@@ -93,7 +94,13 @@ STAGE = Stage(
     body,
     settings=("backbone",),
     needs=("version", "train"),
-    code=(*ENGINE, "metapeft/stages/adapter.py", "metapeft/stages/evaluate.py"),
+    code=(
+        *SOURCES,
+        "metapeft/stages/adapter.py",
+        "metapeft/stages/evaluate.py",
+        "metapeft/stages/files.py",
+        "metapeft/stages/trainer.py",
+    ),
 )
 run, main = STAGE.run, STAGE.main
 

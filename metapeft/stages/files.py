@@ -15,6 +15,9 @@ from metapeft.settings import Settings, brief, home
 from metapeft.stages.stage import backbone_identity, read_json, write_json, write_text
 from metapeft.training.trial import Trial
 
+# Columns of curves.
+CURVE = ["trial", "method", "step", "seconds", "train_loss", "validation_loss", "validation_score"]
+
 
 def write_task(task: Task, folder: Path) -> None:
     """`task.json` (everything but the rows) and `data.jsonl` (one row per example: split, prompt, completion)."""

@@ -8,6 +8,7 @@ from typing import Any
 from metapeft.settings import Settings
 from metapeft.stages.files import read_task
 from metapeft.stages.stage import Stage, write_json
+from metapeft.training.engine import SOURCES
 
 
 def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
@@ -27,7 +28,7 @@ STAGE = Stage(
     body,
     settings=("backbone",),
     needs=("version", "validate"),
-    code=("metapeft/profiling", "metapeft/backbones", "metapeft/stages/profile.py"),
+    code=("metapeft/profiling", *SOURCES, "metapeft/stages/files.py", "metapeft/stages/profile.py"),
 )
 run, main = STAGE.run, STAGE.main
 

@@ -64,7 +64,17 @@ STAGE = Stage(
     body,
     settings=("backbone", "recommend", "train.steps"),
     needs=("version", "profile"),
-    code=("metapeft/meta", "metapeft/search/pareto.py", "metapeft/search/warm.py", "metapeft/stages/recommend.py"),
+    code=(
+        "metapeft/meta",
+        "metapeft/peft",
+        "metapeft/profiling",
+        "metapeft/search/pareto.py",
+        "metapeft/search/spaces.py",
+        "metapeft/search/warm.py",
+        "metapeft/training/configuration.py",
+        "metapeft/stages/files.py",
+        "metapeft/stages/recommend.py",
+    ),
     outside=learned,
 )
 run, main = STAGE.run, STAGE.main

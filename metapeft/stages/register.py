@@ -91,10 +91,14 @@ STAGE = Stage(
     needs=("version", "profile", "recommend", "train", "evaluate"),
     uses=("sweep",),
     code=(
+        "metapeft/meta",
+        "metapeft/peft",
+        "metapeft/profiling",
+        "metapeft/tracking",
         "metapeft/stages/adapter.py",
+        "metapeft/stages/files.py",
         "metapeft/stages/register.py",
         "metapeft/stages/tracked.py",
-        "metapeft/tracking",
     ),
     outside=store,
 )

@@ -42,7 +42,7 @@ STAGE = Stage(
     body,
     settings=("task", "backbone"),
     needs=("version", "validate", "profile", "recommend", "sweep", "train", "evaluate", "register"),
-    code=("metapeft/report", "metapeft/stages/report.py"),
+    code=("metapeft/report", "metapeft/stages/files.py", "metapeft/stages/report.py"),
 )
 run, main = STAGE.run, STAGE.main
 

@@ -19,10 +19,10 @@ from metapeft.errors import UserError
 from metapeft.progress import progress
 from metapeft.settings import Settings
 from metapeft.stages.budget import Budget
-from metapeft.stages.files import read_task, write_csv, write_trials
+from metapeft.stages.files import CURVE, read_task, write_csv, write_trials
 from metapeft.stages.stage import Stage, backbone_identity, read_json, write_json
-from metapeft.stages.trainer import ENGINE, Trainer
-from metapeft.training.engine import engine
+from metapeft.stages.trainer import Trainer
+from metapeft.training.engine import SOURCES, engine
 from metapeft.training.trial import Trial
 
 if TYPE_CHECKING:
@@ -35,17 +35,15 @@ if TYPE_CHECKING:
     from metapeft.search.sweep import Run
     from metapeft.settings import SweepSettings
 
-NAMED = {"accuracy": "most accurate", "balanced": "balanced", "speed": "fastest", "memory": "smallest"}
 OVER = ".stages/sweep-over.json"  # from a worker whose time was over to the stage that gathers
 STEPS_PER_LOOK = 10
 NEAR = 1.5  # learning rates that differ by less train about alike
 POINT = ["trial", "method", "score", "standard_error", "seconds", "peak_memory_mb", "front", "status"]
-CURVE = ["trial", "method", "step", "seconds", "train_loss", "validation_loss", "validation_score"]
 
 
 def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     """Run or continue the task's study until it has its trials."""
-    from metapeft.search.pareto import judged
+    from metapeft.search.pareto import PREFERRED, judged
     from metapeft.stages.tracked import pipeline_run
 
     prepared = prepare(settings, work)
@@ -77,7 +75,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     rows = [{"trial": trial.id, "method": trial.method} | row for trial in result.trials for row in trial.curve]
     write_csv(out / "curves.csv", rows, CURVE)
     (work / OVER).unlink(missing_ok=True)
-    best = result.points.get(NAMED[settings.recommend.prefer])
+    best = result.points.get(PREFERRED[settings.recommend.prefer])
     return {
         "trials": len(result.trials),
         "ok": sum(trial.status == "ok" for trial in result.trials),
@@ -300,9 +298,12 @@ STAGE = Stage(
     settings=("backbone", "seed", "sweep", "recommend"),
     needs=("version", "profile", "recommend"),
     code=(
+        "metapeft/meta",
+        "metapeft/profiling",
         "metapeft/search",
-        *ENGINE,
+        *SOURCES,
         "metapeft/stages/budget.py",
+        "metapeft/stages/files.py",
         "metapeft/stages/sweep.py",
         "metapeft/stages/trainer.py",
     ),

@@ -15,10 +15,10 @@ from metapeft.errors import MetapeftError, UserError
 from metapeft.files import finite
 from metapeft.progress import progress
 from metapeft.settings import Settings, home
-from metapeft.stages.files import current_sweep, read_task, read_trials, write_csv
+from metapeft.stages.files import CURVE, current_sweep, read_task, read_trials, write_csv
 from metapeft.stages.stage import Stage, read_json, write_json
-from metapeft.stages.sweep import CURVE, NAMED
-from metapeft.stages.trainer import ENGINE, Trainer, trial_lock
+from metapeft.stages.trainer import Trainer, trial_lock
+from metapeft.training.engine import SOURCES
 
 if TYPE_CHECKING:
     from metapeft.switching.decide import Policy
@@ -97,14 +97,14 @@ def choose(settings: Settings, work: Path) -> tuple[dict[str, Any], str]:
 
 
 def _swept(settings: Settings, work: Path, method: str | None) -> tuple[dict[str, Any], str] | None:
-    from metapeft.search.pareto import named
+    from metapeft.search.pareto import PREFERRED, named
 
     record = current_sweep(settings, work)
     if record is None:
         return None
     trials = read_trials(work / "sweep" / "trials.jsonl")
     usable = [t for t in trials if t.id not in record["infeasible"] and method in (None, t.method)]
-    name = NAMED[settings.recommend.prefer]
+    name = PREFERRED[settings.recommend.prefer]
     shown = record["points"].get(name) if method is None else None  # the very point that the sweep's table names
     best = next((t for t in usable if t.id == shown), None) or named(usable, record["adapters"]).get(name)
     return (best.configuration, f"{name} of {len(usable)} trials") if best else None
@@ -124,9 +124,12 @@ STAGE = Stage(
     needs=("version", "profile", "recommend/configurations.json"),
     uses=("sweep",),
     code=(
+        "metapeft/meta",
+        "metapeft/profiling",
         "metapeft/search/pareto.py",
         "metapeft/switching",
-        *ENGINE,
+        *SOURCES,
+        "metapeft/stages/files.py",
         "metapeft/stages/train.py",
         "metapeft/stages/trainer.py",
     ),

@@ -12,7 +12,7 @@ from metapeft.data.task import Task
 from metapeft.progress import say
 from metapeft.settings import home
 from metapeft.stages.stage import write_json
-from metapeft.training.engine import FOLDERS, engine
+from metapeft.training.engine import engine
 from metapeft.training.trial import Score, Trial
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from metapeft.switching.record import Record
     from metapeft.training.session import Session
 
-# What decides how a trial ends.
-ENGINE = tuple(f"metapeft/{folder}" for folder in FOLDERS)
 Event = Callable[[dict[str, Any]], None]
 
 

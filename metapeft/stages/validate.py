@@ -29,7 +29,7 @@ STAGE = Stage(
     body,
     settings=(),
     needs=("version",),
-    code=("metapeft/data/validation.py", "metapeft/stages/validate.py"),
+    code=("metapeft/data/validation.py", "metapeft/stages/files.py", "metapeft/stages/validate.py"),
 )
 run, main = STAGE.run, STAGE.main
 

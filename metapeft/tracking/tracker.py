@@ -172,8 +172,9 @@ class Tracker:
                 self.log_trial(trial, task)
 
     def url(self) -> str:
-        """Where a browser finds the run ("" for a database without a server)."""
-        where = shown(uri(self.settings.tracking))
+        """Where a browser finds the run: METAPEFT_MLFLOW_URL is MLflow's address for people, where that is another one
+        ("" for a database without a server)."""
+        where = os.environ.get("METAPEFT_MLFLOW_URL") or shown(uri(self.settings.tracking))
         if not where.startswith(("http://", "https://")):
             return ""
         with failures(self.settings.tracking):

@@ -50,9 +50,7 @@ def prompt_ids(prompt: str | tuple[tuple[str, str], ...], tokenizer: Any) -> lis
     try:
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     except (ValueError, jinja2.TemplateError) as error:  # a template may refuse a role, such as "system"
-        raise UserError(
-            f"the task holds chat messages that the backbone's chat template does not take: {error}"
-        ) from error
+        raise UserError(f"the backbone's chat template does not take these chat messages: {error}") from error
 
 
 def encode(example: Example, tokenizer: Any) -> Encoded:

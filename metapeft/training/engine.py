@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 FOLDERS = ("backbones", "kernels", "peft", "training")  # of the package
+SOURCES = tuple(f"metapeft/{folder}" for folder in FOLDERS)  # in the project, for stages
 
 
 @cache

@@ -138,6 +138,8 @@ def test_pools_are_made_when_a_part_of_airflow_starts(airflow_home: Path, monkey
     Pool.create_or_update_pool(pools.MLX, 5, "more machines", include_deferred=False)
     assert pools.ensure() == []
     assert Pool.get_pool(pools.MLX).slots == 5
+    monkeypatch.setenv("METAPEFT_MLX_SLOTS", "two")
+    assert pools.mlx_slots() == 1
 
 
 @pytest.fixture

@@ -42,6 +42,10 @@ STAGES = {
         print("step 3 of 9", file=sys.stderr)
         os.kill(os.getpid(), signal.SIGKILL)
     """,
+    "leaves": """
+        import subprocess, sys
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    """,
     "silent": """
         import time
         time.sleep(2)
@@ -83,12 +87,26 @@ def test_runs_in_a_fresh_process_of_its_own_group_and_returns_the_summary(projec
     assert task.run_url == "http://x/1"
 
 
-def test_the_form_overrides_settings_and_empty_fields_do_not(project: Path) -> None:
-    task = operator(
-        project, "good", settings={"seed": 1, "task": "a b"}, form={"seed": "seed", "most": "recommend.max_seconds"}
-    )
+def test_the_form_overrides_settings_and_an_empty_field_takes_the_value_away(project: Path) -> None:
+    given, form = {"seed": 1, "task": "a b"}, {"seed": "seed", "most": "recommend.max_seconds", "other": "train.steps"}
+    task = operator(project, "good", settings=given, form=form)
     arguments = task.execute({"params": {"seed": 7, "most": None}})["arguments"]
-    assert arguments[2:] == ["--set", "seed=7", "--set", 'task="a b"']
+    assert arguments[2:] == ["--set", "seed=7", "--set", 'task="a b"', "--set", "recommend.max_seconds=null"]
+
+
+def test_what_a_stage_leaves_behind_is_not_waited_for(project: Path) -> None:
+    begin = time.monotonic()
+    operator(project, "leaves").execute({})
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("text", ["4GB", "-1", "0", "nan"])
+def test_a_limit_that_is_no_number_is_said_and_not_tried_again(
+    project: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("METAPEFT_MEMORY_MB", text)
+    with pytest.raises(AirflowFailException, match=f"METAPEFT_MEMORY_MB={text} is no number of MiB"):
+        operator(project, "good").execute({})
 
 
 def test_progress_goes_to_the_task_log(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,3 +239,6 @@ def test_run_ids_become_plain_folder_names(monkeypatch: pytest.MonkeyPatch, tmp_
     folder = work_folder("tune_task/manual__2026-11-23T19:16:00+00:00", str(tmp_path))
     assert folder == tmp_path / "state/airflow/tune_task/manual__2026-11-23T19_16_00_00_00"
     assert work_folder("tune_task/..", str(tmp_path)).parent == folder.parent
+    for given, place in (("~/state", Path("~/state").expanduser()), ("", tmp_path / ".metapeft")):
+        monkeypatch.setenv("METAPEFT_HOME", given)
+        assert work_folder("a/b", str(tmp_path)) == place / "airflow/a/b"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from metapeft.errors import UserError
@@ -148,6 +149,34 @@ def test_what_is_long_to_weigh_keeps_nobody_waiting_and_changes_no_bit(engine: E
         assert events.get(timeout=60)[0] == "written"
         which, found = events.get(timeout=60)
         assert which == "weighed" and all((a == b).all() for a, b in zip(found, wanted, strict=True))
+
+
+def test_what_is_quick_to_weigh_does_not_wait_for_what_is_long(engine: Engine, folders: list[Folder]) -> None:
+    """Neither beside it nor behind it, and both come to what they come to alone."""
+    alone: queue.Queue[Any] = queue.Queue()
+    wanted = {}
+    for prompts in (1, 2, 100):
+        engine.submit(weighing(prompts, alone.put, folders[0]))
+        wanted[prompts] = alone.get(timeout=60)
+    gate, events = threading.Event(), queue.Queue[tuple[int, Any]]()
+
+    def put(prompts: int) -> Any:
+        return lambda event: events.put((prompts, event))
+
+    def later(event: Any) -> None:
+        put(1)(event)
+        engine.submit(weighing(2, put(2), folders[0]))
+
+    engine.call(gate.wait)
+    engine.submit(weighing(1, later, folders[0]))
+    engine.submit(weighing(100, put(100), folders[0]))
+    gate.set()
+    found = [events.get(timeout=60) for _ in range(3)]
+    assert [prompts for prompts, _ in found] == [1, 2, 100]
+    for prompts, logs in found:
+        assert len(logs) == prompts
+        assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(logs, wanted[prompts], strict=True))
+    assert engine.waiting == 0 and not any(held.pins for held in engine.held.values())
 
 
 @pytest.mark.parametrize("how", ["gone", "late"])

@@ -20,9 +20,10 @@ from fastapi.testclient import TestClient
 
 from metapeft.errors import UserError
 from metapeft.profiling import cache
-from metapeft.serving import select
+from metapeft.serving import feedback, keys, openai, select
 from metapeft.serving.app import Service, create_app, is_local
 from metapeft.serving.engine import Classification, Engine, Limits
+from metapeft.serving.generate import Token
 from metapeft.serving.keys import Keyring
 from metapeft.serving.metrics import Metrics
 from metapeft.serving.registry import Registry, UnknownModel
@@ -42,6 +43,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         engine.start()
         registry = Registry(engine, load_settings(backbone=engine.backbone.id))
         registry.ready.set()
+        registry.looked = True
         yield Service(engine, registry, Selector(engine.backbone.id), Keyring(), Metrics(engine, registry))
         engine.stop(20)
 
@@ -285,3 +287,115 @@ def test_addresses_of_this_machine() -> None:
     assert url_of("127.0.0.1", 80) == "http://127.0.0.1:80" and url_of("0.0.0.0", 1) == "http://localhost:1"
     assert all(map(is_local, (b"[::1]:8000", b"[::1]", b"localhost:1", b"127.0.0.1")))
     assert not any(map(is_local, (b"[::2]:8000", b"[::1].evil.example", b"evil.example:80")))
+
+
+def test_a_stranger_is_refused_before_his_body_is_read(client: TestClient, service: Service) -> None:
+    _, text = keys.create("one")
+    odd = {"content": b"{", "headers": {"Content-Type": "application/json"}}
+    try:
+        for route in ("/v1/completions", "/v1/select", "/v1/feedback", "/v1/deploy"):
+            answer = client.post(route, **odd)  # type: ignore[arg-type]
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+            assert answer.json()["error"]["type"] == "authentication_error"
+        known = {"Authorization": f"Bearer {text}", "Content-Type": "application/json"}
+        assert client.post("/v1/completions", content=b"{", headers=known).status_code == 400
+        own = known | {"Authorization": f"Bearer {service.token}"}
+        assert client.post("/v1/completions", content=b"{", headers=own).status_code == 400
+    finally:
+        service.keyring._needed = False
+
+
+def test_a_text_that_cannot_fit_is_not_tokenized(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokenized(*_: Any) -> None:
+        raise AssertionError("it was")
+
+    for module in ("metapeft.serving.app", "metapeft.serving.openai"):
+        monkeypatch.setattr(f"{module}.prompt_ids", tokenized)
+    long = "a" * 3_000_000
+    bodies = {
+        "completions": {"prompt": ["b", long]},
+        "chat/completions": {"messages": [{"role": "user", "content": long}]},
+    }
+    bodies["classify"] = {"input": long, "labels": ["x", "y"]}
+    for route, body in bodies.items():
+        found = said(client.post(f"/v1/{route}", json={"model": backbone(client), **body}))
+        assert "3000000 characters" in found and str(CONTEXT) in found
+
+
+def test_only_whole_tasks_may_be_large(client: TestClient) -> None:
+    body = b'{"model": "' + b"x" * (5 * 2**20)
+    kind = {"Content-Type": "application/json"}
+    for route, status in (("/v1/completions", 413), ("/v1/select", 400)):
+        answer = client.post(route, content=body, headers=kind)
+        assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_every_prompt_has_its_own_room(client: TestClient) -> None:
+    long = "b" * (CONTEXT - 2)
+    body = {"model": backbone(client), "prompt": ["a", long], "max_tokens": None}
+    both = client.post("/v1/completions", json=body).json()
+    alone = client.post("/v1/completions", json={**body, "prompt": "a"}).json()
+    assert both["choices"][0]["text"] == alone["choices"][0]["text"]
+    assert both["usage"]["completion_tokens"] == alone["usage"]["completion_tokens"] + 2
+
+
+def test_token_ids_may_be_added_tokens(client: TestClient, service: Service) -> None:
+    tokenizer = service.engine.backbone.tokenizer
+    last = len(tokenizer.get_vocab()) - 1
+    assert last >= tokenizer.vocab_size, "this tokenizer has added tokens"
+    body = {"model": backbone(client), "max_tokens": 1}
+    assert client.post("/v1/completions", json={**body, "prompt": [last, 5]}).status_code == 200
+    assert str(last) in said(client.post("/v1/completions", json={**body, "prompt": [last + 1]}))
+
+
+HARMLESS = {"stream": None, "tool_choice": "none", "modalities": ["text"], "top_p": 0, "seed": -1, "top_k": -1}
+
+
+def test_what_changes_no_answer_is_let_through_and_what_would_is_refused(client: TestClient) -> None:
+    body = {"model": backbone(client), "messages": [{"role": "user", "content": "abc"}], "max_tokens": 2}
+    usual = client.post("/v1/chat/completions", json=body).json()["choices"]
+    assert client.post("/v1/chat/completions", json={**body, **HARMLESS}).json()["choices"] == usual
+    for name, value in (("top_k", 5), ("repetition_penalty", 1.2), ("min_p", 0.1), ("tool_choice", "auto")):
+        assert name in said(client.post("/v1/chat/completions", json={**body, name: value}))
+
+
+def test_a_stream_that_breaks_is_logged_and_counted(
+    client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, steps = service.engine, []
+    real = engine._write
+
+    def write(*arguments: Any, **more: Any) -> None:
+        steps.append(1)
+        if len(steps) > 3:
+            raise RuntimeError("a private text")
+        real(*arguments, **more)
+
+    monkeypatch.setattr(engine, "_write", write)
+    body = {"model": backbone(client), "prompt": "abc", "max_tokens": 40, "stream": True}
+    with redirect_stderr(io.StringIO()) as log:
+        answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 200 and "internal error (RuntimeError)" in answer.text
+    [record] = [r for r in map(json.loads, log.getvalue().splitlines()) if r["event"] == "request"]
+    assert record["status"] == 500 and record["error"].startswith("RuntimeError < ")
+    assert "private" not in log.getvalue() + answer.text
+    assert 'route="/v1/completions",status="500"' in client.get("/metrics").text
+
+
+def test_log_probabilities_tell_the_text_byte_by_byte(service: Service) -> None:
+    tokenizer = service.engine.backbone.tokenizer
+    text = "né 🦜."
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    tokens = [Token(id, -1.0, ()) for id in ids]
+    entries = openai.chat_logprobs(tokens, tokenizer)["content"]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == text
+    offsets = openai.completion_logprobs(tokens, tokenizer, 0)["text_offset"]
+    assert offsets == sorted(offsets) and offsets[0] == 0 and offsets[-1] <= len(text) - 1
+
+
+def test_the_memory_of_answers_is_bounded_by_answers() -> None:
+    given = feedback.Given()
+    for n in range(1000):
+        given.remember(f"id{n}", "a@1", ["x"] * 256)
+    assert sum(len(digests) for _, digests in given._kept.values()) <= feedback.KEPT
+    assert "id999" in given._kept

@@ -80,3 +80,23 @@ def test_a_secret_made_elsewhere_is_adopted_and_may_change(home: Path) -> None:
     assert first not in keys.path().read_text() and second not in keys.path().read_text()
     with pytest.raises(UserError, match="under 32 characters"):
         keys.adopt("prometheus", "short")
+
+
+def test_the_door_stays_shut_when_the_last_key_is_revoked(home: Path) -> None:
+    ring = keys.Keyring()
+    assert not ring.needed
+    _, text = keys.create("one")
+    assert ring.needed and ring.find(text) is not None
+    keys.revoke("one")
+    assert ring.needed and not ring.any and ring.find(text) is None
+    assert keys.Keyring().needed, "also after a restart"
+    keys.path().unlink()
+    assert ring.needed, "a running server does not open because a file is gone"
+
+
+def test_an_adopted_key_may_administer(home: Path) -> None:
+    ring, text = keys.Keyring(), "x" * 40
+    for admin in (True, False):
+        assert keys.adopt("workers", text, admin=admin).admin == admin
+        found = ring.find(text)
+        assert found is not None and found.admin == admin

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from metapeft import backbones
 from metapeft.backbones import Backbone
-from metapeft.peft import folder
+from metapeft.peft import checkpoints, folder
 from metapeft.serving import registry as serving_registry
 from metapeft.serving.app import Service, create_app
 from metapeft.serving.engine import Engine, Limits, Unavailable
@@ -27,6 +27,7 @@ from metapeft.serving.registry import Registry, UnknownModel
 from metapeft.serving.select import Selector
 from metapeft.settings import Settings, load_settings
 from metapeft.tracking import models
+from metapeft.tracking.client import connect
 from tests.backbones.tiny import tiny_folder
 from tests.serving.made import register, register_all, save
 
@@ -271,3 +272,59 @@ def test_faults_of_the_server_are_its_own_and_tell_no_path(at_home: Place) -> No
     feedback.rmdir()
     assert ask("task/nobody").status_code == 404 and "error" not in log[-1]
     assert ask("task/alpha@9").status_code == 404
+
+
+def test_before_the_registry_was_looked_at_no_adapter_is_called_unknown(
+    at_home: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(at_home.engine, at_home.settings)
+    for id in ("task/alpha", "task/never"):
+        with pytest.raises(Unavailable, match="try again"):
+            registry.find(id)
+    assert registry.find(at_home.engine.name) is None
+    registry.refresh()
+    assert number(registry, "task/alpha") == 1
+    with pytest.raises(UnknownModel):
+        registry.find("task/never")
+
+
+def test_a_number_that_is_given_out_again_is_another_version(at_home: Place) -> None:
+    registry = Registry(at_home.engine, at_home.settings)
+    backbone = at_home.engine.backbone
+    for seed in (11, 12):
+        made = save(at_home.home / f"again{seed}", backbone, "lora", seed)
+        register(at_home.settings, made, "again", "lora")
+        registry.refresh()
+        version = registry.resolve("task/again@1")
+        assert version is not None and version.model.version == 1
+        assert models.weights_digest(version.folder) == models.weights_digest(at_home.home / f"again{seed}")
+        held = at_home.engine.call(lambda version=version: at_home.engine.load(version)).result()
+        assert held is not None
+        connect(at_home.settings.tracking).delete_registered_model(version.model.name)
+
+
+def test_a_deployment_may_be_asked_for_by_the_id_of_requests(at_home: Place) -> None:
+    registry = Registry(at_home.engine, at_home.settings)
+    registry.refresh()
+    key = next(key for key in registry.served if "alpha" in key[0])
+    for name in (None, key[0], "task/alpha", "alpha", "task/alpha@champion", "task/alpha@1"):
+        registry._failed[key] = ("", 0, "", 0)
+        registry.notice("task/beta")
+        assert key in registry._failed
+        registry.notice(name)
+        assert key not in registry._failed, name
+
+
+def test_a_backbones_folder_is_the_same_however_it_is_written(at_home: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(at_home.home)
+    place = str(at_home.home / "tiny")
+    assert serving_registry.same_backbone("./tiny", place) and serving_registry.same_backbone("tiny", "tiny")
+    assert not serving_registry.same_backbone(str(at_home.home), place)
+    assert not serving_registry.same_backbone("some-model", place)
+
+
+def test_virtual_tokens_take_places(at_home: Place) -> None:
+    backbone = at_home.engine.backbone
+    for method, tokens in (("lora", 0), ("prompt", 5), ("prefix", 3), ("p_tuning", 4)):
+        folder = save(at_home.home / "made" / f"virtual-{method}", backbone, method)
+        assert serving_registry.virtual_tokens(checkpoints.read(folder)) == tokens

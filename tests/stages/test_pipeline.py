@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,34 @@ def test_a_stage_reads_only_earlier_stages_code_that_exists_and_settings_that_ex
     values = Settings().model_dump()
     for setting in stage.settings:
         dotted(values, setting)
+
+
+# What decides no output, and the records that all stages hand on.
+PLUMBING = {f"metapeft.{name}" for name in ("errors", "files", "progress", "settings", "runtime")}
+PLUMBING |= {"metapeft", "metapeft.stages.stage", "metapeft.stages.tracked"}
+PLUMBING |= {"metapeft.data.task", "metapeft.training.trial"}
+TRAINER = "metapeft/stages/trainer.py"  # what it needs for exchanging methods, the final training alone needs
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of ours that a file names, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("metapeft"):
+            for name in (f"{node.module}.{alias.name}" for alias in node.names):
+                place = ROOT / name.replace(".", "/")
+                found.add(name if place.is_dir() or place.with_suffix(".py").exists() else str(node.module))
+    return found
+
+
+@pytest.mark.parametrize("name", stages.NAMES)
+def test_a_stage_is_stale_when_the_code_that_it_uses_has_changed(name: str) -> None:
+    code = stages.get(name).code
+    own = [path for path in code if path.startswith("metapeft/stages/") and (name == "train" or path != TRAINER)]
+    used = set().union(*(imported(ROOT / path) for path in own)) - PLUMBING
+    places = {module: module.replace(".", "/") for module in used}
+    missing = {m for m, p in places.items() if not any(c in (p, f"{p}.py") or p.startswith(f"{c}/") for c in code)}
+    assert not missing
 
 
 def test_params_name_every_setting() -> None:
