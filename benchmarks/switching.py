@@ -156,21 +156,24 @@ def one_task(name: str, seed: int, steps: int, wrong: bool, until: float) -> lis
         row = arm(method, lambda c=choice: static(name, c, seed), recommended=recommended)  # type: ignore[misc]
         rows += [row] if row else []
     first = plan["choices"][plan["recommended"]]
-    row = arm("switching", lambda: switched(name, first, seed, plan["budget"]))
+    row = arm("switching", lambda: switched(name, first, seed, plan))
     rows += [row] if row else []
     measured = [r for r in rows if r["arm"] in METHODS]
     if wrong and len(measured) == len(METHODS):
         worst = min(measured, key=lambda r: r["validation"])["arm"]
-        row = arm("from wrong", lambda: switched(name, plan["choices"][worst], seed, plan["budget"]), start=worst)
+        row = arm("from wrong", lambda: switched(name, plan["choices"][worst], seed, plan), start=worst)
         rows += [row] if row else []
     return rows
 
 
 def planned(name: str, steps: int) -> dict[str, Any]:
-    """Each method's configuration with the steps that the budget buys, and which of them is recommended."""
+    """Each method's configuration with the steps that the budget buys, and which of them is recommended. speed: of the
+    machine, which every arm's steps are counted by, whatever it measures like later."""
     from metapeft.meta.evidence import complete
+    from metapeft.profiling import speed as speeds
 
-    given = advised(name, {"method": "lora", "learning_rate": 1e-3}, steps)
+    speed = speeds.of(backbone())
+    given = advised(name, {"method": "lora", "learning_rate": 1e-3}, steps, speed)
     budget = given.start.price.seconds(steps, 4)
     everything = [given.start, *given.others]
     means = given.forecaster.before([(complete(o.configuration), steps) for o in everything]).mean
@@ -179,16 +182,16 @@ def planned(name: str, steps: int) -> dict[str, Any]:
         method = option.configuration["method"]
         choice = {"configuration": option.configuration, "steps": max(1, option.price.steps(budget, 4))}
         choices.setdefault(method, choice | {"expected": float(mean)})
-    return {"budget": budget, "choices": choices, "recommended": next(iter(choices))}
+    return {"budget": budget, "choices": choices, "recommended": next(iter(choices)), "speed": speed.to_json()}
 
 
-def advised(name: str, start: dict[str, Any], steps: int, basis: Any = None) -> Any:
+def advised(name: str, start: dict[str, Any], steps: int, speed: Any, basis: Any = None) -> Any:
     from metapeft.switching.advice import advice
 
     session, profile = prepared(name)
     untuned, family = session.untuned["validation"].value, session.task.family
     model = fitted_without(family)
-    return advice(session.task, profile, start, steps, untuned, basis=basis, without={family}, model=model)
+    return advice(session.task, profile, start, steps, untuned, speed=speed, basis=basis, without={family}, model=model)
 
 
 @lru_cache(maxsize=1)
@@ -208,19 +211,20 @@ def static(name: str, choice: dict[str, Any], seed: int) -> dict[str, Any]:
     return outcome(run_trial(session, choice["configuration"], steps=choice["steps"], seed=seed))
 
 
-def switched(name: str, choice: dict[str, Any], seed: int, budget: float) -> dict[str, Any]:
+def switched(name: str, choice: dict[str, Any], seed: int, plan: dict[str, Any]) -> dict[str, Any]:
+    from metapeft.profiling.speed import Speed
     from metapeft.switching import run
     from metapeft.switching.decide import Policy
 
     session, _ = prepared(name)
-    start, steps = choice["configuration"], choice["steps"]
+    start, steps, speed = choice["configuration"], choice["steps"], Speed(**plan["speed"])
     folder = home() / "benchmarks" / f"switching-{run.identity(session, start, steps, seed, Policy())}"
     trial, record = run.train(
         session,
         start,
-        lambda basis: advised(name, start, steps, basis),
+        lambda basis: advised(name, start, steps, speed, basis),
         steps=steps,
-        seconds=budget,
+        seconds=plan["budget"],
         folder=folder,
         seed=seed,
     )
