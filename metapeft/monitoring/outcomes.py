@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from metapeft.meta.evidence import families, key
+from metapeft.meta import evidence
+from metapeft.meta.evidence import families
 from metapeft.meta.forecast import CLOSE
 from metapeft.training.trial import Score, Trial
 
@@ -64,6 +65,12 @@ class Decision:
     def like(self) -> str:
         """What kind of task it was, in a person's words."""
         return self.family if self.family != self.task or not self.neighbour else f"{self.task} (like {self.neighbour})"
+
+
+def key(configuration: Mapping[str, Any]) -> str:
+    """By which what was recommended and what was trained are the same: how often a training looks at itself follows
+    from its steps, and was not recommended."""
+    return evidence.key({name: value for name, value in configuration.items() if name != "evaluations"})
 
 
 def joined(entries: Iterable[Mapping[str, Any]], trials: Sequence[Trial]) -> list[Decision]:

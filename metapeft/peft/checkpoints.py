@@ -122,8 +122,11 @@ def to_peft(folder: Path, saved: Saved) -> None:
 def convert(source: Path, destination: Path, to: Format, backbone: str | None = None) -> Saved:
     """Reads an adapter in any format and writes it in another; returns what was read.
 
-    `backbone` is the base model's name to record, where the source has none or a wrong one. Raises UserError.
+    `backbone` is the base model's name to record, where the source has none or a wrong one. Raises UserError, also
+    where the destination is the source: what only its format holds would be lost.
     """
+    if destination.exists() and source.exists() and destination.samefile(source):
+        raise UserError(f"{destination} is the adapter itself, which would be lost; choose another folder")
     saved = read(source)
     if backbone is not None:
         saved = replace(saved, metadata=saved.metadata | {"backbone": backbone})

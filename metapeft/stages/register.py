@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metapeft.peft import METHODS
+from metapeft.progress import say
 from metapeft.settings import Settings
 from metapeft.stages.adapter import read_adapter
 from metapeft.stages.files import current_sweep, read_task, read_trials
@@ -57,6 +58,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         if (work / "train" / "switching.json").exists():
             tracker.log_json(read_json(work / "train" / "switching.json"), "switching.json")
         registration = tracker.register(work / "train" / "adapter", trial, task, recommendation)
+        say("register: {model} version {version}, {alias} ({reason})".format(**registration.to_json()))
         summary = registration.to_json() | {"run_id": tracker.run_id, "run_url": tracker.url()}
     write_json(out / "model.json", summary)
     return summary

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from metapeft.errors import MetapeftError, UserError
 from metapeft.files import finite
-from metapeft.progress import progress
+from metapeft.progress import progress, say
 from metapeft.settings import Settings, home
 from metapeft.stages.files import CURVE, current_sweep, read_task, read_trials, write_csv
 from metapeft.stages.stage import Stage, read_json, write_json
@@ -37,6 +37,8 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
             raise
         raise UserError(f"{error} ({chosen['method']} is {why}; --method names another one)") from error
     steps = settings.train.steps
+    given = ", ".join(f"{key}={value}" for key, value in chosen.items() if key != "method")
+    say(f"train: {configuration['method']} with {given or 'its defaults'} ({why})")
     profile = read_json(work / "profile" / "profile.json")
     with progress("train" if settings.train.switch else f"train {configuration['method']}", steps) as advance:
 

@@ -257,6 +257,7 @@ def _tags(trial: Trial, task: Task, recommendation: Json | None) -> dict[str, st
         "untuned_score": repr(float(trial.untuned_score.value)) if trial.untuned_score else "",
         "trial": trial.id,
         "dvc_id": task.dvc_id,
+        "form": form(task),
     }
     if recommendation is not None:
         record = recommendation.to_json()
@@ -267,6 +268,12 @@ def _tags(trial: Trial, task: Task, recommendation: Json | None) -> dict[str, st
             tags["expected"] = json.dumps(entry)
             tags["followed"] = f"rank {entry['rank']}" if exact else "method only"
     return tags
+
+
+def form(task: Task) -> str:
+    """What is asked and what may be answered: tasks of one name that differ in it are not the same task."""
+    asked = json.dumps([task.kind, task.template, sorted(task.labels)], ensure_ascii=False)
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
 
 def _decide(trial: Trial, task: Task, present: MlflowVersion | None) -> tuple[str, str]:
@@ -280,6 +287,8 @@ def _decide(trial: Trial, task: Task, present: MlflowVersion | None) -> tuple[st
         weak = trial.untuned_score is not None and score.value < trial.untuned_score.value
         return CHAMPION, "first version" + (", though it scores below the untuned backbone" if weak else "")
     old = present.tags
+    if old.get("form") and old["form"] != form(task):
+        return CHALLENGER, f"another task of the same name: its labels or template are not those of {present.version}"
     before, now = (metric.endswith(HELD_OUT) for metric in (old.get("metric", ""), score.metric))
     if before and not now:
         return CHAMPION, f"scored on a test split, version {present.version} on held-out shots alone"

@@ -74,6 +74,13 @@ def test_what_failed_or_came_before_says_nothing() -> None:
     assert decision.regret is None and decision.outside is None and decision.kind == Kind(0)
 
 
+def test_how_often_a_training_looks_at_itself_is_no_other_configuration() -> None:
+    short = run(0.7, RATES[1], 2)
+    short.configuration = short.configuration | {"evaluations": 2}
+    (decision,) = joined([entry("a", 1)], [run(0.8, RATES[0], 2), short])
+    assert decision.kind.tried == 2 and decision.regret == 0
+
+
 def test_what_diverged_leaves_the_untuned_backbone() -> None:
     untuned = Score("accuracy", 0.2, 0.02, 300, 1.0)
     lost = run(None, RATES[0], 2, status="diverged", untuned_score=untuned)

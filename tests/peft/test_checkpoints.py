@@ -202,11 +202,18 @@ def test_every_format_becomes_every_other(source: checkpoints.Format, target: ch
         assert mx.array_equal(back.tensors[name], value)
 
 
-def test_conversion_in_place(room: Path) -> None:
+def test_conversion_never_replaces_what_it_reads(room: Path) -> None:
+    """Other formats do not hold all that ours does: the task, the scores, the seal."""
     checkpoints.write(room / "a", adapter(1.0))
-    checkpoints.convert(room / "a", room / "a", "mlx-lm")
-    assert checkpoints.detect(room / "a") == "mlx-lm"
-    assert not (room / "a" / "manifest.json").exists()
+    (room / "b").symlink_to(room / "a")
+    before = {path.name: path.read_bytes() for path in (room / "a").iterdir()}
+    for place in (room / "a", room / "b"):
+        with pytest.raises(UserError, match="is the adapter itself"):
+            checkpoints.convert(room / "a", place, "mlx-lm")
+    assert {path.name: path.read_bytes() for path in (room / "a").iterdir()} == before
+    checkpoints.convert(room / "a", room / "c", "mlx-lm")
+    checkpoints.convert(room / "a", room / "c", "peft")  # another one that was written here may be replaced
+    assert checkpoints.detect(room / "c") == "peft"
 
 
 def test_conversion_does_not_overwrite_what_is_no_adapter(room: Path) -> None:

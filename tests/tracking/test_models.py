@@ -78,6 +78,15 @@ def test_only_a_version_that_is_not_worse_becomes_champion(settings: Settings, t
     }
 
 
+def test_another_task_of_the_same_name_is_no_rival(settings: Settings, task: Task) -> None:
+    """Two files called alike: the second's better score says nothing of the first."""
+    assert register(settings, task, make_trial(1, 0.6)).alias == "champion"
+    other = replace(task, version="f" * 16, labels=("false", "true"))
+    found = register(settings, other, make_trial(2, 0.9))
+    assert found.alias == "challenger" and "labels or template" in found.reason
+    assert register(settings, replace(task, version="e" * 16), make_trial(3, 0.7)).alias == "champion"
+
+
 def test_the_same_adapter_is_registered_once(settings: Settings, task: Task) -> None:
     first = register(settings, task, make_trial(1, 0.9))
     again = register(settings, task, make_trial(1, 0.9))
