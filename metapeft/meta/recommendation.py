@@ -39,6 +39,7 @@ from metapeft.profiling import Profile
 from metapeft.profiling import speed as speeds
 from metapeft.profiling.shapes import Shapes
 from metapeft.profiling.speed import Speed
+from metapeft.progress import say
 from metapeft.settings import Prefer, Settings
 from metapeft.training.trial import Trial
 
@@ -408,4 +409,17 @@ def _feasible(candidates: list[Configuration], costs: list[Cost], settings: Sett
                 f"{name}={limit:g} excludes every configuration{already}: the smallest need is "
                 f"{math.ceil(needs[least])} {unit} ({candidates[least]['method']}); raise it, or {remedy}"
             )
-    return left
+    return left if settings.recommend.max_memory_mb is not None else _fitting(left, costs)
+
+
+def _fitting(left: list[int], costs: list[Cost]) -> list[int]:
+    """Those that this machine's memory holds; all of them, and a word of it, where it holds none. Whoever asks for
+    another machine says its memory."""
+    from metapeft.runtime import total_memory_mb
+
+    here = total_memory_mb()
+    fitting = [i for i in left if costs[i].peak_memory_mb <= here]
+    if not fitting:
+        least = min(costs[i].peak_memory_mb for i in left)
+        say(f"no configuration fits into this machine's {here:.0f} MB: the smallest needs {least:.0f} MB; {SMALLER}")
+    return fitting or left

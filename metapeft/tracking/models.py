@@ -265,7 +265,8 @@ def _tags(trial: Trial, task: Task, recommendation: Json | None) -> dict[str, st
         tags |= {name: str(record[key]) for name, key in _ADVICE.items() if record.get(key) is not None}
         entry, exact = advised(record, trial)
         if entry is not None:
-            tags["expected"] = json.dumps(entry)
+            if exact:  # of another configuration of the method it would be no expectation
+                tags["expected"] = json.dumps(entry)
             tags["followed"] = f"rank {entry['rank']}" if exact else "method only"
     return tags
 

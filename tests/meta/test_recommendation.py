@@ -183,6 +183,23 @@ def test_hard_budgets_leave_out_what_exceeds_them(store: Experience) -> None:
     assert "steps" not in str(error.value), "fewer steps need hardly less"
 
 
+def test_what_this_machine_cannot_hold_is_not_recommended(
+    store: Experience, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everything = asked(store).recommendations
+    needs = sorted(r.peak_memory_mb for r in everything)
+    assert needs[0] < needs[-1]
+    monkeypatch.setenv("METAPEFT_MEMORY_MB", str(needs[-1] - 0.01))
+    kept = asked(store).recommendations
+    assert len(kept) > 0 and all(r.peak_memory_mb < needs[-1] for r in kept)
+    assert capsys.readouterr().err == ""
+    for_another = asked(store, max_memory_mb=needs[-1] + 1).recommendations
+    assert {r.method for r in for_another} == {r.method for r in everything}, "whose memory is given"
+    monkeypatch.setenv("METAPEFT_MEMORY_MB", "1")
+    assert len(asked(store).recommendations) == len(everything)
+    assert "no configuration fits into this machine's 1 MB" in capsys.readouterr().err
+
+
 def need(error: UserError, unit: str) -> int:
     found = re.search(rf"smallest need is (\d+) {unit} ", str(error))
     assert found is not None
