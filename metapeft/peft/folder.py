@@ -100,10 +100,10 @@ def stable(folder: Path, work: Callable[[Path], T]) -> T:
         try:
             result = work(place)
         except UserError:
-            if before == _identity(locate(folder)):
+            if before is not None and before == _identity(locate(folder)):
                 raise
             continue
-        if before == _identity(locate(folder)):
+        if before is not None and before == _identity(locate(folder)):
             return result
     return work(locate(folder))
 
@@ -196,7 +196,8 @@ def _mode(path: Path) -> int | None:
 
 
 def _identity(place: Path) -> tuple[Path, int, int] | None:
-    """Tells one folder of a name from the next, and from itself after it stepped aside."""
+    """Tells one folder of a name from the next, and from itself after it stepped aside. None: it is gone, which is not
+    the same as gone another time."""
     try:
         found = place.stat()
     except FileNotFoundError:

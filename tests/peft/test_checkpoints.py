@@ -368,3 +368,17 @@ def test_a_file_in_the_way_is_kept(room: Path) -> None:
     with pytest.raises(UserError, match="is a file"):
         checkpoints.write(room / "a", adapter(1.0))
     assert (room / "a").read_text() == "mine"
+
+
+def test_a_folder_that_is_gone_at_two_looks_is_looked_for_again(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaced before it was read, and once more before that was noticed."""
+    checkpoints.write(room / "a", adapter(1.0))
+    there, looks = room / "a", []
+    real = folder.locate
+
+    def locate(place: Path) -> Path:
+        looks.append(place)
+        return room / f"replaced-{len(looks)}" if len(looks) < 3 else real(place)
+
+    monkeypatch.setattr(folder, "locate", locate)
+    assert "metapeft.json" in folder.stable(there, folder.sealed_files)

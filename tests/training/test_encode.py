@@ -90,5 +90,5 @@ def test_labels_that_a_tokenizer_reads_alike_are_named(tmp_path: Path) -> None:
 def test_a_role_that_a_template_refuses_is_a_mistake_of_the_task(tmp_path: Path) -> None:
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
     tokenizer = changed(tmp_path, chat_template__jinja=template)
-    with pytest.raises(UserError, match="chat template does not take: System role not supported"):
+    with pytest.raises(UserError, match="does not take these chat messages: System role not supported"):
         prompt_ids((("system", "Be brief."), ("user", "Hello")), tokenizer)
