@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     """Train, and keep the best weights by validation."""
+    from metapeft.meta.recommendation import short
     from metapeft.training.configuration import full
 
     task = read_task(work / "version")
@@ -37,8 +38,8 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
             raise
         raise UserError(f"{error} ({chosen['method']} is {why}; --method names another one)") from error
     steps = settings.train.steps
-    given = ", ".join(f"{key}={value}" for key, value in chosen.items() if key != "method")
-    say(f"train: {configuration['method']} with {given or 'its defaults'} ({why})")
+    given = ", ".join(f"{key}={value}" for key, value in short(chosen).items() if key != "method")
+    say(f"train: {configuration['method']} with {given} ({why})")
     profile = read_json(work / "profile" / "profile.json")
     with progress("train" if settings.train.switch else f"train {configuration['method']}", steps) as advance:
 
