@@ -19,6 +19,7 @@ from typing import Any
 
 from metapeft import blas as _blas
 from metapeft.errors import UserError
+from metapeft.settings import allowed_memory_mb
 
 BLAS = _blas.open_fast()  # before MLX: see metapeft.blas
 
@@ -47,7 +48,6 @@ __all__ = [
 MB = 1024 * 1024
 CGROUP = Path("/sys/fs/cgroup")  # where a container's limits stand (cgroup v2)
 DEVICE = "METAPEFT_DEVICE"  # cpu or gpu; unset: MLX's own choice
-MEMORY = "METAPEFT_MEMORY_MB"  # memory that this process may use; unset: what is free
 REPORTED = ("mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "optuna", "mlflow", "dvc", "apache-airflow")
 
 
@@ -90,18 +90,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def allowed_memory_mb() -> float:
-    """METAPEFT_MEMORY_MB, infinite where it is not set. Raises UserError where it is no number."""
-    text = os.environ.get(MEMORY) or "inf"
-    try:
-        allowed = float(text)
-    except ValueError:
-        allowed = math.nan
-    if not allowed > 0:
-        raise UserError(f"{MEMORY}={text[:40]} is no number of MiB; give one, such as 4096, or unset it")
-    return allowed
 
 
 def total_memory_mb() -> float:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -106,9 +107,24 @@ class Settings(Section):
     tracking: TrackingSettings = TrackingSettings()
 
 
+MEMORY = "METAPEFT_MEMORY_MB"  # memory that a process may use; unset: what is free
+
+
 def home() -> Path:
     """The folder for caches, the MLflow database, adapters and experience (absolute, not created)."""
     return Path(os.environ.get("METAPEFT_HOME") or ".metapeft").expanduser().absolute()
+
+
+def allowed_memory_mb() -> float:
+    """METAPEFT_MEMORY_MB, infinite where it is not set. Raises UserError where it is no number."""
+    text = os.environ.get(MEMORY) or "inf"
+    try:
+        allowed = float(text)
+    except ValueError:
+        allowed = math.nan
+    if not allowed > 0:
+        raise UserError(f"{MEMORY}={text[:40]} is no number of MiB; give one, such as 4096, or unset it")
+    return allowed
 
 
 def load_settings(params: Path | None = None, **overrides: Any) -> Settings:
@@ -136,7 +152,7 @@ def _given(values: Any, place: tuple[int | str, ...]) -> bool:
     for part in place:
         if not isinstance(values, dict):
             return True
-        if part not in values:
+        if values.get(part) is None:  # as in `merge`
             return False
         values = values[part]
     return True

@@ -54,7 +54,7 @@ def test_a_mistake_is_said_to_be_where_it_is(tmp_path: Path) -> None:
         load_settings(params, sweep={"trials": 0})
     params.write_text("sweep: {trials: 0}\n")
     with pytest.raises(UserError, match=r"sweep\.trials: .*params\.yaml\)"):
-        load_settings(params, sweep={"repeats": 1})
+        load_settings(params, sweep={"repeats": 1, "trials": None})
 
 
 def test_an_empty_home_is_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,13 +216,13 @@ class CommandOperator(ProcessOperator):
 
 def workers_memory() -> float | None:
     """METAPEFT_MEMORY_MB of the worker, MiB; None where it is not set."""
-    text = os.environ.get(MEMORY) or "inf"
+    from metapeft.errors import UserError
+    from metapeft.settings import allowed_memory_mb
+
     try:
-        limit = float(text)
-    except ValueError:
-        limit = math.nan
-    if not limit > 0:
-        raise AirflowFailException(f"{MEMORY}={text[:40]} is no number of MiB; give one, such as 4096, or unset it")
+        limit = allowed_memory_mb()
+    except UserError as error:
+        raise AirflowFailException(str(error)) from error
     return None if math.isinf(limit) else limit
 
 

@@ -55,7 +55,7 @@ STATUS = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    500: "server_error",
+    429: "rate_limit_error",
 }
 Send = Callable[[Any], Awaitable[None]]
 Receive = Callable[[], Awaitable[Any]]
@@ -137,14 +137,18 @@ class TooMany(Busy):
 
 
 def known_by(service: Service, authorization: str) -> Key | None:
-    """The key that an Authorization header shows; None where none is needed. Raises HTTPException."""
+    """The key that an Authorization header shows; None where none is needed. Raises HTTPException; Unavailable where
+    the keys cannot be read."""
     scheme, _, text = authorization.partition(" ")
     given = text.strip() if scheme.lower() == "bearer" else ""
     if given and hmac.compare_digest(given.encode(), service.token.encode()):
         return OWN
-    if not service.keyring.needed and service.local:
-        return None
-    key = service.keyring.find(given) if given else None
+    try:
+        if not service.keyring.needed and service.local:
+            return None
+        key = service.keyring.find(given) if given else None
+    except UserError as error:
+        raise Unavailable("the server cannot read its keys now") from error
     if key is None:
         raise HTTPException(401, "a valid key is needed: Authorization: Bearer mp-…", {"WWW-Authenticate": "Bearer"})
     return key
@@ -558,9 +562,7 @@ def create_app(service: Service) -> FastAPI:
         return engine.name if version is None else version.key
 
     def fail(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
-        usual = "server_error" if status >= 500 else "invalid_request_error"
-        kind = STATUS.get(status, "rate_limit_error" if status == 429 else usual)
-        return JSONResponse(openai.failure(message, kind, code), status, headers)
+        return JSONResponse(openai.failure(message, kind(status), code), status, headers)
 
     @app.exception_handler(UserError)
     async def bad_input(request: Request, error: UserError) -> JSONResponse:
@@ -653,7 +655,7 @@ class Guard:
                 await refuse(told, 413, f"the body is larger than {most} bytes")
             elif self.service.local and not is_local(headers.get(b"host", b"")):
                 await refuse(told, 403, "this server answers to localhost only")  # a page elsewhere used its name
-            elif scope["method"] == "POST" and (problem := self._stranger(headers)) is not None:
+            elif scope["method"] == "POST" and (problem := self._stranger(scope, headers)) is not None:
                 await refuse(told, problem.status_code, problem.detail, problem.headers)  # before the body is read
             else:
                 await self.app(scope, limited, told)
@@ -685,17 +687,25 @@ class Guard:
                 }
             )
 
-    def _stranger(self, headers: Mapping[bytes, bytes]) -> HTTPException | None:
+    def _stranger(self, scope: dict[str, Any], headers: Mapping[bytes, bytes]) -> HTTPException | None:
         """Why a request is not this service's caller's; None: it is."""
         try:
             known_by(self.service, headers.get(b"authorization", b"").decode("latin-1"))
         except HTTPException as problem:
             return problem
+        except Unavailable as error:
+            scope.setdefault("state", {})["error"] = brief(error.__cause__ or error, 300)
+            return HTTPException(503, str(error))
         return None
 
 
+def kind(status: int) -> str:
+    """OpenAI's name for what a status says."""
+    return STATUS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+
+
 async def refuse(send: Send, status: int, message: str, more: Mapping[str, str] | None = None) -> None:
-    body = json.dumps(openai.failure(message, STATUS.get(status, "invalid_request_error"))).encode()
+    body = json.dumps(openai.failure(message, kind(status))).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.lower().encode(), value.encode()) for name, value in (more or {}).items()]
     await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"connection", b"close")]})

@@ -178,9 +178,9 @@ class Registry:
         wanted = {(m.name, alias): m for m in found for alias in m.aliases}
         self.models = tuple(found)
         self.looked = True
-        for key in [key for key in self.served if key not in wanted]:
-            del self.served[key]
         present = {registered(model) for model in found}
+        for key in [key for key in self.served if key not in wanted or self._deployed.get(key) not in present]:
+            del self.served[key]
         for name, version in list(self._versions.items()):
             if registered(version.model) not in present:  # deleted, and perhaps another one has its number now
                 del self._versions[name]

@@ -399,3 +399,21 @@ def test_the_memory_of_answers_is_bounded_by_answers() -> None:
         given.remember(f"id{n}", "a@1", ["x"] * 256)
     assert sum(len(digests) for _, digests in given._kept.values()) <= feedback.KEPT
     assert "id999" in given._kept
+
+
+def test_keys_that_cannot_be_read_open_nothing_and_tell_no_path(
+    client: TestClient, service: Service, home: Path
+) -> None:
+    keys.path().parent.mkdir(parents=True, exist_ok=True)
+    keys.path().write_text("{}")
+    try:
+        with redirect_stderr(io.StringIO()) as log:
+            answers = [client.get("/v1/models"), client.post("/v1/completions", content=b"{")]
+    finally:
+        keys.path().unlink()
+        service.keyring._needed = False
+    for answer in answers:
+        assert answer.status_code == 503 and str(home) not in answer.text
+        found = answer.json()["error"]
+        assert (found["message"], found["type"]) == ("the server cannot read its keys now", "server_error")
+    assert log.getvalue().count("keys.json is damaged") == 2
