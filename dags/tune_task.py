@@ -12,7 +12,7 @@ the one study until it is complete, and `sweep` gathers them, or finishes what a
 of the pool `mlx`, as every training does: more slots, more at the same time.
 
 The outcome is in MLflow, the adapter in its registry: it is served (alias `champion`) if it scores no worse than the
-one before. The run updates the asset `experience`.
+one before (the first: not clearly worse than the untuned backbone). The run updates the asset `experience`.
 """
 
 from __future__ import annotations

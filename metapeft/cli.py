@@ -32,6 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Decide how to fine-tune, then do it.",
     epilog="Any command takes --debug, to show the traceback of a failure.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -173,7 +174,7 @@ def train(
     task: Task,
     method: Annotated[str | None, Option(help="Default: the best of the sweep, else the first recommended.")] = None,
     set_: Annotated[
-        list[str] | None, Option("--set", metavar="KEY=VALUE", help="A hyperparameter, e.g. rank=8.")
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="A hyperparameter, e.g. learning_rate=0.003.")
     ] = None,
     steps: Annotated[int | None, Option(help="Optimizer steps.")] = None,
     switch: Annotated[
@@ -207,7 +208,7 @@ def train_sequence(
     strength: Annotated[float | None, Option(min=0, help="Of the penalty of ewc and l2.")] = None,
     method: Annotated[str | None, Option(help="The method of all tasks (default: lora).")] = None,
     set_: Annotated[
-        list[str] | None, Option("--set", metavar="KEY=VALUE", help="A hyperparameter, e.g. rank=8.")
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="A hyperparameter, e.g. learning_rate=0.003.")
     ] = None,
     steps: Annotated[int | None, Option(help="Optimizer steps per task.")] = None,
     backbone: Backbone = None,

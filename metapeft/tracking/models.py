@@ -1,14 +1,16 @@
 """The registry: one registered model per task and backbone, one version per adapter, data only.
 
 A version is a folder of safetensors and JSON with its metadata as tags; nothing is pickled. The alias `champion` says
-which version to serve. It moves to a new version only when that one scores no worse; otherwise the new one is
-`challenger`. The tag `champions` of the registered model keeps who was champion in what order, for `rollback`.
+which version to serve. It moves to a new version only when that one scores no worse, and the first must not be clearly
+worse than the untuned backbone; otherwise the new one is `challenger`. The tag `champions` of the registered model
+keeps who was champion in what order, for `rollback`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -104,8 +106,9 @@ def register(
 ) -> Registration:
     """Upload an adapter folder as artifacts of the run and make it a version of the task's registered model.
 
-    With alias "champion" the version becomes champion unless the present one scored better (or on another metric);
-    then it is "challenger". Any other alias is simply set. The same weights of the same trial are not registered twice.
+    With alias "champion" the version becomes champion unless the present one scored better (or on another metric), or
+    there is none and the untuned backbone scored better by more than a standard error; then it is "challenger". Any
+    other alias is simply set. The same weights of the same trial are not registered twice.
     Raises UserError when the folder holds no plain adapter or the trial has no score.
     """
     if trial.score is None:
@@ -285,8 +288,11 @@ def _decide(trial: Trial, task: Task, present: MlflowVersion | None) -> tuple[st
     assert trial.score is not None
     score = trial.score
     if present is None:
-        weak = trial.untuned_score is not None and score.value < trial.untuned_score.value
-        return CHAMPION, "first version" + (", though it scores below the untuned backbone" if weak else "")
+        untuned = trial.untuned_score.value if trial.untuned_score is not None else -math.inf
+        if score.value + score.standard_error < untuned:
+            return CHALLENGER, f"scores {score.value:.3f}, the untuned backbone {untuned:.3f}: worse than no adapter"
+        weak = score.value < untuned
+        return CHAMPION, "no champion before" + (", though it scores below the untuned backbone" if weak else "")
     old = present.tags
     if old.get("form") and old["form"] != form(task):
         return CHALLENGER, f"another task of the same name: its labels or template are not those of {present.version}"

@@ -30,6 +30,45 @@ def test_every_name_is_a_field_of_the_method_or_the_trainer(method: str) -> None
     assert set(spaces.space().methods[method]) <= known
 
 
+def said(domain: Range | Choices | None) -> str:
+    """A domain as docs/hyperparameters.md has it."""
+    if domain is None:
+        return ""
+    if isinstance(domain, Range):
+        return f"{domain.low:g} to {domain.high:g}" + (", log" if domain.log else "")
+    names = {(): "all", spaces.ATTENTION: "q, k, v, o_proj", ("q_proj", "v_proj"): "q, v_proj"}
+    values = [names[v] if isinstance(v, tuple) else v if isinstance(v, str) else f"{v:g}" for v in domain.values]
+    return ("; " if () in domain.values else ", ").join(values)
+
+
+def test_the_page_has_every_hyperparameter_with_its_default_and_what_is_searched() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "hyperparameters.md").read_text(encoding="utf-8")
+    sections = {part.partition("\n")[0]: part for part in page.split("\n## ")[1:]}
+    rows = {
+        title: {cells[1].strip("` "): (cells[2].strip(), cells[3].strip()) for cells in map(divide, part.splitlines())}
+        for title, part in sections.items()
+    }
+    titles = {"lora": "LoRA", "adalora": "AdaLoRA", "prompt": "Prompt tuning", "prefix": "Prefix tuning"}
+    trainer = {f.name for f in fields(TrainConfig)}
+    for method in METHODS:
+        found = rows["Training"] | rows[titles.get(method, "P-tuning")]
+        defaults, searched = spaces.defaults(method), spaces.space([method]).methods[method]
+        assert set(defaults) - {"method"} <= set(found)
+        assert set(rows[titles.get(method, "P-tuning")]) - {"name", "---"} <= set(defaults) - trainer | {
+            "learning_rate"
+        }
+        for name, value in defaults.items():
+            if name != "method":
+                plain = value if isinstance(value, str) else {"[]": "all"}.get(json.dumps(value), json.dumps(value))
+                plain = f"{value:g}" if isinstance(value, float) else plain
+                assert found[name] == (plain, said(searched.get(name))), (method, name)
+
+
+def divide(line: str) -> list[str]:
+    """The cells of a row of a table; three without text for any other line."""
+    return line.split("|") if line.startswith("|") else ["", "---", "", ""]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_issue_list_is_searched(method: str) -> None:
     wanted = {

@@ -46,7 +46,7 @@ def register(settings: Settings, task: Task, trial: Trial, alias: str = "champio
 def test_a_version_carries_its_metadata_and_its_files(settings: Settings, task: Task) -> None:
     trial = make_trial(1, 0.91)
     done = register(settings, task, trial)
-    assert (done.alias, done.reason) == ("champion", "first version")
+    assert (done.alias, done.reason) == ("champion", "no champion before")
     folder, model = resolve(settings, "task/sms_spam")
     assert model == done.model
     assert (model.name, model.version, model.aliases) == (NAME, 1, ("champion",))
@@ -108,8 +108,14 @@ def test_an_interrupted_registration_is_finished_by_the_next(settings: Settings,
     assert len(list_models(settings)) == 2
 
 
-def test_a_first_version_below_the_untuned_backbone_says_so(settings: Settings, task: Task) -> None:
-    assert "below the untuned backbone" in register(settings, task, make_trial(1, 0.4)).reason
+def test_what_is_clearly_worse_than_no_adapter_is_not_served(settings: Settings, task: Task) -> None:
+    first = register(settings, task, make_trial(1, 0.4))  # ± 0.02, the untuned backbone 0.5
+    assert (first.alias, first.reason[-21:]) == ("challenger", "worse than no adapter")
+    with pytest.raises(UserError, match="champion"):
+        resolve(settings, NAME)
+    second = register(settings, task, make_trial(2, 0.49))
+    assert (second.alias, "below the untuned backbone" in second.reason) == ("champion", True)
+    assert register(settings, task, make_trial(3, 0.45)).alias == "challenger"  # as ever: the champion is better
 
 
 def test_promote_and_roll_back(settings: Settings, task: Task) -> None:
