@@ -12,7 +12,7 @@ from metapeft.stages.stage import alone, read_json
 SIZES: dict[str, Any] = {
     "data": {"max_train": 400, "max_validation": 80, "max_test": 300},
     "sweep": {"trials": 5, "steps": 20},  # one trial per method
-    "train": {"steps": 80, "configuration": {"evaluations": 4}},
+    "train": {"steps": 80},
 }
 
 

@@ -50,9 +50,12 @@ class Content:
         return known[0].value if known else None
 
     def kept(self) -> str:
-        """Id of the sweep's trial with the configuration that is kept; "" where the sweep has none."""
-        found = [t.id for t in self.trials if self.final is not None and t.configuration == self.final.configuration]
-        return found[0] if found else ""
+        """Id of the sweep's trial with the configuration that is kept, however often either is evaluated; "" where the
+        sweep has none."""
+        if self.final is None:
+            return ""
+        wanted = self.final.configuration | {"evaluations": 0}
+        return next((t.id for t in self.trials if t.configuration | {"evaluations": 0} == wanted), "")
 
     def best(self) -> str:
         """Id of the trial that the pictures emphasise."""

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from metapeft.settings import SweepSettings
 
 OVER = ".stages/sweep-over.json"  # from a worker whose time was over to the stage that gathers
-STEPS_PER_LOOK = 10
 NEAR = 1.5  # learning rates that differ by less train about alike
 POINT = ["trial", "method", "score", "standard_error", "seconds", "peak_memory_mb", "front", "status"]
 
@@ -263,11 +262,9 @@ def _space(settings: Settings, shapes: Shapes, modules: Collection[str] | None =
     UserError where the backbone takes none of the methods."""
     from metapeft.peft import METHODS
     from metapeft.search import spaces
-    from metapeft.training.configuration import TrainConfig
+    from metapeft.training.configuration import looks
 
-    # A look at 64 validation examples costs as much as several steps: short trials take fewer.
-    looks = max(1, min(TrainConfig.evaluations, settings.sweep.steps // STEPS_PER_LOOK))
-    narrow = {"evaluations": looks} | settings.sweep.space
+    narrow = {"evaluations": looks(settings.sweep.steps)} | settings.sweep.space
     wanted = settings.sweep.methods or METHODS
     methods = [method for method in wanted if shapes.takes(method)]
     if not methods:

@@ -101,6 +101,7 @@ def choose(settings: Settings, work: Path) -> tuple[dict[str, Any], str]:
 
 def _swept(settings: Settings, work: Path, method: str | None) -> tuple[dict[str, Any], str] | None:
     from metapeft.search.pareto import PREFERRED, named
+    from metapeft.training.configuration import looks
 
     record = current_sweep(settings, work)
     if record is None:
@@ -110,7 +111,12 @@ def _swept(settings: Settings, work: Path, method: str | None) -> tuple[dict[str
     name = PREFERRED[settings.recommend.prefer]
     shown = record["points"].get(name) if method is None else None  # the very point that the sweep's table names
     best = next((t for t in usable if t.id == shown), None) or named(usable, record["adapters"]).get(name)
-    return (best.configuration, f"{name} of {len(usable)} trials") if best else None
+    if best is None:
+        return None
+    configuration = dict(best.configuration)
+    if configuration.get("evaluations") == looks(best.budget):  # chosen for a short trial, not for this training
+        del configuration["evaluations"]
+    return configuration, f"{name} of {len(usable)} trials"
 
 
 def _recommended(work: Path, method: str | None) -> tuple[dict[str, Any], str] | None:

@@ -36,6 +36,14 @@ class TrainConfig:
 LEARNING_RATES = {"lora": 1e-3, "adalora": 3e-3, "prompt": 1e-2, "prefix": 1e-2, "p_tuning": 3e-3}
 
 
+STEPS_PER_LOOK = 10  # a look at 64 validation examples costs as much as several steps
+
+
+def looks(steps: int) -> int:
+    """Evaluations of a trial that is one of many, where nothing else is asked for: short ones take fewer."""
+    return max(1, min(TrainConfig.evaluations, steps // STEPS_PER_LOOK))
+
+
 def split(configuration: dict[str, Any]) -> tuple[MethodConfig, TrainConfig]:
     """Checked halves of a configuration. Raises UserError naming the wrong key or value."""
     from pydantic import ValidationError
