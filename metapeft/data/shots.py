@@ -29,7 +29,10 @@ def load_shots(task: str, count: int | None, settings: DataSettings, seed: int) 
     named = path.is_file() or path.suffix.lower() in formats.SUFFIXES  # one that is missing is told as such
     if named and (count is None or rows(path) <= count or rows(path) < splits.MIN_PROMPTS):
         few = read(path, settings)
-        return few if count is None or count >= len(few.train) else draw(few, count, seed), list(few.notes)
+        there, notes = len(few.train), list(few.notes)
+        if count is not None and count > there:
+            notes.append(f"{path.name} has {splits.counted(there, 'different row')}: all are learned from")
+        return few if count is None or count >= there else draw(few, count, seed), notes
     if count is None:
         raise UserError(f"say how many examples of {task} to learn from: --shots K")
     whole = load.load_task(task, settings)

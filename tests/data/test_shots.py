@@ -104,8 +104,13 @@ def test_every_shot_may_have_a_label_of_its_own(tmp_path: Path) -> None:
 
 def test_fewer_shots_than_a_small_file_has(tmp_path: Path) -> None:
     path = written(tmp_path / "eight.jsonl", [(f"text {n}", "ab"[n % 2]) for n in range(8)])
-    few, _ = shots.load_shots(str(path), 5, DataSettings(), 0)
-    assert len(few.train) == 5 and not few.test and few.version != shots.read(path, DataSettings()).version
+    assert shots.load_shots(str(path), 9, DataSettings(), 0)[1] == [
+        "eight.jsonl has 8 different rows: all are learned from"
+    ]
+    few, notes = shots.load_shots(str(path), 5, DataSettings(), 0)
+    assert (
+        not notes and len(few.train) == 5 and not few.test and few.version != shots.read(path, DataSettings()).version
+    )
     many = written(tmp_path / "many.jsonl", [(f"text {n}", "ab"[n % 2]) for n in range(1001)])
     with pytest.raises(UserError, match=r"1,001 rows; at most 1,000 are shots: give fewer by --shots"):
         shots.load_shots(str(many), 2000, DataSettings(), 0)
