@@ -234,9 +234,11 @@ def learn_starts(
     settings = settings_for("meta", **options)
     known = sorted({entry.trial.task for entry in library.entries() if catalog.find(entry.trial.task)})
     names = list(tasks or known)
-    wanted = [method for method in METHODS if not methods or method in methods]
-    if not wanted:
-        raise UserError(f"no start can be learned for {', '.join(methods)}; choose from {', '.join(METHODS)}")
+    wanted = list(dict.fromkeys(methods or METHODS))
+    if unknown := [method for method in wanted if method not in METHODS]:
+        raise UserError(f"no start can be learned for {', '.join(unknown)}; choose from {', '.join(METHODS)}")
+    if not names:
+        raise UserError("the library has no adapter of a catalog task to learn from: name tasks, or train on some")
     loaded = [load_task(name, settings.data) for name in names]
     base = backbones.load(settings.backbone)
     fresh = cold(anatomy(base.model).depth)

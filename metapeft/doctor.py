@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from metapeft import blas
@@ -137,7 +138,8 @@ def _home() -> Check:
     except OSError as error:
         return Check("home", f"{folder} ({error.strerror})", False, remedy)
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only file system
+            probe.unlink(missing_ok=True)
     return Check("home", str(folder), True)
 
 

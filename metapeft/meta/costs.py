@@ -25,7 +25,7 @@ from metapeft.training.configuration import TrainConfig, split
 from metapeft.training.trial import Trial
 
 MB = 2**20
-RECENT = 100  # trials that costs are corrected by
+RECENT = 100  # trials that times are corrected by, and memory
 SHRINK = 1.0
 WAITING = 1.15  # wall seconds times cores over processor seconds, where a training has the machine for itself
 PADDING = 1.2  # time per token: padding within groups of similar length, and workers that wait for each other
@@ -78,7 +78,8 @@ def corrected(
     trials: Sequence[Trial],
     profiles: Mapping[tuple[str, str], Profile],
 ) -> list[Cost]:
-    """Costs, corrected by how long trials really took on this processor, and their memory on this kind of device.
+    """Costs, corrected by how long trials of this backbone really took on this processor, whose speed with it was
+    measured, and by the memory of all on this kind of device.
 
     Of all trials, then of the method's, then of the task's, in turn: what is left to correct is the median ratio, drawn
     towards none as if SHRINK more trials had gone as predicted.
@@ -86,15 +87,18 @@ def corrected(
     times: list[_Ratio] = []
     memories: list[_Ratio] = []
     mine = [t for t in trials if t.status == "ok" and t.seconds > 0 and t.device == speed.measured.get("device")]
-    for trial in mine[-RECENT:]:
-        same = trial.task_version == profile.task_version
+    for trial in reversed(mine):
+        here = (trial.backbone, trial.versions.get("processor")) == (profile.backbone, speed.measured.get("processor"))
+        timed, sized = here and len(times) < RECENT, len(memories) < RECENT
+        same = (trial.task_version, trial.backbone) == (profile.task_version, profile.backbone)
         known = profile if same else profiles.get((trial.task_version, trial.backbone))
-        if known is None or trial.backbone != known.backbone:
+        if known is None or not (timed or sized):
             continue
         before = cost(trial.configuration, known, speed, trial.budget)
-        larger = math.log(max(1.0, trial.peak_memory_mb) / max(1.0, before.peak_memory_mb))
-        memories.append(_Ratio(trial.method, trial.task_version, larger))
-        if trial.versions.get("processor") == speed.measured.get("processor"):
+        if sized:
+            larger = math.log(max(1.0, trial.peak_memory_mb) / max(1.0, before.peak_memory_mb))
+            memories.append(_Ratio(trial.method, trial.task_version, larger))
+        if timed:
             longer = math.log(undisturbed(trial, speed) / max(1e-3, before.seconds))
             times.append(_Ratio(trial.method, trial.task_version, longer))
 

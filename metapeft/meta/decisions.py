@@ -85,16 +85,19 @@ def read() -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def outcomes(trials: Sequence[Trial]) -> list[Outcome]:
-    """Every recommendation with the scored trials that came after it."""
+def outcomes(trials: Sequence[Trial], entries: Sequence[dict[str, Any]] | None = None) -> list[Outcome]:
+    """Every recommendation (None: as `read` gives them now) with the scored trials that came after it."""
     by_task: dict[tuple[str, str], list[Trial]] = {}
     for trial in trials:
         if trial.score is not None and math.isfinite(trial.score.value):
             by_task.setdefault((trial.task_version, trial.backbone), []).append(trial)
-    return [_joined(entry, by_task.get((entry["task_version"], entry["backbone"]), [])) for entry in read()]
+    found = read() if entries is None else entries
+    return [_joined(entry, by_task.get((entry["task_version"], entry["backbone"]), [])) for entry in found]
 
 
 def _joined(entry: dict[str, Any], trials: Sequence[Trial]) -> Outcome:
+    by = entry.get("metric")  # what was recommended before it was written down goes with any
+    trials = [t for t in trials if t.score is not None and by in (None, "", t.score.metric)]
     budget = entry.get("steps")  # what was predicted; a trial of fewer or more steps says nothing about it
     later = [t for t in trials if t.started >= entry["at"][:19] and budget in (None, t.budget)]
     ranks = {key(e["configuration"]): e for e in entry["recommendations"]}

@@ -84,6 +84,7 @@ class Observation:
     between: float = math.nan  # variance of the test score between the repeats
     status: str = "ok"
     device: str = ""  # that it was measured on: "cpu", "metal" or "cuda"
+    untuned: float = math.nan  # the backbone's own score, what gains are measured from
 
     @cached_property
     def key(self) -> str:
@@ -93,6 +94,9 @@ class Observation:
     def id(self) -> str:
         """12 hex digits that the same work always has, whatever came of it."""
         work = f"{self.task.version} {self.task.backbone} {self.steps} {self.key}"
+        # What is not named is as in the experience that ships, whose ids are older than the rest.
+        work += f" {self.device}" if self.device not in ("", "cpu") else ""
+        work += f" {self.task.metric}" if self.task.metric == "macro_f1" else ""
         return hashlib.sha256(work.encode()).hexdigest()[:12]
 
 
@@ -107,33 +111,39 @@ def complete(configuration: Configuration) -> Configuration:
     return _defaults()[configuration["method"]] | given
 
 
+def plain(configuration: Configuration) -> Configuration:
+    """`complete`, with the usual number of evaluations: it follows from the steps and says nothing about quality."""
+    usual = _defaults()[configuration["method"]]["evaluations"]
+    return complete(configuration) | {"evaluations": usual}
+
+
 def key(configuration: Configuration) -> str:
-    """Equal for configurations that train alike."""
-    return json.dumps(complete(configuration), sort_keys=True)
+    """Equal for configurations that train alike, however often they are looked at."""
+    return json.dumps(plain(configuration), sort_keys=True)
 
 
 def gather(
     trials: Iterable[Trial],
     features: Mapping[tuple[str, str], dict[str, float]],
-    untuned: Mapping[str, float] | None = None,
+    untuned: Mapping[tuple[str, str], float] | None = None,
     remaining: Remaining | None = None,
 ) -> list[Observation]:
     """One observation per (task, metric, backbone, configuration, steps, device), in an order that the trials' order
     does not change.
 
-    features: by (task version, backbone). untuned: scores of the untuned backbone by task version, for trials that do
-    not carry their own. remaining: what trials that were stopped would have gained still.
+    features: by (task version, backbone). untuned: scores of the untuned backbone, likewise, for trials that do not
+    carry their own. remaining: what trials that were stopped would have gained still.
     """
     remaining = remaining or Remaining()
     groups: dict[tuple[Any, ...], list[tuple[Trial, float]]] = {}
     for trial in trials:
-        base = trial.untuned_score.value if trial.untuned_score else (untuned or {}).get(trial.task_version)
+        place = (trial.task_version, trial.backbone)
+        base = trial.untuned_score.value if trial.untuned_score else (untuned or {}).get(place)
         measured = trial.score or trial.validation
         useful = trial.status == "diverged" or (trial.status in ("ok", "stopped") and _finite(measured))
         if trial.method in METHODS and useful and base is not None and math.isfinite(base):
-            by = metric(trial)
-            place = (trial.task_version, trial.backbone, key(trial.configuration), trial.budget, trial.device, by)
-            groups.setdefault(place, []).append((trial, base))
+            work = (key(trial.configuration), trial.budget, trial.device, metric(trial))
+            groups.setdefault((*place, *work), []).append((trial, base))
     tasks: dict[tuple[str, str, str], Known] = {}
     found = []
     for (version, backbone, _, steps, _, by), group in sorted(groups.items(), key=lambda item: item[0]):
@@ -170,7 +180,7 @@ def _averaged(task: Known, steps: int, group: Sequence[tuple[Trial, float]], rem
         error = 0.0 if lost or measured is None else measured.standard_error
         more, unsure = remaining.at(fraction(trial)) if trial.status == "stopped" else (0.0, 0.0)
         gains.append(min(1.0, gain(value, base) + more))
-        errors.append(math.hypot(error / room(base), unsure))
+        errors.append(math.hypot(error / room(base, value >= base), unsure))
         if lost:
             scores.append(base)
         elif trial.score is not None:
@@ -193,6 +203,7 @@ def _averaged(task: Known, steps: int, group: Sequence[tuple[Trial, float]], rem
         between=float(np.var(scores, ddof=1)) if len(scores) > 1 else math.nan,
         status=group[0][0].status,
         device=group[0][0].device,
+        untuned=group[0][1],
     )
 
 

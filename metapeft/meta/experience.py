@@ -2,8 +2,9 @@
 
 Each process appends to a segment file of its own, one JSON line per trial, in one `write` followed by `fsync`. kill -9
 can tear only the line being written, and a line that does not hold a whole trial is passed over. `compact` moves
-finished segments into one Parquet table. A trial that was recorded twice (same id) counts once: one that was finished
-and tested before one that was not, then the user's own before the shipped one, then the one that started later.
+finished segments into one Parquet table, as soon as there are more than SEGMENTS. A trial that was recorded twice (same
+id) counts once: one that was finished and tested before one that was not, then the user's own before the shipped one,
+then the one that started later.
 
     experience/segments/HOST-PID-….jsonl    being appended to, or not yet compacted
     experience/experience.parquet           compacted
@@ -22,9 +23,10 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 SCHEMA = 1
+SEGMENTS = 50
 MIGRATIONS: dict[
     int, Callable[[Record], Record]
 ] = {}  # schema version -> what turns its records into the next version's
@@ -113,7 +116,8 @@ class Experience:
         return whole
 
     def compact(self) -> Path:
-        """Move the segments that nobody is writing into the Parquet table; returns its path."""
+        """Move the segments that nobody is writing into the Parquet table; returns its path. One with a line that is no
+        trial stays as it is: a later metapeft, or a person, may read more of it."""
         from filelock import FileLock
 
         self.close()
@@ -121,10 +125,14 @@ class Experience:
         with self._writable():
             (self.folder / "segments").mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / "compact.lock"), _unused(self._segments()) as segments:
-                if segments or not target.exists():
-                    records = [record for path in (*segments, *self._tables()) for record in self._load(path)]
-                    _write_table(_table(_unique([(0, records)])), target)
-                    for path in segments:
+                whole: dict[Path, list[Record]] = {}
+                for path in segments:
+                    with suppress(UserError):
+                        whole[path] = _load(path, refuse=True)
+                if whole or not target.exists():
+                    tables = [record for path in self._tables() for record in self._load(path)]
+                    _write_table(_table(_unique([(0, [*chain(*whole.values()), *tables])])), target)
+                    for path in whole:
                         path.unlink()
         return target
 
@@ -151,7 +159,12 @@ class Experience:
         the line of a file that does not hold a trial, and then takes over none.
         """
         if path.is_dir():
-            other = Experience(path, shipped=None)._records()
+            holds = [folder for folder in (path, path / "experience") if Experience(folder, shipped=None).state()]
+            if not holds:
+                raise UserError(
+                    f"{path} holds no experience: neither segments/ nor a .parquet file; give one that does"
+                )
+            other = Experience(holds[0], shipped=None)._records()
         elif path.is_file() and path.suffix in (".parquet", ".jsonl"):
             other = _load(path, refuse=True)
         else:
@@ -213,6 +226,9 @@ class Experience:
         if not records:
             return
         data = b"".join(_line(record) for record in records)
+        if (os.getpid(), self.folder.absolute()) not in _open_segments and len(self._segments()) > SEGMENTS:
+            with suppress(MetapeftError):  # what is to be recorded goes first
+                self.compact()
         with _appending, self._writable():
             file = self._open()
             written = os.write(file, data)

@@ -33,8 +33,9 @@ Predicted = tuple[Group, np.ndarray, np.ndarray]
 
 
 def fit(observations: Sequence[Observation]) -> Model:
-    """The beliefs themselves when there are too few tasks."""
-    if len(groups(observations)) < LEAST_TASKS:
+    """The beliefs themselves when there are too few tasks, or all are of one family."""
+    found = groups(observations)
+    if len(found) < LEAST_TASKS or len({group[0].task.family for group in found}) < 2:
         return Model()
     with one_thread():
         model = fit_deviations(observations, Model(metric=learn(observations), reach=1.0))

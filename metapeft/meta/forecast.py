@@ -77,7 +77,8 @@ def drawn(
     value, error = untuned
     start = np.clip(value + error * random.standard_normal((DRAWS, 1)), 0, 1)
     expected = scale.score(mean, np.clip(value, 0, 1))
-    examples = np.sqrt(expected * (1 - expected) / max(1, tests)) / scale.room(value)
+    room = np.where(mean >= 0, scale.room(value), scale.room(value, up=False))
+    examples = np.sqrt(expected * (1 - expected) / max(1, tests)) / room
     own = min(1.0, model.deviations["sampling"])
     luck = np.sqrt(model.deviations["seed"] ** 2 + (own * examples) ** 2) * random.standard_normal(away.shape)
     common = np.sqrt(1 - own**2) * examples * random.standard_normal((DRAWS, 1))
@@ -115,10 +116,12 @@ def scaled(model: Model, away: np.ndarray) -> np.ndarray:
 
 
 def untuned_of(observations: Sequence[Observation]) -> tuple[float, float]:
-    """The score that a task's profile gives the untuned backbone, and its standard error."""
+    """The score that a task's profile gives the untuned backbone, and its standard error; without a profile, what its
+    trials were measured from."""
     features = observations[0].task.features
     if features is None:
-        return 0.0, 0.0
+        base, tests = observations[0].untuned, tests_of(observations)
+        return base, float(np.sqrt(base * (1 - base) / tests))
     return features["zero_shot_score"], features["zero_shot_standard_error"]
 
 

@@ -27,10 +27,11 @@ class Knowledge:
     _observed: dict[object, list[Observation]] = field(default_factory=dict, compare=False)
 
     @cached_property
-    def untuned(self) -> dict[str, float]:
-        """Score of the untuned backbone by task version, from trials, else from profiles."""
-        profiled = {version: p.features["zero_shot_score"] for (version, _), p in self.profiles.items()}
-        return profiled | {t.task_version: t.untuned_score.value for t in self.trials if t.untuned_score}
+    def untuned(self) -> dict[tuple[str, str], float]:
+        """Score of the untuned backbone by (task version, backbone), from trials, else from profiles."""
+        profiled = {place: p.features["zero_shot_score"] for place, p in self.profiles.items()}
+        tested = [t for t in self.trials if t.untuned_score]
+        return profiled | {(t.task_version, t.backbone): t.untuned_score.value for t in tested if t.untuned_score}
 
     def observations(self, remaining: Remaining | None = None) -> list[Observation]:
         """Of all trials."""

@@ -289,15 +289,17 @@ def _shared_backbone(left: Sequence[Known], right: Sequence[Known]) -> np.ndarra
 def _same_task(left: Sequence[Known], right: Sequence[Known], similar: np.ndarray) -> np.ndarray:
     """1 for a task with itself, less for a sample of it of another size, or another backbone; 0 for other tasks.
 
-    Outside of the catalog a name is a file's and proves little: there other rows of that name count as the same task
-    as far as they are `similar`.
+    Outside of the catalog a name is a file's and proves little: there what has that name counts as the same task as far
+    as it is `similar`, the very rows on another backbone too (a product of covariances is one; exceptions are not).
+    Of what was never profiled the very rows are alike.
     """
-    own = np.equal.outer(np.array([t.version for t in left], object), np.array([t.version for t in right], object))
-    catalog = np.array([t.name in families() for t in left])[:, None]
+    versions = np.equal.outer(np.array([t.version for t in left], object), np.array([t.version for t in right], object))
+    rows = similar + versions * np.outer([t.features is None for t in left], [t.features is None for t in right])
+    catalog = np.array([t.name in families() for t in left], dtype=bool)[:, None]
     names = np.equal.outer(np.array([t.name for t in left], object), np.array([t.name for t in right], object))
     sizes = [np.log2([max(1, t.train_examples) for t in side]) for side in (left, right)]
     alike = prior.OTHER_SIZE ** np.abs(np.subtract.outer(*sizes))
-    return names * np.where(catalog | own, 1.0, similar) * alike * _shared_backbone(left, right)
+    return names * np.where(catalog, 1.0, rows) * alike * _shared_backbone(left, right)
 
 
 def _linear(left: Sequence[Known], right: Sequence[Known]) -> np.ndarray:

@@ -18,7 +18,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +26,7 @@ from metapeft.data.task import Task
 from metapeft.errors import UserError
 from metapeft.meta import costs, versions
 from metapeft.meta.costs import Cost
-from metapeft.meta.evidence import Configuration, Known, Observation, complete, families, key
+from metapeft.meta.evidence import Configuration, Known, Observation, complete, families, key, plain
 from metapeft.meta.experience import Experience
 from metapeft.meta.forecast import CLOSE, forecast
 from metapeft.meta.knowledge import Knowledge, knowledge
@@ -122,7 +121,7 @@ class Neighbour:
 class Recommendation:
     """`advice`: the answer in a sentence or two. `model`: version of the meta-model; `tasks`, `trials`: what it rests
     on. `together`: ranks of the TOGETHER configurations whose best is expected to be highest, when all are tried.
-    `steps`: of the training that is predicted; `prefer`: what the ranks weigh."""
+    `steps`: of the training that is predicted; `prefer`: what the ranks weigh; `metric`: what scores are of."""
 
     id: str
     task: str
@@ -139,6 +138,7 @@ class Recommendation:
     together: tuple[int, ...] = ()
     steps: int = 0
     prefer: str = ""
+    metric: str = ""
 
     def to_json(self) -> dict[str, Any]:
         record = asdict(self)
@@ -235,10 +235,11 @@ def recommend(
         trials=sum(o.repeats for o in evidence),
         untuned=Untuned(_r(untuned), _r(error), enough),
         recommendations=entries,
-        neighbours=neighbours(version.model, here, evidence, known),
+        neighbours=neighbours(version.model, here, evidence),
         together=tuple(order.index(i) + 1 for i in told.together(TOGETHER, penalty)),
         steps=settings.train.steps,
         prefer=settings.recommend.prefer,
+        metric=task.metric,
     )
     found = replace(found, advice=_advice(found, evidence))
     text = json.dumps(found.to_json(), sort_keys=True)
@@ -317,7 +318,7 @@ def _advice(found: Recommendation, evidence: list[Observation]) -> str:
     return " ".join(said)
 
 
-def neighbours(model: Model, here: Known, evidence: list[Observation], known: Knowledge) -> tuple[Neighbour, ...]:
+def neighbours(model: Model, here: Known, evidence: list[Observation]) -> tuple[Neighbour, ...]:
     """The tasks that are nearest by the learned metric, each at the size that is, with the best that was measured."""
     best: dict[Known, Observation] = {}
     for o in evidence:
@@ -326,10 +327,6 @@ def neighbours(model: Model, here: Known, evidence: list[Observation], known: Kn
             best[o.task] = o
     if not best:
         return ()
-    tested: dict[tuple[str, str], list[float]] = {}
-    for t in known.trials:
-        if t.backbone == here.backbone and t.score is not None:
-            tested.setdefault((t.task_version, key(t.configuration)), []).append(t.score.value)
     tasks = list(best)
     similarity = model.metric.similarity([here], tasks, model.length)[0]
     found = [
@@ -338,9 +335,9 @@ def neighbours(model: Model, here: Known, evidence: list[Observation], known: Kn
             _r(similarity[i]),
             {
                 "method": best[task].configuration["method"],
-                "configuration": short(best[task].configuration),
-                "score": _r(fmean(tested.get((task.version, key(best[task].configuration)), [best[task].score]))),
-                "untuned": _r(known.untuned.get(task.version, math.nan)) if task.version in known.untuned else None,
+                "configuration": short(plain(best[task].configuration)),
+                "score": _r(best[task].score),
+                "untuned": _r(best[task].untuned) if math.isfinite(best[task].untuned) else None,
             },
             task.train_examples,
         )
@@ -372,11 +369,12 @@ def _candidates(shapes: Shapes, own: list[Trial], others: list[Trial]) -> list[C
     counts = Counter({place: len(seen) for place, seen in tasks.items() if len(seen) >= LEAST_SEEN})
     often = [configurations[place] for place in sorted(counts, key=lambda p: (-counts[p], p))[:MOST_OFTEN]]
     impossible = {key(t.configuration) for t in own if t.status == "out_of_memory"}
+    impossible -= {key(t.configuration) for t in own if t.status == "ok"}  # elsewhere, or with more memory left
     found: dict[str, Configuration] = {}
     for configuration in (*portfolio(shapes.depth), *(t.configuration for t in tried), *often):
         place = key(configuration)
         if place not in impossible and shapes.takes(configuration["method"]):
-            found.setdefault(place, short(configuration))
+            found.setdefault(place, short(plain(configuration)))
     return list(found.values())
 
 

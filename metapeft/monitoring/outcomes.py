@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from metapeft.meta import evidence
-from metapeft.meta.evidence import families
+from metapeft.meta.evidence import families, key, metric
 from metapeft.meta.forecast import CLOSE
 from metapeft.training.trial import Score, Trial
 
@@ -67,12 +66,6 @@ class Decision:
         return self.family if self.family != self.task or not self.neighbour else f"{self.task} (like {self.neighbour})"
 
 
-def key(configuration: Mapping[str, Any]) -> str:
-    """By which what was recommended and what was trained are the same: how often a training looks at itself follows
-    from its steps, and was not recommended."""
-    return evidence.key({name: value for name, value in configuration.items() if name != "evaluations"})
-
-
 def joined(entries: Iterable[Mapping[str, Any]], trials: Sequence[Trial]) -> list[Decision]:
     """entries: as `metapeft.meta.decisions.read` gives them. The oldest first."""
     ordered = sorted(entries, key=lambda e: str(e["at"]))
@@ -82,7 +75,10 @@ def joined(entries: Iterable[Mapping[str, Any]], trials: Sequence[Trial]) -> lis
     credited: dict[str, list[Trial]] = {}
     listed = {e["id"]: {key(r["configuration"]): r for r in e["recommendations"]} for e in ordered}
     for trial in trials:
-        before = [e for e in by_place.get((trial.task_version, trial.backbone), []) if trial.started >= e["at"][:19]]
+        by = metric(trial)
+        given = [e for e in by_place.get((trial.task_version, trial.backbone), []) if trial.started >= e["at"][:19]]
+        # One that was given before metrics were written down goes with any.
+        before = [e for e in given if not by or not e.get("metric") or e["metric"] == by]
         place = key(trial.configuration) if before else ""
         for entry in reversed(before):
             if place in listed[entry["id"]]:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from metapeft.data.task import Task
 from metapeft.errors import MetapeftError
 from metapeft.meta import decisions as given
+from metapeft.meta.evidence import key
 from metapeft.meta.experience import Experience
-from metapeft.monitoring.outcomes import joined, key
+from metapeft.monitoring.outcomes import joined
 from metapeft.progress import say
 from metapeft.search.slots import Slots
 from metapeft.training.trial import Trial

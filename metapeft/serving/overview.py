@@ -128,9 +128,10 @@ def decided(backbone: str, trials: Sequence[Trial], count: int = 20) -> list[dic
 
     tried: later trials of recommended configurations. best: the best later score. regret: that less the first choice's.
     """
-    outcomes = {outcome.recommendation: outcome for outcome in decisions.outcomes(trials)}
+    entries = [entry for entry in decisions.read() if entry["backbone"] == backbone]
+    outcomes = {outcome.recommendation: outcome for outcome in decisions.outcomes(trials, entries)}
     found = []
-    for entry in [entry for entry in decisions.read() if entry["backbone"] == backbone][-count:][::-1]:
+    for entry in entries[-count:][::-1]:
         first, outcome = next(iter(entry["recommendations"]), None), outcomes[entry["id"]]
         found.append(
             {

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from metapeft.data.task import Task
-from metapeft.meta import versions
-from metapeft.meta.evidence import Known, complete, families, key
+from metapeft.meta import evidence, versions
+from metapeft.meta.evidence import Known, families, key
 from metapeft.meta.experience import Experience
 from metapeft.meta.knowledge import Knowledge, knowledge
 from metapeft.meta.model import Model
@@ -68,29 +68,38 @@ def advice(
     model: Model | None = None,
 ) -> Advice:
     """For a training of `start` that would take `steps`. untuned: the backbone's validation score. The same experience
-    gives the same advice; so does a later one, told the basis of before. without: families of tasks whose trials do
-    not count; model: None is the champion's. Both are for judging."""
+    gives the same advice; so does a later one, told the basis of before. Of the task's own trials the validation score
+    alone counts: decisions must not know test answers. without: families of tasks whose trials do not count; model:
+    None is the champion's. Both are for judging."""
     known = knowledge(experience)
     speed = speed or speeds.read(profile.backbone_content) or nominal_speed(profile)
     champion = versions.champion() if basis is None else versions.numbered(basis.version)
     model = model or champion.model
     kinds = families()
-    if basis is not None or without:
-        then = None if basis is None else set(basis.trials)
-        counted = (t for t in known.trials if kinds.get(t.task, t.task) not in without)
-        known = Knowledge(tuple(t for t in counted if then is None or t.id in then), known.profiles)
+    then = None if basis is None else set(basis.trials)
+    counted = [t for t in known.trials if kinds.get(t.task, t.task) not in without and (then is None or t.id in then)]
+    own = [(t.task_version, t.backbone) == (task.version, profile.backbone) for t in counted]
+    if len(counted) < len(known.trials) or any(own):
+        seen = (validated(t, untuned) if mine else t for t, mine in zip(counted, own, strict=True))
+        known = Knowledge(tuple(seen), known.profiles)
     here = Known(
-        task.version, profile.backbone, task.name, kinds.get(task.name, task.name), len(task.train), profile.features
+        task.version,
+        profile.backbone,
+        task.name,
+        kinds.get(task.name, task.name),
+        len(task.train),
+        profile.features,
+        task.metric,
     )
-    evidence = counting(known, model, here, own=True)
+    counts = counting(known, model, here, own=True)
     trials = [t for t in known.trials if t.method in METHODS]
     same = [t for t in trials if t.backbone == profile.backbone]
-    state = (tuple(t.id for t in same), json.dumps(model.to_json()))
+    state = (tuple((t.id, t.score is None) for t in same), json.dumps(model.to_json()))
     if state not in _kept:
         _kept.clear()
         _kept[state] = calibrated(left_out(same, known.observations(model.remaining), model))
     device = speed.measured.get("device", "")
-    forecaster = Forecaster(here, evidence, same, model, untuned, len(task.test), _kept[state], device)
+    forecaster = Forecaster(here, counts, same, model, untuned, len(task.test), _kept[state], device)
     first = plain(start)
     chosen = [first, *_best(forecaster, profile.shapes, first, trials, task.version, steps)]
     costs = prices(chosen, profile, speed, trials, known.profiles)
@@ -121,8 +130,13 @@ def _best(
     return best
 
 
+def validated(trial: Trial, untuned: float) -> Trial:
+    """The trial without what it knows of the test split. untuned: the backbone's validation score."""
+    start = trial.validation or trial.untuned_score
+    return replace(trial, score=None, untuned_score=replace(start, value=untuned) if start else None)
+
+
 def plain(configuration: dict[str, Any]) -> dict[str, Any]:
     """With the usual number of evaluations, which says nothing about quality: configurations that differ in it alone
     are one."""
-    usual = complete({"method": configuration["method"]})["evaluations"]
-    return short(complete(configuration) | {"evaluations": usual})
+    return short(evidence.plain(configuration))

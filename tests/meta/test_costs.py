@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ from mlx.utils import tree_flatten
 
 from metapeft.backbones import Backbone
 from metapeft.errors import UserError
-from metapeft.meta.costs import cost, undisturbed
+from metapeft.meta.costs import corrected, cost, undisturbed
 from metapeft.peft import adapters, create
 from metapeft.profiling import profile as measure
 from metapeft.profiling import speed
 from metapeft.profiling.shapes import shapes
-from metapeft.training.configuration import split
+from metapeft.profiling.speed import Speed
+from metapeft.training.configuration import full, split
 from metapeft.training.session import Session
 from metapeft.training.trainer import run_trial
+from metapeft.training.trial import Trial
 from tests.backbones.tiny import tiny
-from tests.meta.made import SPEED, profile
+from tests.meta.made import SPEED, profile, trial
 from tests.profiling.tasks import classification
 
 CONFIGURATIONS: list[dict[str, Any]] = [
@@ -96,3 +99,33 @@ def test_predictions_against_a_real_training(smollm: Backbone) -> None:
         assert predicted.peak_memory_mb == pytest.approx(trial.peak_memory_mb, rel=0.35)
         took = undisturbed(trial, speed.of(smollm))
         assert took / 3 < predicted.seconds < took * 3
+
+
+HERE = Speed(*(getattr(SPEED, f.name) for f in fields(SPEED)[:5]), {"device": "cpu", "workers": 2, "processor": "X"})
+LORA = full({"method": "lora"})
+
+
+def test_times_of_another_backbone_or_processor_correct_nothing() -> None:
+    """A speed is measured for one backbone on one processor."""
+    mine = profile()
+    raw = cost(LORA, mine, HERE, 120).seconds
+    like: dict[str, Any] = {"seconds": 2 * raw, "peak_memory_mb": 500.0}
+    own = [trial(0.7, seed=n, versions={"processor": "X"}, **like) for n in range(30)]
+    elsewhere = [trial(0.7, seed=n, versions={"processor": "Y"}, **like) for n in range(150)]
+    big = [replace(t, backbone="big/model") for t in own]
+    known = {(mine.task_version, "big/model"): replace(mine, backbone="big/model")}
+
+    def seconds(trials: list[Trial]) -> float:
+        return corrected([LORA], mine, HERE, 120, trials, known)[0].seconds / raw
+
+    assert seconds(own) == pytest.approx(2, rel=0.05)
+    assert seconds([*own, *elsewhere]) == pytest.approx(2, rel=0.05)  # however many are newer
+    assert seconds(big) == seconds(elsewhere) == 1
+
+
+def test_memory_is_corrected_by_every_backbone_on_this_device() -> None:
+    mine = profile()
+    raw = cost(LORA, mine, HERE, 120).peak_memory_mb
+    big = [replace(trial(0.7, seed=n, seconds=1.0, peak_memory_mb=2 * raw), backbone="big/model") for n in range(30)]
+    known = {(mine.task_version, "big/model"): replace(mine, backbone="big/model")}
+    assert corrected([LORA], mine, HERE, 120, big, known)[0].peak_memory_mb > 1.8 * raw

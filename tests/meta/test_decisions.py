@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from metapeft.meta import Experience, Recommendation, decisions, recommend
+from metapeft.monitoring.outcomes import joined
 from metapeft.settings import load_settings
+from metapeft.training.trial import Score
 from tests.meta.made import SPEED, profile, task, trial
 
 
@@ -59,3 +62,23 @@ def test_a_torn_line_costs_only_itself(tmp_path: Path, home: Path) -> None:
     decisions.record(found)
     assert [entry["id"] for entry in decisions.read()] == [found.id]
     assert path.read_bytes().count(found.id.encode()) == 2
+
+
+def test_scores_by_another_metric_say_nothing_about_what_was_predicted(tmp_path: Path) -> None:
+    found = given(tmp_path)
+    decisions.record(found)
+    first = trial(0.8, **found.recommendations[0].configuration, started=later())
+    other = replace(first, id="f1", score=Score("macro_f1", 0.1, 0.02, 300, 1.0))
+    (outcome,) = decisions.outcomes([first, other])
+    assert list(outcome.followed) == [first.id] and (outcome.best, outcome.regret) == (0.8, 0)
+    (decision,) = joined(decisions.read(), [first, other])
+    assert decision.followed == (first.id,)
+
+
+def test_a_short_trial_of_a_recommended_configuration_follows_it(tmp_path: Path) -> None:
+    found = given(tmp_path)
+    decisions.record(found)
+    (outcome,) = decisions.outcomes(
+        [trial(0.8, **found.recommendations[0].configuration, evaluations=2, started=later())]
+    )
+    assert list(outcome.followed.values()) == [1]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from metapeft.meta import gains
 from metapeft.meta.evidence import FEATURES, Known, gather
 from metapeft.meta.gains import gain, score
+from metapeft.meta.knowledge import Knowledge
 from metapeft.training.trial import Score
 from tests.meta.made import BACKBONE, profile, task, trial
 
@@ -64,7 +65,7 @@ def test_failures_teach_what_they_can() -> None:
     assert diverged.gain == 0 and diverged.score == 0.5
     assert gather([trial(None, status=s) for s in ("out_of_memory", "failed", "ok")], {}) == []
     assert gather([trial(0.9, untuned=None)], {}) == []
-    assert gather([trial(0.9, untuned=None)], {}, {task().version: 0.5})[0].gain == pytest.approx(0.8)
+    assert gather([trial(0.9, untuned=None)], {}, {(task().version, BACKBONE): 0.5})[0].gain == pytest.approx(0.8)
     assert gather([trial(float("nan"))], {}) == []
 
 
@@ -91,3 +92,31 @@ def test_a_task_is_its_content_not_its_name() -> None:
     assert here == Known("v", "b", "other", "other", 5) != Known("w", "b", "name", "family", 100)
     assert here.vector.shape == (len(FEATURES),) and np.abs(here.vector).max() <= 4
     assert not Known("v", "b", "name", "family", 100).vector.any()
+
+
+def test_errors_are_on_the_scale_of_what_was_won_or_lost() -> None:
+    (lost,) = gather([trial(0.6, untuned=0.9)], {})
+    assert lost.gain == pytest.approx(-1 / 3) and lost.error == pytest.approx(0.02 / 0.9)
+    (won,) = gather([trial(0.95, untuned=0.9)], {})
+    assert won.gain == pytest.approx(0.5) and won.error == pytest.approx(0.02 / 0.1)
+
+
+def test_how_often_a_training_looks_at_itself_is_no_other_configuration() -> None:
+    (one,) = gather([trial(0.9), trial(0.8, evaluations=2, seed=1)], {})
+    assert one.repeats == 2
+
+
+def test_the_untuned_score_of_another_backbone_is_none_of_this_one() -> None:
+    here = (task().version, BACKBONE)
+    known = Knowledge(
+        (trial(0.8, untuned=0.5), replace(trial(0.7, untuned=None), backbone="big/model")),
+        {here: profile(), (here[0], "big/model"): replace(profile(untuned=0.85), backbone="big/model")},
+    )
+    assert known.untuned == {here: 0.5, (here[0], "big/model"): 0.85}
+    assert {o.task.backbone: o.untuned for o in known.observations()} == {BACKBONE: 0.5, "big/model": 0.85}
+
+
+def test_work_on_another_device_or_by_another_metric_is_other_work() -> None:
+    (cpu,), (metal,) = gather([trial(0.9)], {}), gather([trial(0.9, device="metal")], {})
+    f1 = replace(cpu, task=replace(cpu.task, metric="macro_f1"))
+    assert len({cpu.id, metal.id, f1.id}) == 3

@@ -468,3 +468,26 @@ def test_files_of_the_first_schema_are_read_for_ever(store: Experience, name: st
     first.untuned_score.loss = 0.0
     assert first == trial(1, untuned_score=Score("accuracy", 0.25, 0.05, 300, 0.0))
     assert second == trial(2, status="diverged", score=None, validation=None, error="loss — NaN", seed=3)
+
+
+def test_many_segments_become_a_table_by_themselves_and_no_line_is_lost(
+    store: Experience, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SEGMENTS", 3)
+    segments = store.folder / "segments"
+    for n in range(1, 6):
+        store.append(trial(n))
+        store.close()
+        if n == 2:
+            path = max(segments.iterdir(), key=lambda p: p.stat().st_mtime_ns)
+            path.write_bytes(path.read_bytes() + b'{"id": "strange"}\n')
+    assert path.exists() and len(list(segments.iterdir())) == 2  # the one with a strange line, and the last
+    assert store.trials() == [trial(n) for n in range(1, 6)]
+
+
+def test_a_folder_without_an_experience_is_refused_and_a_home_is_understood(store: Experience, tmp_path: Path) -> None:
+    other = Experience(tmp_path / "home" / "experience", shipped=None)
+    other.append(trial(1))
+    with pytest.raises(UserError, match="holds no experience"):
+        store.merge(tmp_path)
+    assert store.merge(tmp_path / "home") == 1 and store.trials() == [trial(1)]

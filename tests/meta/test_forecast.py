@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metapeft.meta.forecast import Forecast
+from metapeft.meta import gains
+from metapeft.meta.evidence import gather
+from metapeft.meta.forecast import Forecast, drawn, untuned_of
+from metapeft.meta.model import Model
+from tests.meta.made import trial
 
 
 def told(draws: np.ndarray) -> Forecast:
@@ -35,3 +41,18 @@ def test_together_hedges_between_kinds_of_task() -> None:
     well = np.random.default_rng(0).random(1000) < 0.6
     draws = np.stack([well * 0.9, well * 0.89, ~well * 0.8], axis=1)
     assert told(draws).together(2, np.zeros(3)) == [0, 2]
+
+
+@pytest.mark.parametrize(("untuned", "expected"), [(0.9, 0.6), (0.9, 0.95), (0.1, 0.05), (0.1, 0.5), (0.5, 0.3)])
+def test_the_luck_of_a_test_split_is_binomial_above_and_below_the_untuned_backbone(
+    untuned: float, expected: float
+) -> None:
+    model = replace(Model(), deviations=Model().deviations | {"seed": 0.0, "sampling": 1.0})
+    gain = np.array([gains.gain(expected, untuned)])
+    told = drawn(model, gain, np.array([[1e-12]]), (untuned, 0.0), 300)
+    assert told.draws.std() == pytest.approx(np.sqrt(expected * (1 - expected) / 300), rel=0.1)
+
+
+def test_without_a_profile_the_trials_tell_the_untuned_score() -> None:
+    seen = gather([trial(0.9, untuned=0.6)], {})
+    assert untuned_of(seen) == (0.6, pytest.approx(np.sqrt(0.24 / 300)))

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from metapeft.meta import prior
 from metapeft.meta.evidence import Known, Observation
-from metapeft.meta.model import Conditioned, Model, fit_deviations
+from metapeft.meta.model import Conditioned, Model, Places, fit_deviations, terms, together
 from metapeft.meta.portfolio import portfolio
 from metapeft.meta.threads import one_thread
+from metapeft.meta.versions import shipped
 from metapeft.training.configuration import full
 from tests.meta.made import profile
 from tests.meta.synthetic import world
@@ -209,3 +210,21 @@ def test_a_version_of_before_devices_were_told_apart_is_read() -> None:
     record = Model().to_json()
     del record["deviations"]["device"]
     assert Model.from_json(record) == Model()
+
+
+def test_the_same_rows_on_two_backbones_and_other_rows_of_that_name_make_no_contradiction() -> None:
+    """Two versions of a file, one of them on two backbones that see it differently: still a covariance."""
+    usual = profile().features
+    far = {name: value + (1.0 if name.startswith("domain") else 0.0) for name, value in usual.items()}
+    places = [
+        Known("v1", "small", "tickets", "tickets", 600, usual),
+        Known("v1", "big", "tickets", "tickets", 600, far),
+        Known("v2", "small", "tickets", "tickets", 604, usual),
+    ]
+    model = shipped().model
+    evidence = [seen(place, c, 0.4, 0.03) for place in places for c in DEFAULTS]
+    points = Places.seen(evidence)
+    values = np.linalg.eigvalsh(together(model, terms(model, points, points)))
+    assert values.min() > -1e-9
+    mean, covariance = Conditioned(model, evidence).predict(places[0], DEFAULTS, 40)
+    assert np.isfinite(mean).all() and (np.diag(covariance) > 0).all()

@@ -16,10 +16,10 @@ import pytest
 from metapeft.errors import UserError
 from metapeft.meta import Experience, Recommendation, costs, recommend
 from metapeft.meta import recommendation as module
-from metapeft.meta.evidence import without
+from metapeft.meta.evidence import Known, gather, without
 from metapeft.meta.fitting import fit, groups
 from metapeft.meta.forecast import forecast, untuned_of
-from metapeft.meta.model import Conditioned
+from metapeft.meta.model import Conditioned, Model
 from metapeft.peft import METHODS
 from metapeft.profiling import Profile, cache
 from metapeft.settings import home, load_settings
@@ -68,6 +68,7 @@ def test_without_experience_it_is_the_portfolio_and_says_so(store: Experience) -
         "together",
         "steps",
         "prefer",
+        "metric",
     }
     assert found.together[0] == 1 and len(set(found.together)) == module.TOGETHER
     assert Recommendation.from_json({k: v for k, v in record.items() if k != "together"}).together == ()
@@ -288,3 +289,31 @@ def test_a_thousand_trials_are_quick(store: Experience) -> None:
 def test_a_machine_that_was_never_measured_gets_a_guess(store: Experience) -> None:
     found = recommend(task(), profile(), load_settings(), store)
     assert all(r.seconds > 1 for r in found.recommendations)
+
+
+def test_what_differs_by_its_looks_alone_is_listed_once_and_with_the_usual_ones(store: Experience) -> None:
+    store.extend([trial(0.9, learning_rate=1.5e-3, evaluations=2), trial(0.9, learning_rate=1.5e-3, seed=1)])
+    configurations = [r.configuration for r in asked(store).recommendations]
+    assert sum(c["method"] == "lora" and c["learning_rate"] == 1.5e-3 for c in configurations) == 1
+    assert not any("evaluations" in c for c in configurations)
+
+
+def test_what_ran_out_of_memory_once_and_ended_well_later_is_listed(store: Experience) -> None:
+    failed = trial(None, status="out_of_memory", learning_rate=1.5e-3, budget=40)
+    store.append(failed)
+    listed = [r.configuration["learning_rate"] for r in asked(store).recommendations if r.method == "lora"]
+    assert 1.5e-3 not in listed
+    store.append(trial(0.9, learning_rate=1.5e-3))
+    listed = [r.configuration["learning_rate"] for r in asked(store).recommendations if r.method == "lora"]
+    assert 1.5e-3 in listed
+
+
+def test_the_best_on_a_neighbour_is_what_was_measured_there(store: Experience) -> None:
+    here, there = profile(), profile("other")
+    observed = gather(
+        [trial(0.5, "other", budget=40), trial(0.9, "other", budget=400)],
+        {(there.task_version, there.backbone): there.features},
+    )
+    known = Known(here.task_version, here.backbone, "spam", "spam", 10, here.features, "accuracy")
+    (near,) = module.neighbours(Model(), known, observed)
+    assert (near.best["score"], near.best["untuned"]) == (0.9, 0.5)

@@ -16,6 +16,7 @@ from metapeft.meta.model import Model
 from metapeft.switching import advice as module
 from metapeft.switching.advice import Advice, Basis, advice
 from metapeft.training.configuration import full
+from metapeft.training.trial import Score
 from tests.meta import made as meta
 from tests.switching.test_forecast import made
 
@@ -64,3 +65,19 @@ def test_of_families_left_out_nothing_counts_at_any_size(tmp_path: Path, monkeyp
     left = asked(store, without={family})
     assert same(before, left) and left.basis.trials == before.basis.trials
     assert left.forecaster.calibration == before.forecaster.calibration
+
+
+def test_own_trials_count_by_their_validation_score_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAPEFT_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "_kept", {})
+    store = Experience(tmp_path / "experience", shipped=None)
+    like: dict[str, Any] = {"backbone": meta.BACKBONE, "configuration": full(START)}
+    store.extend([replace(t, **like) for t in made(8, 4)])
+    before = asked(store)
+    held = Score("accuracy", 0.95, 0.02, 150, 0.2)
+    swept = meta.trial(0.1, validation=held, **{k: v for k, v in OPTIONS[1][0].items()}, budget=20)
+    store.append(swept)
+    one = asked(store)
+    assert one.forecaster.before(OPTIONS).mean[1] > before.forecaster.before(OPTIONS).mean[1] + 0.05
+    store.append(replace(swept, score=replace(held, value=0.9), started="2026-02-01T00:00:00+00:00"))
+    assert same(one, asked(store))
