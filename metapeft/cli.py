@@ -524,7 +524,7 @@ def meta_evaluate(
     from metapeft.settings import home
 
     known = knowledge()
-    observations = known.observations()
+    observations = known.observations(versions.champion().model.remaining)
     found = evaluate(observations, len(known.trials), curve)
     tasks = list(dict.fromkeys(o.task for o in observations))
     written = evaluation.write(found, versions.champion().model, tasks, output or home() / "meta" / "evaluation")

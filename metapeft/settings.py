@@ -1,4 +1,4 @@
-"""Typed settings: params.yaml, then environment variables, then what a command was given.
+"""Typed settings: params.yaml, then what a command was given.
 
 `METAPEFT_HOME` (default `.metapeft` in the working folder) holds caches, the MLflow database, adapters and experience.
 """

@@ -258,7 +258,7 @@ def fit_deviations(observations: Sequence[Observation], start: Model) -> Model:
 
 
 def sample(observations: Sequence[Observation]) -> list[Observation]:
-    """At most MOST of them, always the same ones, from all tasks alike."""
+    """At most MOST of them, drawn at random, always the same ones."""
     if len(observations) <= MOST:
         return list(observations)
     order = np.random.default_rng(0).permutation(len(observations))
