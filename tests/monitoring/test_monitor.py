@@ -160,7 +160,7 @@ def test_without_a_change_nothing_fires_and_a_stronger_one_fires_sooner() -> Non
     promise: Promise = made.promise()
     # What is promised here is of a model that has seen all families, and a little too good: some histories do alarm.
     # benchmarks/monitoring.py counts false alarms.
-    entries = made.steps(120, start=1100)
+    entries = made.steps(120, start=1220)
     decisions = joined([s.entry for s in entries], [t for s in entries for t in s.trials])
     limits = Limits(promise, decisions)
     assert all(not f.alarms for f in watches.watch(decisions, promise, limits))
