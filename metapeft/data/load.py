@@ -50,15 +50,21 @@ def load_task(task: str | Path, settings: DataSettings | None = None) -> Task:
         )
     if os.path.exists(path) or path.suffix.lower() in (*formats.SUFFIXES, ".json", ".txt", ".tsv", ".xlsx", ".xls"):
         shape, given, notes = read_path(path)
-        whole = path.resolve()
-        name = whole.name if os.path.isdir(path) else whole.stem
-        inside = home().resolve().is_relative_to(whole)  # what changes while we work has no identity
+        inside = home().resolve().is_relative_to(path.resolve())  # what changes while we work has no identity
         identity = "" if inside else versions.content_id(path)
-        return build(name, shape, given, settings, source=str(path), dvc_id=identity, notes=notes)
+        return build(called(path), shape, given, settings, source=str(path), dvc_id=identity, notes=notes)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
         shape, given, notes, licence = hub.read_hub(name)
         return build(name, shape, given, settings, source=f"Hugging Face dataset {name}", licence=licence, notes=notes)
     raise UserError(unknown(name))
+
+
+def called(path: Path) -> str:
+    """The task's name that a file or folder gives. What is known of the catalog's tasks is not about a file that happens
+    to be called like one."""
+    whole = path.resolve()
+    name = whole.name if os.path.isdir(path) else whole.stem
+    return name if catalog.find(name) is None else f"my-{name}"
 
 
 def read_path(path: Path) -> tuple[Shape, dict[str, list[Row]], list[str]]:

@@ -109,7 +109,7 @@ def read(path: Path, settings: DataSettings) -> Task:
     examples = tuple(balanced(list(different.values()), bool(labels)))
     left_out = len(table.rows) - len(examples)
     return Task(
-        name=path.resolve().stem,
+        name=load.called(path),
         version=load.version({"train": examples, "validation": (), "test": ()}),
         kind=kind,
         metric=load.check_metric(settings.metric, kind),

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from metapeft.data import load_task, versions
+from metapeft.data import load_task, shots, versions
 from metapeft.data.splits import normalised
 from metapeft.data.task import SPLITS, Task
 from metapeft.errors import UserError
@@ -186,3 +186,9 @@ def test_label_sets_are_those_of_the_splits(tmp_path: Path) -> None:
     found = {e.completion.strip() for name in SPLITS for e in task.split(name)}
     assert set(task.labels) == found and any("labels without a row" in note for note in task.notes)
     assert isinstance(task, Task)
+
+
+def test_a_file_that_is_called_like_a_task_of_the_catalog_is_another_task(tmp_path: Path) -> None:
+    path = Path(shutil.copy(SAMPLES / "tickets.jsonl", tmp_path / "sms_spam.jsonl"))
+    assert load_task(path).name == shots.read(path, DataSettings()).name == "my-sms_spam"
+    assert load_task(path.rename(tmp_path / "sms-spam.jsonl")).name == "sms-spam"
