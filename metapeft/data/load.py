@@ -60,8 +60,8 @@ def load_task(task: str | Path, settings: DataSettings | None = None) -> Task:
 
 
 def called(path: Path) -> str:
-    """The task's name that a file or folder gives. What is known of the catalog's tasks is not about a file that happens
-    to be called like one."""
+    """The name that a file or folder gives its task. What is known of the catalog's tasks is not about a file that
+    happens to be called like one."""
     whole = path.resolve()
     name = whole.name if os.path.isdir(path) else whole.stem
     return name if catalog.find(name) is None else f"my-{name}"

@@ -119,7 +119,8 @@ def folder() -> Path:
 
 
 def offer(adapter: Path, trial: Trial, task: Task, profile: Profile) -> bool:
-    """Takes over the adapter in the folder `adapter` when it is the best known of its task and method; whether it was.
+    """Takes over the adapter in the folder `adapter` when it is the best known of its task and method, or the first by
+    another metric than the known one's; whether it was.
 
     Only finished trials count, with a validation score and at most LARGEST bytes. May be called by several processes at
     once, and killed: the best of what was offered stays, whole. Raises UserError when the adapter's folder is damaged
@@ -159,7 +160,8 @@ def offer(adapter: Path, trial: Trial, task: Task, profile: Profile) -> bool:
         lock = hashlib.sha256(str(place.relative_to(folder())).encode()).hexdigest()[:16]
         with FileLock(locks / f"{lock}.lock"):
             before = _read(place)
-            if before is not None and before.worth >= worth(trial, size):
+            comparable = before is not None and _metric(before.trial) == trial.validation.metric
+            if before is not None and comparable and before.worth >= worth(trial, size):
                 return False
             kept = replace(saved, tensors=tensors, metadata=saved.metadata | {"trial": record, "library": about})
             checkpoints.write(place, kept)
@@ -167,6 +169,10 @@ def offer(adapter: Path, trial: Trial, task: Task, profile: Profile) -> bool:
         reason = error.strerror
         raise UserError(f"cannot write {place} ({reason}); set METAPEFT_HOME to a folder you may write in") from error
     return True
+
+
+def _metric(trial: Trial) -> str:
+    return trial.validation.metric if trial.validation is not None else ""
 
 
 def worth(trial: Trial, size: int) -> tuple[float, float]:

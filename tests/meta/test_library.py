@@ -180,6 +180,12 @@ def writer(room: Path, scores: list[float]) -> subprocess.Popen[bytes]:
     )
 
 
+def test_scores_by_different_metrics_are_not_compared(tmp_path: Path) -> None:
+    assert offered(tmp_path, 0.75)
+    assert offered(tmp_path, 0.5, validation=Score("macro_f1", 0.5, 0.05, 64, 1.0))
+    assert not offered(tmp_path, 0.4, validation=Score("macro_f1", 0.4, 0.05, 64, 1.0))
+
+
 def test_several_writers_leave_the_best(tmp_path: Path) -> None:
     scores = [round(0.01 * n, 2) for n in range(1, 41)]
     random.Random(0).shuffle(scores)
