@@ -182,8 +182,10 @@ def writer(room: Path, scores: list[float]) -> subprocess.Popen[bytes]:
 
 def test_scores_by_different_metrics_are_not_compared(tmp_path: Path) -> None:
     assert offered(tmp_path, 0.75)
-    assert offered(tmp_path, 0.5, validation=Score("macro_f1", 0.5, 0.05, 64, 1.0))
-    assert not offered(tmp_path, 0.4, validation=Score("macro_f1", 0.4, 0.05, 64, 1.0))
+    other = trial(0.5)
+    for value, taken in ((0.5, True), (0.4, False), (0.6, True)):
+        other.validation = Score("macro_f1", value, 0.05, 64, 1.0)
+        assert library.offer(tmp_path / "trained", other, task("spam"), made.profile()) == taken
 
 
 def test_several_writers_leave_the_best(tmp_path: Path) -> None:
