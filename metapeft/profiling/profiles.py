@@ -118,7 +118,9 @@ def shipped_profiles() -> dict[tuple[str, str], Profile]:
 
 def _profiles(paths: Iterable[Path]) -> dict[tuple[str, str], Profile]:
     found: dict[tuple[str, str], Profile] = {}
-    for path in sorted(paths):
+    for path in sorted(
+        paths, key=lambda path: ("-macro_f1-" not in path.name, path.name)
+    ):  # the usual metric comes last
         profile = _remembered(path, path.stat().st_mtime_ns)
         if profile is not None and profile.version == VERSION and path.name.startswith(f"{profile.task_version}-"):
             found[profile.task_version, profile.backbone] = profile

@@ -75,6 +75,12 @@ def test_other_data_other_metric_other_backbone_are_other_profiles(llama: Backbo
     assert len(own_profiles()) == 3
 
 
+def test_of_two_metrics_the_usual_one_is_what_is_known_of_a_task(llama: Backbone) -> None:
+    task = classification()
+    usual, other = profile(task, llama), profile(replace(task, metric="macro_f1"), llama)
+    assert usual.features != other.features and own_profiles() == [usual]
+
+
 def test_rows_that_cannot_be_profiled(llama: Backbone) -> None:
     task = classification()
     with pytest.raises(UserError, match="no training rows"):
