@@ -123,7 +123,7 @@ def test_train_without_a_method_takes_the_best_of_the_sweep(shell: Shell) -> Non
     swept = sweep(shell)
     trial = shell.json("train", shell.task, *shell.common, "--steps", 2)
     best = {t["id"]: t for t in swept["trials"]}[swept["points"]["balanced"]]
-    assert trial["configuration"] == best["configuration"]
+    assert trial["configuration"] == best["configuration"] | {"evaluations": 4}  # a short trial looks more seldom
 
 
 def test_experience_moves_between_homes(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
