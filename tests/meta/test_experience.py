@@ -392,7 +392,7 @@ def test_kill_9_loses_at_most_the_unfinished_trial(tmp_path: Path) -> None:
     generator = random.Random(0)
     acknowledged: set[int] = set()
     for round_ in range(3):
-        process = writer(folder, round_ * 100_000, 100_000)
+        process = writer(folder, round_ * 100_000, 100_000, *["compact"][:round_])  # killed while it compacts, too
         assert process.stdout is not None
         acknowledged.add(int(process.stdout.readline()))
         time.sleep(generator.uniform(0.05, 0.3))
