@@ -117,7 +117,8 @@ class Experience:
 
     def compact(self) -> Path:
         """Move the segments that nobody is writing into the Parquet table; returns its path. One with a line that is no
-        trial stays as it is: a later metapeft, or a person, may read more of it."""
+        trial stays as it is: a later metapeft, or a person, may read more of it. Raises UserError, and changes nothing,
+        where a row of the table is none."""
         from filelock import FileLock
 
         self.close()
@@ -130,7 +131,7 @@ class Experience:
                     with suppress(UserError):
                         whole[path] = _load(path, refuse=True)
                 if whole or not target.exists():
-                    tables = [record for path in self._tables() for record in self._load(path)]
+                    tables = [record for path in self._tables() for record in _load(path, refuse=True)]
                     _write_table(_table(_unique([(0, [*chain(*whole.values()), *tables])])), target)
                     for path in whole:
                         path.unlink()

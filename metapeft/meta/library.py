@@ -128,6 +128,7 @@ def offer(adapter: Path, trial: Trial, task: Task, profile: Profile) -> bool:
     """
     from filelock import FileLock
 
+    from metapeft.meta.evidence import metric
     from metapeft.peft import checkpoints
 
     if trial.status != "ok" or trial.validation is None or not math.isfinite(trial.validation.value):
@@ -160,7 +161,7 @@ def offer(adapter: Path, trial: Trial, task: Task, profile: Profile) -> bool:
         lock = hashlib.sha256(str(place.relative_to(folder())).encode()).hexdigest()[:16]
         with FileLock(locks / f"{lock}.lock"):
             before = _read(place)
-            comparable = before is not None and _metric(before.trial) == trial.validation.metric
+            comparable = before is not None and metric(before.trial) == metric(trial)
             if before is not None and comparable and before.worth >= worth(trial, size):
                 return False
             kept = replace(saved, tensors=tensors, metadata=saved.metadata | {"trial": record, "library": about})
@@ -169,10 +170,6 @@ def offer(adapter: Path, trial: Trial, task: Task, profile: Profile) -> bool:
         reason = error.strerror
         raise UserError(f"cannot write {place} ({reason}); set METAPEFT_HOME to a folder you may write in") from error
     return True
-
-
-def _metric(trial: Trial) -> str:
-    return trial.validation.metric if trial.validation is not None else ""
 
 
 def worth(trial: Trial, size: int) -> tuple[float, float]:

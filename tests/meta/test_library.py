@@ -184,7 +184,7 @@ def test_scores_by_different_metrics_are_not_compared(tmp_path: Path) -> None:
     assert offered(tmp_path, 0.75)
     other = trial(0.5)
     for value, taken in ((0.5, True), (0.4, False), (0.6, True)):
-        other.validation = Score("macro_f1", value, 0.05, 64, 1.0)
+        other.score = other.validation = Score("macro_f1", value, 0.05, 64, 1.0)
         assert library.offer(tmp_path / "trained", other, task("spam"), made.profile()) == taken
 
 
