@@ -26,8 +26,9 @@ def quiet() -> None:
 
 
 def say(line: str) -> None:
-    """One line for people."""
-    print(line, file=sys.stderr, flush=True)
+    """One line, written at once: `print` writes the end of a line by itself, and lines of two threads would mix."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import secrets
-import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
@@ -80,11 +79,11 @@ class Service:
     selector: Selector
     keyring: Keyring
     metrics: Metrics
+    log: Callable[[dict[str, Any]], None]
     local: bool = True
     token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
     bounds: Bounds = Bounds()
     given: feedback.Given = field(default_factory=feedback.Given)
-    log: Callable[[dict[str, Any]], None] = lambda record: print(json.dumps(record), file=sys.stderr, flush=True)
 
 
 class SelectRequest(Body):

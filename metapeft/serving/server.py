@@ -13,7 +13,6 @@ import json
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -70,10 +69,10 @@ def serve(
 
         def deployed(done: Deployment) -> None:
             metrics.deployed(done)
-            _log({"event": "deployment", **asdict(done)})
+            log({"event": "deployment", **asdict(done)})
 
         registry.on_deployment = deployed
-        service = Service(engine, registry, selector, keyring, metrics, local, bounds=bounds or Bounds(), log=_log)
+        service = Service(engine, registry, selector, keyring, metrics, log, local, bounds=bounds or Bounds())
         server = uvicorn.Server(configured(create_app(service)))
         with _running(engine, registry, selector), servers.listed(url, service.token):
             say(f"serving {settings.backbone} on {describe()['device']} at {url}")
@@ -157,7 +156,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from error
 
 
-def _log(record: dict[str, Any]) -> None:
+def log(record: dict[str, Any]) -> None:
     """One line of JSON; never a prompt, an answer or a key."""
     record = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **record}
-    print(json.dumps(record), file=sys.stderr, flush=True)
+    say(json.dumps(record))

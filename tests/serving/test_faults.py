@@ -29,7 +29,7 @@ from metapeft.serving.metrics import Metrics
 from metapeft.serving.registry import Registry, UnknownModel
 from metapeft.serving.score import Answers
 from metapeft.serving.select import Job, Selector
-from metapeft.serving.server import url_of
+from metapeft.serving.server import log, url_of
 from metapeft.settings import load_settings
 from metapeft.tracking.models import Model
 from tests.backbones.tiny import CONTEXT, tiny, tiny_folder
@@ -44,7 +44,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         registry = Registry(engine, load_settings(backbone=engine.backbone.id))
         registry.ready.set()
         registry.looked = True
-        yield Service(engine, registry, Selector(engine.backbone.id), Keyring(), Metrics(engine, registry))
+        yield Service(engine, registry, Selector(engine.backbone.id), Keyring(), Metrics(engine, registry), log)
         engine.stop(20)
 
 

@@ -241,7 +241,7 @@ def test_faults_of_the_server_are_its_own_and_tell_no_path(at_home: Place) -> No
     registry.ready.set()
     selector, keyring, metrics = Selector(at_home.settings.backbone), Keyring(), Metrics(at_home.engine, registry)
     log: list[dict[str, Any]] = []
-    service = Service(at_home.engine, registry, selector, keyring, metrics, log=log.append)
+    service = Service(at_home.engine, registry, selector, keyring, metrics, log.append)
     client = TestClient(create_app(service), base_url="http://localhost")
 
     def ask(model: str) -> Any:
