@@ -5,6 +5,7 @@ Importing MLflow takes seconds, so it happens here, inside functions, with its t
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -168,9 +169,13 @@ def _create_database(path: Path) -> None:
     with lock("mlflow-database"):
         if _has_tables(path):
             return
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            for left_over in path.parent.glob(
+                glob.escape(temporary.name) + "*"
+            ):  # of a killed process, journal and all
+                left_over.unlink()
             _client(f"sqlite:///{temporary}")
             os.replace(temporary, path)
         except OSError as error:

@@ -55,7 +55,8 @@ def snapshot(settings: Settings, folder: Path) -> Snapshot:
         raise UserError(f"{folder} holds something that is not this command's; give another folder")
     with lock("knowledge"):
         before = versions.tracked(folder)
-        new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        new = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(new, ignore_errors=True)  # of a killed process
         try:
             new.mkdir(parents=True)
             store = Experience(shipped=None)

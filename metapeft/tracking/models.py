@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -423,23 +422,23 @@ def _local(client: MlflowClient, model: Model) -> Path:
         return folder
     # Numbers begin again where a model was deleted, and on another server: what was registered is part of the name.
     folder = home() / "models" / model.name / f"{model.version}-{(model.weights or model.run_id)[:16]}"
-    if not folder.is_dir():
-        from mlflow.artifacts import download_artifacts
+    if folder.is_dir():
+        return folder
+    from mlflow.artifacts import download_artifacts
 
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        try:
-            where = download_artifacts(
-                run_id=model.run_id,
-                artifact_path=f"adapters/{model.trial}",
-                dst_path=str(temporary),
-                tracking_uri=client.tracking_uri,
-            )
+    with lock("download"):
+        if not folder.is_dir():  # else another process was first
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = folder.with_name(f".{folder.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
             try:
+                where = download_artifacts(
+                    run_id=model.run_id,
+                    artifact_path=f"adapters/{model.trial}",
+                    dst_path=str(temporary),
+                    tracking_uri=client.tracking_uri,
+                )
                 os.rename(where, folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was first
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     return folder

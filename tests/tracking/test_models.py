@@ -311,6 +311,10 @@ def test_adapters_on_a_server_are_downloaded_once(
         remote = replace_uri(settings, where)
         trial = make_trial(1, 0.9)
         assert register(remote, task, trial).alias == "champion"
+        [found] = connect(remote.tracking).search_model_versions(f"name='{NAME}'")
+        killed = home() / "models" / NAME / f".1-{found.tags['weights'][:16]}.tmp"
+        killed.mkdir(parents=True)
+        (killed / "adapters").write_text("half of a download")
         folder, model = resolve(remote, "sms_spam")
         assert folder.parent == home() / "models" / NAME and not model.source.startswith("/")
         assert (folder / "adapter_model.safetensors").read_text() == trial.id

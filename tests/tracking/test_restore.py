@@ -142,7 +142,11 @@ def test_experience_and_meta_models_are_versioned_registered_and_come_back(
     meta_versions.train(observations[:-1])
     meta_versions.promote(1)
     Experience().append(make_trial(2))
+    killed = Path(".knowledge.tmp/meta")
+    killed.mkdir(parents=True)
+    (killed / "half").touch()
     full = knowledge.snapshot(settings, Path("knowledge"))
+    assert not killed.parent.exists() and not list(Path("knowledge").rglob("half"))
     assert (full.trials, full.meta_model, full.changed) == (2, 1, True) and full.pushed > 0
     again = knowledge.snapshot(settings, Path("knowledge"))
     assert (again.dvc_id, again.changed, again.pushed) == (full.dvc_id, False, 0)

@@ -247,19 +247,19 @@ def test_processes_that_start_at_once_share_one_new_database(no_database: Settin
     client = connect(no_database.tracking)
     runs = client.search_runs([client.get_experiment_by_name("metapeft").experiment_id])
     assert len(runs) == 2 and all(len(run.data.metrics) == 40 for run in runs)
-    assert [p.name for p in home().glob(".*.tmp")] == []
+    assert [p.name for p in home().glob(".*.tmp*")] == []
 
 
 def test_an_interrupted_creation_leaves_no_broken_database(no_database: Settings) -> None:
     process = subprocess.Popen([sys.executable, "-c", RACE, "killed"], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while not list(home().glob(".mlflow.db.*.tmp")):
+    while not (home() / ".mlflow.db.tmp").exists():
         assert process.poll() is None, "too fast to be killed half-way"
     process.kill()
     process.wait()
     assert not (home() / "mlflow.db").exists()
     with tracking.run(no_database, "after"):
         pass
-    assert (home() / "mlflow.db").exists()
+    assert (home() / "mlflow.db").exists() and list(home().glob(".*.tmp*")) == []
 
 
 def test_where_runs_go(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
