@@ -45,6 +45,15 @@ def render(row: Row, template: str, labels: Sequence[str]) -> Example:
     return Example(prompt, separator(prompt) + row.answer)
 
 
+def text(example: Example, template: str, labels: Sequence[str]) -> str:
+    """What the row itself says, without what the template put around it; of chat messages the last."""
+    if not isinstance(example.prompt, str):
+        return example.prompt[-1][1]
+    before, _, after = template.replace("{labels}", enumerate_labels(labels)).partition("{text}")
+    around = example.prompt.startswith(before) and example.prompt.endswith(after) and "{text}" not in after
+    return example.prompt[len(before) : len(example.prompt) - len(after)] if around else example.prompt
+
+
 def enumerate_labels(labels: Sequence[str]) -> str:
     """a, b or c"""
     return " or ".join(part for part in (", ".join(labels[:-1]), *labels[-1:]) if part)

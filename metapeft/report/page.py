@@ -15,6 +15,7 @@ from metapeft.search import pareto
 from metapeft.training.trial import Trial
 
 MOST_BARS = 8
+MOST_CHARACTERS = 240  # of a row's text or answer
 WIDE, NARROW = 820, 358  # pixels between the margins on a desktop and on a phone
 
 
@@ -25,7 +26,8 @@ class Content:
     trials: of the sweep, in their order. infeasible: trial id -> which limit it breaks, or how it ended (`Sweep`).
     final: the trial whose adapter is kept. recommendation, profile, validation: their JSON. environment: `describe()`
     and `versions()` of the runtime. called: the task as the user names it on the command line. model: registered name.
-    switching: the record of the final training, where its method could be exchanged.
+    switching: the record of the final training, where its method could be exchanged. examples: rows of the test split
+    with the answers to them (see `stages.examples`).
     """
 
     task: Task
@@ -40,6 +42,7 @@ class Content:
     called: str = ""
     model: str = ""
     switching: Mapping[str, Any] | None = None
+    examples: Sequence[Mapping[str, Any]] = ()
 
     def feasible(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.id not in self.infeasible]
@@ -80,6 +83,7 @@ def render(content: Content) -> str:
         task=content.task,
         subtitle=_subtitle(content),
         final=_final(content),
+        examples=_examples(content),
         switching=_switching(content),
         sweep=_sweep(content),
         search=_search(content),
@@ -158,6 +162,17 @@ def _final(content: Content) -> dict[str, Any] | None:
 def _begun(text: str) -> str:
     """As a sentence begins; `capitalize` would make F1 an f1."""
     return text[:1].upper() + text[1:]
+
+
+def _examples(content: Content) -> list[dict[str, Any]]:
+    return [
+        {name: _shortened(row[name]) for name in ("text", "expected", "untuned", "tuned")} | {"right": row["right"]}
+        for row in content.examples
+    ]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1].rstrip() + "…"
 
 
 def _switching(content: Content) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """evaluate: scores the saved adapter and the untuned backbone on the test split.
 
 The adapter is read back from its files, so the score is that of what will be served. Writes trial.json (complete now),
-metrics.json for `dvc metrics`, predictions.jsonl and confusion.csv (empty where there are no labels).
+metrics.json for `dvc metrics`, predictions.jsonl, confusion.csv (empty where there are no labels) and examples.json,
+which the report shows.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from metapeft.progress import say
 from metapeft.settings import Settings
 from metapeft.stages.adapter import read_adapter
+from metapeft.stages.examples import examples
 from metapeft.stages.files import read_task, write_csv
 from metapeft.stages.stage import Stage, read_json, write_json, write_text
 from metapeft.stages.trainer import Trainer
@@ -48,6 +50,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     write_json(out / "trial.json", trial.to_json())
     write_json(out / "metrics.json", metrics(trial, before, after))
     write_predictions(task, predictions, out)
+    write_json(out / "examples.json", examples(session, adapter, predictions))
     return {
         "metric": after.metric,
         "score": after.value,
@@ -96,8 +99,10 @@ STAGE = Stage(
     needs=("version", "train"),
     code=(
         *SOURCES,
+        "metapeft/data/templates.py",
         "metapeft/stages/adapter.py",
         "metapeft/stages/evaluate.py",
+        "metapeft/stages/examples.py",
         "metapeft/stages/files.py",
         "metapeft/stages/trainer.py",
     ),

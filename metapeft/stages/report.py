@@ -32,6 +32,7 @@ def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
         called=settings.task,
         switching=read_json(switching) if switching.exists() else None,
         model=f"{model['model']} version {model['version']}",
+        examples=read_json(work / "evaluate" / "examples.json"),
     )
     paths = write_report(out, content)
     return {"html": paths.html.name}

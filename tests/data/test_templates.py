@@ -1,10 +1,12 @@
 """Prompts and completions."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from metapeft.data.rows import Row
 from metapeft.data.task import Example
-from metapeft.data.templates import check_template, default_template, enumerate_labels, render
+from metapeft.data.templates import check_template, default_template, enumerate_labels, render, text
 from metapeft.errors import UserError
 
 LABELS = ("ham", "spam")
@@ -52,3 +54,20 @@ def test_how_a_text_ends_is_not_in_a_labels_completion() -> None:
     )
     assert render(Row("free cash \n", "spam"), "{text}\n", LABELS) == Example("free cash \n\n", "spam")
     assert render(Row("free cash \n", "spam"), "{text}\nLabel:", LABELS).prompt == "free cash \n\nLabel:"
+
+
+@given(
+    st.text().filter(str.strip),
+    st.sampled_from(
+        ["{text}", "{text}\nLabel:", "Label: {labels}\n{text}\nLabel:", "{labels}? {text}", "{text} {text}"]
+    ),
+)
+def test_the_text_of_a_row_is_found_again(said: str, template: str) -> None:
+    example = render(Row(said, "spam"), template, LABELS)
+    if template.endswith("{text}"):
+        said = said.rstrip()
+    assert text(example, template, LABELS) == (said if template.count("{text}") == 1 else example.prompt)
+
+
+def test_of_a_conversation_the_text_is_the_last_message() -> None:
+    assert text(render(Row((("system", "be brief"), ("user", "hi")), "hello"), "{text}", ()), "", ()) == "hi"

@@ -74,4 +74,8 @@ def content() -> Content:
         environment={"device": "cpu", "mlx": "0.32.4", "blas": ""},
         called="my reviews.jsonl",
         model="task-reviews, version 3",
+        examples=(
+            {"text": "Never again.", "expected": "no", "untuned": "yes", "tuned": "no", "right": True},
+            {"text": "Long " * 200, "expected": "yes", "untuned": "", "tuned": "no", "right": False},
+        ),
     )

@@ -90,6 +90,8 @@ def test_it_says_what_a_reader_wants_to_know() -> None:
     assert "1 of 2 checks passed: 1 warning." in text and "yes is 10 % of the rows" in text
     assert "mean tokens 31.25" in text and "examples 20 000" in text and "zero shot loss –" in text
     assert "20 train, 20 validation, 20 test" in text and "2 rows dropped" in text and "MIT" in text
+    assert "The first 2 rows of the test split" in text and "Never again. no yes no Long Long" in text
+    assert "Long… yes nothing no ✗" in text
     assert "task-reviews, version 3" in text and "device cpu" in text and "blas" not in text
 
 
@@ -102,6 +104,7 @@ def test_what_comes_from_outside_cannot_become_markup() -> None:
         trial.task, trial.error, trial.backbone, trial.id = evil, evil, evil, trial.id + evil
         trial.configuration = trial.configuration | {"targets": [evil]}
     given.profile = {"features": {evil: 1.0}}
+    given.examples = [dict.fromkeys(("text", "expected", "untuned", "tuned"), evil) | {"right": False}]
     given.validation = {"checks": [{"name": evil, "ok": False, "severity": evil, "detail": evil}]}
     page = render(given)
     reader = read(page)
