@@ -107,8 +107,18 @@ def train(observations: Sequence[Observation], remaining: Remaining | None = Non
     Both are judged as what fitting makes of the observations they were fitted to, without the family in question: a
     champion that has seen the tasks it is judged on would look better than it is. What both predict from are all
     observations of the other families. remaining: what curves that broke off leave open, as the observations count it
-    (None: as the champion has it). Raises UserError when there are too few tasks.
+    (None: as the champion has it). Two at once take turns, the later is judged beside what the earlier left. Raises
+    UserError when there are too few tasks.
     """
+    from filelock import FileLock
+
+    with _writing(_folder()):
+        turn = FileLock(_folder() / "train.lock").acquire()
+    with turn:
+        return _train(observations, remaining)
+
+
+def _train(observations: Sequence[Observation], remaining: Remaining | None) -> Trained:
     known = {group[0].task.name for group in groups(observations)}
     if len(known) < LEAST_TASKS:
         raise UserError(

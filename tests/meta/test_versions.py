@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,6 +139,13 @@ def test_two_at_once_get_two_numbers(home: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         numbers = pool.map(_adding, [str(home)] * 6)
     assert sorted(numbers) == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_trainings_at_once_take_turns(observations: list[Observation]) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(versions.train, [observations] * 2))
+    assert sorted(one.promoted for one in found) == [False, True]
+    assert {one.version for one in found} == {1} and [v.number for v in versions.versions()] == [0, 1]
 
 
 def test_a_promotion_waits_for_another_and_comes_after_it(home: Path) -> None:
