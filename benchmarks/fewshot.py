@@ -33,7 +33,7 @@ import numpy as np
 from metapeft.fewshot import choose, worth
 from metapeft.fewshot.choose import AT, Held, Prior, Strategy
 from metapeft.fewshot.measure import Answers
-from metapeft.fewshot.optimism import optimism
+from metapeft.fewshot.optimism import corrected, optimism
 from metapeft.fewshot.worth import Together
 from metapeft.settings import DataSettings, home
 
@@ -509,7 +509,8 @@ def automatic(c: dict[str, Any], others: list[dict[str, Any]], names: Collection
     held = {name: each for name, each in held_out(c).items() if name in names}
     ways = [way for way in ways_of(c) if way.name in held]
     untuned, beliefs = unpacked(c["untuned"]["shots"]), priors(others, c["kind"])
-    return choose.choose(ways, held, untuned, beliefs), optimism(ways, held, untuned, beliefs)
+    too_good = optimism(ways, held, untuned, beliefs)
+    return corrected(choose.choose(ways, held, untuned, beliefs), too_good, beliefs), too_good
 
 
 def rival(name: str, names: Collection[str]) -> str:
@@ -641,7 +642,8 @@ def trying(cells: list[dict[str, Any]]) -> dict[str, float]:
 
 def sure(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Whether what `adapt` says of its choice holds on the test split: its score on held-out shots, the gain it expects
-    (its interval widened by what 100 test rows leave open), and how sure it is that it gains."""
+    (its interval widened by what 100 test rows leave open), and how sure it is that it gains: in truth, and on so few
+    rows, which is what they can show."""
     tuned = [c for c in cells if c["judged"] is not None]
     looked, corrected, gains, held_90, bins = [], [], [], [], defaultdict(list)
     by_shots: dict[int, list[float]] = defaultdict(list)
@@ -657,7 +659,8 @@ def sure(cells: list[dict[str, Any]]) -> dict[str, Any]:
         open_yet = math.hypot(judged.deviation, float(rows.std(ddof=1)) / math.sqrt(len(rows)))
         held_90.append(abs(gains[-1][1]) <= 1.645 * open_yet)
         level = next(level for level in SURE if judged.p_better >= level)
-        bins[level].append((judged.p_better, reached > before))
+        shows = choose.chance(judged.gain, open_yet)
+        bins[level].append((judged.p_better, shows, reached > before))
     return {
         "cells": len(tuned),
         "held_out_too_good": clustered(looked),
@@ -670,7 +673,8 @@ def sure(cells: list[dict[str, Any]]) -> dict[str, Any]:
                 "from": level,
                 "cells": len(found),
                 "said": float(np.mean(found, axis=0)[0]),
-                "did": float(np.mean(found, axis=0)[1]),
+                "shows": float(np.mean(found, axis=0)[1]),
+                "did": float(np.mean(found, axis=0)[2]),
             }
             for level, found in sorted(bins.items())
         ],
@@ -859,9 +863,12 @@ def markdown(found: dict[str, Any], done: int, wanted: int) -> str:
         f" too good by {said['gain_too_good'][0]:+.3f} ± {said['gain_too_good'][1]:.3f}, its 90 % interval holds"
         f" {said['gain_90_coverage']:.2f}.",
         "",
-        "| sure that it gains | cells | said, on average | gained |",
-        "|---|---|---|---|",
-        *[f"| from {r['from']} | {r['cells']} | {r['said']:.3f} | {r['did']:.3f} |" for r in said["gains"]],
+        "| sure that it gains | cells | said, on average | so, on as few test rows | gained there |",
+        "|---|---|---|---|---|",
+        *[
+            f"| from {r['from']} | {r['cells']} | {r['said']:.3f} | {r['shows']:.3f} | {r['did']:.3f} |"
+            for r in said["gains"]
+        ],
     ]
     lines += ["", "Chosen: " + ", ".join(f"{name} {count}" for name, count in found["chosen"].items()) + ".", ""]
     lines += ["| target | value | wanted | met |", "|---|---|---|---|"]

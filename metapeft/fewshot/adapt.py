@@ -25,7 +25,7 @@ from metapeft.fewshot.choose import (
     sessions,
 )
 from metapeft.fewshot.measure import Answers, answers
-from metapeft.fewshot.optimism import optimism
+from metapeft.fewshot.optimism import corrected, optimism
 from metapeft.fewshot.strategies import METHODS, strategies
 from metapeft.fewshot.train import digest
 from metapeft.peft import adapters, checkpoints
@@ -134,15 +134,15 @@ def adapt(
         held[each.name] = answered
     weighed = [s for s in found if s.name in held] or found[:1]
     choice = choose(weighed, held, base, beliefs)
+    too_good = optimism(weighed, held, base, beliefs) if choice.chosen and choice.chosen.measured else 0.0
+    choice = corrected(choice, too_good, beliefs)
     before = untuned(session, "test") if task.test else None
     if report is not None:
         report(f"training: {choice.chosen.strategy}" if choice.chosen else "measuring", len(held), len(found))
     strategy = next((s for s in found if choice.chosen and s.name == choice.chosen.strategy), None)
-    trial, folder, too_good = None, "", 0.0
+    trial, folder = None, ""
     if strategy is not None:
-        own = held.get(strategy.name)
-        too_good = 0.0 if own is None else optimism(weighed, held, base, beliefs)
-        trial, folder = _leave(session, task, strategy, choice, seed, before, own, too_good)
+        trial, folder = _leave(session, task, strategy, choice, seed, before, held.get(strategy.name), too_good)
     return Adapted(
         task=task.name,
         shots=len(task.train),

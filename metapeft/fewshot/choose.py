@@ -238,6 +238,11 @@ def belief(differences: np.ndarray, prior: Prior) -> tuple[float, float]:
     return mean, prior.deviation * math.sqrt(1 - weight)
 
 
+def chance(gain: float, deviation: float) -> float:
+    """That a gain of this mean and deviation is above zero."""
+    return 0.5 * math.erfc(-gain / max(1e-9, deviation) / math.sqrt(2))
+
+
 def variance(differences: np.ndarray) -> float:
     """Of the mean difference as evidence; there must be one difference at least."""
     n = len(differences)
@@ -272,7 +277,7 @@ def choose(
                 standard_error=standard_error(difference),
                 gain=gain,
                 deviation=deviation,
-                p_better=0.5 * (1 + math.erf(gain / max(1e-9, deviation) / math.sqrt(2))),
+                p_better=chance(gain, deviation),
                 seconds=mine.seconds if mine is not None else 0.0,
                 origin=strategy.origin,
                 transfer=_transfer(strategy, held, priors),

@@ -9,10 +9,11 @@ Nothing is trained for it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from metapeft.fewshot.choose import Held, Prior, Strategy, choose
+from metapeft.fewshot.choose import UNKNOWN, Choice, Held, Prior, Strategy, chance, choose
 from metapeft.fewshot.measure import Answers
 
 RESAMPLES = 100
@@ -33,6 +34,19 @@ def optimism(
         hit = (untuned if chosen is None else held[chosen.strategy].answers[chosen.steps]).hit
         found.append(hit[drawn].mean() - hit.mean())
     return max(0.0, float(np.mean(found)))
+
+
+def corrected(choice: Choice, too_good: float, priors: Mapping[str, Prior]) -> Choice:
+    """The choice, expected to gain what its evidence less `too_good` lets expect, beside the same prior; that may be
+    nothing. What was weighed beside it stays as it is."""
+    chosen = choice.chosen
+    if chosen is None or not chosen.measured:
+        return choice
+    weight = 1 - (chosen.deviation / priors.get(chosen.strategy, UNKNOWN).deviation) ** 2  # of the evidence
+    gain = chosen.gain - weight * too_good
+    less = replace(chosen, gain=gain, p_better=chance(gain, chosen.deviation))
+    judged = tuple(less if each is chosen else each for each in choice.judged)
+    return replace(choice, chosen=less if gain > 0 else None, judged=judged)
 
 
 def taken(found: Answers, rows: np.ndarray) -> Answers:
