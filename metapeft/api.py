@@ -154,7 +154,7 @@ def train(
     work: Path | None = None,
     **options: Any,
 ) -> Trial:
-    """Train one configuration with the full budget, score it and register it.
+    """Train one configuration with the full budget, score it, register it and write a page about it (`report_of`).
 
     Without a method: the best of the task's sweep where there was one, else the first recommended. switch: the method
     may be exchanged on the way, within the same seconds (docs/switching.md). options: backbone, seed, params.
@@ -164,8 +164,13 @@ def train(
     one_method(settings.train.method, settings.train.configuration)
     work = work or work_folder(settings)
     with alone(work):
-        stages.run((*BEFORE_SWEEP, "train", "evaluate", "register"), settings, work)
+        stages.run((*BEFORE_SWEEP, "train", "evaluate", "register", "report"), settings, work)
         return read_trial(work)
+
+
+def report_of(task: str | Path, *, work: Path | None = None, **options: Any) -> Path:
+    """Where `train` leaves its page about a task. options: those that `train` was given."""
+    return (work or work_folder(settings_for(task, **options))) / "report" / "report.html"
 
 
 def adapt(

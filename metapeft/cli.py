@@ -195,7 +195,7 @@ def train(
     trial = api.train(task, method=method, configuration=given or None, steps=steps, switch=switch, **options)
     show(trial.to_json(), as_json, outcome(trial), title=f"{trial.method} on {trial.task}")
     if not as_json:
-        print(f"adapter: {trial.adapter}")
+        print(f"adapter: {trial.adapter}\nreport:  {api.report_of(task, **options)}")
 
 
 @app.command(name="train-sequence")

@@ -60,10 +60,17 @@ class Content:
         wanted = self.final.configuration | {"evaluations": 0}
         return next((t.id for t in self.trials if t.configuration | {"evaluations": 0} == wanted), "")
 
+    def trainings(self) -> Sequence[Trial]:
+        """Those whose learning is drawn: the sweep's, or where there was none the final one; what switched has a
+        picture of its own."""
+        return self.trials or ([self.final] if self.final is not None and self.switching is None else [])
+
     def best(self) -> str:
         """Id of the trial that the pictures emphasise."""
         if same := self.kept():
             return same
+        if not self.trials and self.final is not None:
+            return self.final.id
         names = pareto.named(self.feasible(), self.adapters)
         return names["most accurate"].id if names else ""
 
@@ -280,7 +287,7 @@ def _learning(content: Content) -> dict[str, Any]:
 
     def draw(quantity: str, untuned: float | None) -> tuple[Any, Any]:
         return _picture(
-            lambda width: charts.curves(content.trials, half if width == WIDE else width, quantity, untuned, best)
+            lambda width: charts.curves(content.trainings(), half if width == WIDE else width, quantity, untuned, best)
         )
 
     chosen = next((trial for trial in content.trials if trial.id == best), None)

@@ -32,7 +32,7 @@ def write_report(folder: Path, content: Content) -> Paths:
         title = f"{content.task.name}: {len(content.trials)} trials"
         pictures.trade_offs(paths.trade_offs, content.feasible(), title, content.untuned(), content.adapters)
         pictures.parallel(paths.parallel, content.feasible(), title, content.adapters)
-        pictures.curves(paths.curves, content.trials, title, content.untuned(), content.best())
+        pictures.curves(paths.curves, content.trainings(), title, content.untuned(), content.best())
         temporary = paths.html.with_name(".report.html.partial")
         temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, paths.html)

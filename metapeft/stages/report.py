@@ -42,7 +42,8 @@ STAGE = Stage(
     "report",
     body,
     settings=("task", "backbone"),
-    needs=("version", "validate", "profile", "recommend", "sweep", "train", "evaluate", "register"),
+    needs=("version", "validate", "profile", "recommend", "train", "evaluate", "register"),
+    uses=("sweep",),
     code=("metapeft/report", "metapeft/stages/files.py", "metapeft/stages/report.py"),
 )
 run, main = STAGE.run, STAGE.main

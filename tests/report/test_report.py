@@ -95,6 +95,14 @@ def test_it_says_what_a_reader_wants_to_know() -> None:
     assert "task-reviews, version 3" in text and "device cpu" in text and "blas" not in text
 
 
+def test_without_a_sweep_the_one_training_is_drawn(tmp_path: Path) -> None:
+    given = content()
+    given.trials = ()
+    text = words(write_report(tmp_path, given).html.read_text())
+    assert "How it learned" in text and "loss on validation" in text
+    assert "What it costs to be better" not in text and "All trials" not in text
+
+
 def test_what_comes_from_outside_cannot_become_markup() -> None:
     evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
     given = content()

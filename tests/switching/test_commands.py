@@ -81,4 +81,6 @@ def test_a_training_that_may_switch(tmp_path: Path) -> None:
     assert trial.id not in {t.id for t in Experience().trials()}
     static = api.train(file, backbone=backbone, **(options | {"switch": False}))
     assert static.id != trial.id and static.method == "p_tuning"
+    page = api.report_of(file, backbone=backbone).read_text(encoding="utf-8")
+    assert "What it answers" in page and "How it learned" in page and "How the method was chosen" not in page
     assert stages.get("train").current(settings, work) is False  # the same folder holds the static one now
