@@ -12,7 +12,7 @@ from metapeft.report.page import Content, render
 
 @dataclass(frozen=True)
 class Paths:
-    """What `write_report` wrote."""
+    """What `write_report` wrote; trade_offs and parallel only where there are trials."""
 
     html: Path
     trade_offs: Path
@@ -29,9 +29,11 @@ def write_report(folder: Path, content: Content) -> Paths:
     page = render(content)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        title = f"{content.task.name}: {len(content.trials)} trials"
-        pictures.trade_offs(paths.trade_offs, content.feasible(), title, content.untuned(), content.adapters)
-        pictures.parallel(paths.parallel, content.feasible(), title, content.adapters)
+        title = content.task.name
+        if content.trials:
+            title += f": {len(content.trials)} trials"
+            pictures.trade_offs(paths.trade_offs, content.feasible(), title, content.untuned(), content.adapters)
+            pictures.parallel(paths.parallel, content.feasible(), title, content.adapters)
         pictures.curves(paths.curves, content.trainings(), title, content.untuned(), content.best())
         temporary = paths.html.with_name(".report.html.partial")
         temporary.write_text(page, encoding="utf-8")

@@ -147,7 +147,8 @@ def test_whatever_is_missing_is_left_out(missing: str, tmp_path: Path) -> None:
     paths = write_report(tmp_path, given)
     text = words(paths.html.read_text()).replace("the loss was nan at step 10", "")
     assert "nan" not in text.lower().split() and "None" not in text and "inf" not in text.split()
-    assert paths.curves.stat().st_size > 1000 and paths.trade_offs.stat().st_size > 1000
+    assert paths.curves.stat().st_size > 1000
+    assert paths.trade_offs.exists() == paths.parallel.exists() == bool(given.trials)
 
 
 def test_numbers_that_are_not_finite_do_not_break_it(tmp_path: Path) -> None:
