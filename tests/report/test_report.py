@@ -163,7 +163,7 @@ def test_numbers_that_are_not_finite_do_not_break_it(tmp_path: Path) -> None:
 
 def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = write_report(tmp_path / "out", Content(TASK))
-    before = {path: path.read_bytes() for path in (first.html, first.curves, first.trade_offs)}
+    before = {path: path.read_bytes() for path in (first.html, first.curves)}
     write_report(tmp_path / "out", content())
     assert all(path.read_bytes() != old for path, old in before.items())
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
