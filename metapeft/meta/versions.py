@@ -3,7 +3,7 @@
     meta/versions/0001.json    a model with what it was fitted to and how it was judged; written once, never changed
     meta/champion.json         {"champion": 1, "before": [...]}, replaced as a whole
 
-Version 0 is the model that ships with the package, or the beliefs where none ships. Plain JSON of some fifty numbers:
+Version 0 is the model that ships with the package, or the beliefs where none ships. Plain JSON of some seventy numbers:
 the evidence itself is the experience, which a recommendation always reads as it is now.
 """
 

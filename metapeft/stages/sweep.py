@@ -268,7 +268,7 @@ def _space(settings: Settings, shapes: Shapes, modules: Collection[str] | None =
     wanted = settings.sweep.methods or METHODS
     methods = [method for method in wanted if shapes.takes(method)]
     if not methods:
-        raise UserError(f"this backbone cannot be tuned by {', '.join(wanted)}; search other methods (--methods)")
+        raise UserError(f"this backbone cannot be tuned by {', '.join(wanted)}; search other methods (--method)")
     return spaces.space(methods, narrow, depth=shapes.depth, modules=modules)
 
 
