@@ -144,10 +144,11 @@ def page(table: str, command: str, steps: int, seeds: tuple[int, ...], machine: 
     return f"""# The five methods against the untuned backbone
 
 SmolLM2-135M-Instruct (the packaged 4-bit file, computed with in float32), {steps} steps of batch 8,
-seeds {", ".join(map(str, seeds))}; the learning rate of each method was chosen on the validation split among three values half a decade apart. ± is one standard error (test sampling and
-seeds). "Beats" means: the mean is more than two standard errors of the difference above the untuned backbone, and no
-single seed is below it. Seconds are those of a whole trial, scoring included; they say little when the machine had
-other work. (A score near the share of the commonest label has learned little more than that label: 0.88 in sms_spam.)
+seeds {", ".join(map(str, seeds))}; the learning rate of each method was chosen on the validation split among three
+values half a decade apart. ± is one standard error (test sampling and seeds). "Beats" means: the mean is more than two
+standard errors of the difference above the untuned backbone, and no single seed is below it. Seconds are those of a
+whole trial, scoring included; they say little when the machine had other work. (A score near the share of the commonest
+label has learned little more than that label: 0.88 in sms_spam.)
 
 Made by `{command}` on {machine}.
 
