@@ -33,7 +33,7 @@ import numpy as np
 from metapeft.fewshot import choose, worth
 from metapeft.fewshot.choose import AT, Held, Prior, Strategy
 from metapeft.fewshot.measure import Answers
-from metapeft.fewshot.optimism import corrected, optimism
+from metapeft.fewshot.optimism import optimism
 from metapeft.fewshot.worth import Together
 from metapeft.settings import DataSettings, home
 
@@ -510,7 +510,7 @@ def automatic(c: dict[str, Any], others: list[dict[str, Any]], names: Collection
     ways = [way for way in ways_of(c) if way.name in held]
     untuned, beliefs = unpacked(c["untuned"]["shots"]), priors(others, c["kind"])
     too_good = optimism(ways, held, untuned, beliefs)
-    return corrected(choose.choose(ways, held, untuned, beliefs), too_good, beliefs), too_good
+    return choose.choose(ways, held, untuned, beliefs, too_good.gain), too_good.score
 
 
 def rival(name: str, names: Collection[str]) -> str:

@@ -154,7 +154,8 @@ def train(
     work: Path | None = None,
     **options: Any,
 ) -> Trial:
-    """Train one configuration with the full budget, score it, register it and write a page about it (`report_of`).
+    """Train one configuration with the full budget, score it, register it and write a page about it (its place:
+    `metapeft.api.report_of`).
 
     Without a method: the best of the task's sweep where there was one, else the first recommended. switch: the method
     may be exchanged on the way, within the same seconds (docs/switching.md). options: backbone, seed, params.

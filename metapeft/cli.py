@@ -186,16 +186,17 @@ def train(
     work: Work = None,
     as_json: Json = False,
 ) -> None:
-    """Train one adapter, score it and register it."""
+    """Train one adapter, score it, register it and leave a page about it."""
     from metapeft import api
     from metapeft.stages.stage import assignments
 
     options: dict[str, Any] = {"backbone": backbone, "seed": seed, "params": params, "work": work}
     given = assignments(set_ or [])
+    page = api.report_of(task, **options)
     trial = api.train(task, method=method, configuration=given or None, steps=steps, switch=switch, **options)
     show(trial.to_json(), as_json, outcome(trial), title=f"{trial.method} on {trial.task}")
     if not as_json:
-        print(f"adapter: {trial.adapter}\nreport:  {api.report_of(task, **options)}")
+        print(f"adapter: {trial.adapter}\nreport:  {page}")
 
 
 @app.command(name="train-sequence")

@@ -27,8 +27,9 @@ def quiet() -> None:
 
 def say(line: str) -> None:
     """One line, written at once: `print` writes the end of a line by itself, and lines of two threads would mix."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    if sys.stderr is not None:  # it may be closed
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
 
 @contextmanager

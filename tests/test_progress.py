@@ -10,8 +10,10 @@ from pathlib import Path
 WRITERS, LINES = 4, 500
 
 PROGRAM = f"""
-import json, threading
+import json, sys, threading
 from metapeft.progress import say
+
+sys.setswitchinterval(1e-6)
 
 def speak(writer):
     for number in range({LINES}):
@@ -31,3 +33,10 @@ def test_lines_of_several_threads_do_not_mix(tmp_path: Path) -> None:
     assert len(said) == WRITERS * LINES
     for writer in range(WRITERS):
         assert [line["number"] for line in said if line["writer"] == writer] == list(range(LINES))
+
+
+def test_a_closed_stderr_is_no_failure() -> None:
+    program = "from metapeft.progress import say; say('x'); print('went on')"
+    command = f'"{sys.executable}" -c "{program}" 2>&-'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "went on\n"

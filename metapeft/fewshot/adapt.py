@@ -25,7 +25,7 @@ from metapeft.fewshot.choose import (
     sessions,
 )
 from metapeft.fewshot.measure import Answers, answers
-from metapeft.fewshot.optimism import corrected, optimism
+from metapeft.fewshot.optimism import Optimism, optimism
 from metapeft.fewshot.strategies import METHODS, strategies
 from metapeft.fewshot.train import digest
 from metapeft.peft import adapters, checkpoints
@@ -133,16 +133,15 @@ def adapt(
             tried.write(place, answered)
         held[each.name] = answered
     weighed = [s for s in found if s.name in held] or found[:1]
-    choice = choose(weighed, held, base, beliefs)
-    too_good = optimism(weighed, held, base, beliefs) if choice.chosen and choice.chosen.measured else 0.0
-    choice = corrected(choice, too_good, beliefs)
+    too_good = optimism(weighed, held, base, beliefs) if held else Optimism(0.0, 0.0)
+    choice = choose(weighed, held, base, beliefs, too_good.gain)
     before = untuned(session, "test") if task.test else None
     if report is not None:
         report(f"training: {choice.chosen.strategy}" if choice.chosen else "measuring", len(held), len(found))
     strategy = next((s for s in found if choice.chosen and s.name == choice.chosen.strategy), None)
     trial, folder = None, ""
     if strategy is not None:
-        trial, folder = _leave(session, task, strategy, choice, seed, before, held.get(strategy.name), too_good)
+        trial, folder = _leave(session, task, strategy, choice, seed, before, held.get(strategy.name), too_good.score)
     return Adapted(
         task=task.name,
         shots=len(task.train),
@@ -158,7 +157,7 @@ def adapt(
         skipped=tuple(s.name for s in found if s not in weighed),
         late=late,
         prompt=_prompt(session) if strategy is not None and strategy.name == "context" else "",
-        optimism=too_good,
+        optimism=too_good.score if trial is not None else 0.0,
     )
 
 

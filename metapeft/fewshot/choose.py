@@ -255,11 +255,13 @@ def choose(
     held: Mapping[str, Held],
     untuned: Answers,
     priors: Mapping[str, Prior],
+    too_good: float = 0.0,
 ) -> Choice:
     """The strategy with the highest expected gain, where it is above zero and the transfer does no harm.
 
     held: of the strategies that were cross-validated; the others are judged by their priors. untuned: the backbone's
-    own answers to the same shots. priors: by strategy; of one that is missing nothing is known.
+    own answers to the same shots. priors: by strategy; of one that is missing nothing is known. too_good: what choosing
+    the best adds to a measured difference (`optimism`): taken off what is believed, not off what is told as measured.
     """
     base = merit(untuned)
     judged = []
@@ -268,7 +270,7 @@ def choose(
         mine = held.get(strategy.name)
         step = mine.best() if mine is not None else (max(AT) if strategy.configuration else 0)
         difference = merit(mine.answers[step]) - base if mine is not None else np.zeros(0)
-        gain, deviation = belief(difference, prior)
+        gain, deviation = belief(difference - too_good, prior)
         judged.append(
             Judged(
                 strategy=strategy.name,

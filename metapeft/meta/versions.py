@@ -31,10 +31,12 @@ from metapeft.meta.fitting import LEAST_TASKS, fit, groups, standard_errors
 from metapeft.meta.model import Model
 from metapeft.meta.unfinished import Remaining
 from metapeft.profiling import cache
+from metapeft.progress import say
 from metapeft.settings import home
 
 TOLERANCE = 1.0  # standard errors by which a challenger may look worse than the champion
 SCHEMA = 1
+QUIET_SECONDS = 3.0  # of waiting for another training, before a person is told
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,19 @@ def train(observations: Sequence[Observation], remaining: Remaining | None = Non
     (None: as the champion has it). Two at once take turns, the later is judged beside what the earlier left. Raises
     UserError when there are too few tasks.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
+    turn = FileLock(_folder() / "train.lock")
     with _writing(_folder()):
-        turn = FileLock(_folder() / "train.lock").acquire()
-    with turn:
+        try:
+            turn.acquire(timeout=QUIET_SECONDS)
+        except Timeout:
+            say("waiting for another training of the meta-model")
+            turn.acquire()
+    try:
         return _train(observations, remaining)
+    finally:
+        turn.release()
 
 
 def _train(observations: Sequence[Observation], remaining: Remaining | None) -> Trained:

@@ -12,7 +12,7 @@ from metapeft.report.page import Content, render
 
 @dataclass(frozen=True)
 class Paths:
-    """What `write_report` wrote; trade_offs and parallel only where there are trials."""
+    """What `write_report` wrote; pictures only where there is something in them."""
 
     html: Path
     trade_offs: Path
@@ -34,7 +34,8 @@ def write_report(folder: Path, content: Content) -> Paths:
             title += f": {len(content.trials)} trials"
             pictures.trade_offs(paths.trade_offs, content.feasible(), title, content.untuned(), content.adapters)
             pictures.parallel(paths.parallel, content.feasible(), title, content.adapters)
-        pictures.curves(paths.curves, content.trainings(), title, content.untuned(), content.best())
+        if content.trainings():
+            pictures.curves(paths.curves, content.trainings(), title, content.untuned(), content.best())
         temporary = paths.html.with_name(".report.html.partial")
         temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, paths.html)

@@ -68,11 +68,12 @@ def _written(session: Session, adapter: Adapter | None, rows: Sequence[int]) -> 
         example = session.encoded["test"][row]
         prompt = [*session.shared, *example.ids[: example.start]]
         left = session.backbone.context_length - len(prompt) - (virtual[0][0].shape[2] if virtual else 0)
-        limit = min(MOST, left, 2 * (len(example.ids) - example.start) + ROOM)
+        limit = max(1, min(MOST, left, 2 * (len(example.ids) - example.start) + ROOM))
         cache = make_prompt_cache(model)
         for layer, (keys, values) in zip(cache, virtual):  # noqa: B905 - most methods have no virtual tokens
             layer.update_and_fetch(keys, values)
         ids: list[int] = []
+        ended = False
         for token, _ in generate_step(mx.array(prompt), model, max_tokens=limit, prompt_cache=cache):
             if ended := int(token) in tokenizer.eos_token_ids:
                 break

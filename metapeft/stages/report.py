@@ -1,4 +1,4 @@
-"""report: one HTML page and two pictures of the tuning: learning curves, trade-offs, what was chosen and why."""
+"""report: one HTML page and pictures of the tuning: learning curves, trade-offs, what was chosen and why."""
 
 from __future__ import annotations
 

@@ -106,16 +106,23 @@ def failures(settings: TrackingSettings) -> Iterator[None]:
 @contextmanager
 def lock(name: str) -> Iterator[None]:
     """One process of this installation at a time. Raises UserError when METAPEFT_HOME cannot be written."""
+    with locked(home() / "locks" / f"{name}.lock"):
+        yield
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time, whatever its METAPEFT_HOME is. path: of the lock's file. Raises UserError when its folder
+    cannot be written."""
     from filelock import FileLock
 
-    folder = home() / "locks"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / f"{name}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(path)
         held.acquire()
     except OSError as error:
         raise UserError(
-            f"cannot write in {folder} ({error.strerror}); set METAPEFT_HOME to a folder you may write in"
+            f"cannot write in {path.parent} ({error.strerror}); set METAPEFT_HOME to a folder you may write in"
         ) from error
     try:
         yield
@@ -166,16 +173,14 @@ def _create_database(path: Path) -> None:
     """MLflow's dozens of migrations run in a file of another name, so that a killed one leaves nothing half-made."""
     if _has_tables(path):
         return
-    with lock("mlflow-database"):
+    with locked(path.with_name(f".{path.name}.lock")):
         if _has_tables(path):
             return
         temporary = path.with_name(f".{path.name}.tmp")
+        left_over = glob.escape(temporary.name) + "*"  # of a killed process, journal and all
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for left_over in path.parent.glob(
-                glob.escape(temporary.name) + "*"
-            ):  # of a killed process, journal and all
-                left_over.unlink()
+            for file in path.parent.glob(left_over):
+                file.unlink()
             _client(f"sqlite:///{temporary}")
             os.replace(temporary, path)
         except OSError as error:

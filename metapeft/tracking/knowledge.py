@@ -20,7 +20,7 @@ from metapeft.errors import UserError
 from metapeft.meta import versions as meta_versions
 from metapeft.meta.experience import Experience
 from metapeft.settings import Settings, home
-from metapeft.tracking.client import connect, experiment_id, failures, lock
+from metapeft.tracking.client import connect, experiment_id, failures, lock, locked
 
 META_MODEL = "meta-model"  # the registered model
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -47,13 +47,14 @@ def snapshot(settings: Settings, folder: Path) -> Snapshot:
 
     Raises UserError when the folder is in no DVC repository or holds something else.
     """
-    if versions.repository(folder.absolute()) is None:
+    repository = versions.repository(folder.absolute())
+    if repository is None:
         raise UserError(f"{folder} is in no DVC repository; run `dvc init` in the project's folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder")
     if folder.exists() and versions.tracked(folder) is None and any(folder.iterdir()):
         raise UserError(f"{folder} holds something that is not this command's; give another folder")
-    with lock("knowledge"):
+    with locked(repository / ".dvc" / "tmp" / f"metapeft-{folder.name}.lock"):
         before = versions.tracked(folder)
         new = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(new, ignore_errors=True)  # of a killed process

@@ -26,7 +26,7 @@ from metapeft.errors import MetapeftError, UserError, disk
 from metapeft.peft.folder import stable
 from metapeft.settings import Settings, brief, home
 from metapeft.tracking import servers
-from metapeft.tracking.client import connect, failures, lock
+from metapeft.tracking.client import connect, failures, lock, locked
 from metapeft.tracking.decision import advised
 from metapeft.training.trial import Trial
 
@@ -426,9 +426,8 @@ def _local(client: MlflowClient, model: Model) -> Path:
         return folder
     from mlflow.artifacts import download_artifacts
 
-    with lock("download"):
+    with locked(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():  # else another process was first
-            folder.parent.mkdir(parents=True, exist_ok=True)
             temporary = folder.with_name(f".{folder.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
             try:

@@ -17,6 +17,7 @@ from metapeft.fewshot import STRATEGIES, reptile, tried
 from metapeft.fewshot.adapt import adapt, explained, starts_of
 from metapeft.fewshot.choose import Held, Prior, Strategy, choose
 from metapeft.fewshot.measure import Answers
+from metapeft.fewshot.optimism import Optimism
 from metapeft.fewshot.strategies import Nearest, cold, strategies
 from metapeft.meta import library
 from metapeft.peft import adapters, checkpoints
@@ -72,6 +73,14 @@ def test_an_ordinary_adapter_is_left(backbone: object) -> None:
     same = adapt(few, backbone, only=["cold prefix"], priors=LIKED)  # type: ignore[arg-type]
     assert same.adapter == found.adapter, "the same work, the same id"
     json.dumps(found.to_json())
+
+
+def test_what_choosing_adds_is_no_gain(backbone: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, open_mind = shots.draw(TASK, 6, 0), {"cold prefix": Prior(0.9, 1e3)}
+    believed = adapt(few, backbone, only=["cold prefix"], priors=open_mind)  # type: ignore[arg-type]
+    monkeypatch.setattr("metapeft.fewshot.adapt.optimism", lambda *_: Optimism(0.0, 0.25))
+    doubted = adapt(few, backbone, only=["cold prefix"], priors=open_mind)  # type: ignore[arg-type]
+    assert doubted.judged[0].gain < believed.judged[0].gain - 0.2
 
 
 def test_one_shot_is_decided_by_the_prior(backbone: object) -> None:

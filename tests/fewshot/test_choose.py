@@ -105,3 +105,28 @@ def test_a_diverged_strategy_is_lost_not_an_error() -> None:
     wild = {"method": "lora", "rank": 2, "learning_rate": 1e6, "clip": 0.0, "warmup": 0.0}
     found = choose.cross_validate(Strategy("wild", wild), folds, (5, 30)).answers
     assert set(found) == {5, 30} and found[30].right.max() < 0.6
+
+
+@pytest.mark.parametrize(("deviation", "share"), [(1e3, 1.0), (0.3, None), (1e-6, 0.0)])
+def test_what_choosing_adds_is_taken_off_the_evidence_not_off_the_prior(deviation: float, share: float | None) -> None:
+    ways = [Strategy("good", {}), Strategy("better", {}), Strategy("unseen", {})]
+    held = {"good": Held({10: told([0.7, 0.8, 0.2, 0.6])}), "better": Held({10: told([0.9, 0.8, 0.4, 0.7])})}
+    untuned, priors = told([0.1] * 4), dict.fromkeys(("good", "better", "unseen"), Prior(0.2, deviation))
+    before = {j.strategy: j for j in choose.choose(ways, held, untuned, priors).judged}
+    choice = choose.choose(ways, held, untuned, priors, too_good=0.1)
+    after = {j.strategy: j for j in choice.judged}
+    for name in held:
+        weight = 1 - (before[name].deviation / deviation) ** 2 if share is None else share
+        assert before[name].gain - after[name].gain == pytest.approx(0.1 * weight, abs=1e-5)
+        assert after[name].difference == before[name].difference and after[name].p_better <= before[name].p_better
+    assert after["unseen"] == before["unseen"]
+    assert choice.chosen == choice.judged[0] and choice.ahead == pytest.approx(
+        choice.judged[0].gain - choice.judged[1].gain
+    )
+
+
+def test_where_choosing_explains_it_all_the_backbone_stays_untuned() -> None:
+    ways, held = [Strategy("lucky", {})], {"lucky": Held({10: told([0.2, 0.7, 0.1])})}
+    untuned, wide = told([0.1] * 3), {"lucky": Prior(0.0, 1e3)}
+    assert choose.choose(ways, held, untuned, wide).chosen is not None
+    assert choose.choose(ways, held, untuned, wide, too_good=0.9).chosen is None

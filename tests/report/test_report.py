@@ -147,7 +147,7 @@ def test_whatever_is_missing_is_left_out(missing: str, tmp_path: Path) -> None:
     paths = write_report(tmp_path, given)
     text = words(paths.html.read_text()).replace("the loss was nan at step 10", "")
     assert "nan" not in text.lower().split() and "None" not in text and "inf" not in text.split()
-    assert paths.curves.stat().st_size > 1000
+    assert paths.curves.exists() == bool(given.trainings())
     assert paths.trade_offs.exists() == paths.parallel.exists() == bool(given.trials)
 
 
@@ -163,7 +163,7 @@ def test_numbers_that_are_not_finite_do_not_break_it(tmp_path: Path) -> None:
 
 def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = write_report(tmp_path / "out", Content(TASK))
-    before = {path: path.read_bytes() for path in (first.html, first.curves)}
+    before = {path: path.read_bytes() for path in (first.html,)}
     write_report(tmp_path / "out", content())
     assert all(path.read_bytes() != old for path, old in before.items())
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [

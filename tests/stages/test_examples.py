@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from metapeft.data.task import Example
 from metapeft.peft import adapters
 from metapeft.stages.examples import MOST, SHOWN, examples
 from metapeft.training.evaluation import predict
 from metapeft.training.trainer import run_trial
+from tests.backbones.tiny import CONTEXT
 from tests.training import made
 from tests.training.test_evaluation import easy
 
@@ -41,6 +44,21 @@ def test_free_text_is_right_where_it_matches_exactly(
         assert shown["right"] == predictions.exact[row] == (shown["tuned"] == shown["expected"])
         assert before[row] == (shown["untuned"] == shown["expected"])
         assert all(len(session.backbone.tokenizer.encode(shown[key])) <= MOST + 1 for key in ("untuned", "tuned"))
+
+
+def test_a_row_that_fills_the_context_ends(tmp_path: Path) -> None:
+    """Virtual tokens before it leave no place for an answer: one token is written, as scoring reads it."""
+    task = made.generation(8, 2)
+    long = "a" * (CONTEXT - 12)
+    session = made.session("llama", replace(task, test=(Example(f"{long} ->", " b"), *task.test)))
+    assert session.encoded["test"][0].length + len(session.shared) > CONTEXT - 20
+    run_trial(session, {"method": "prefix", "tokens": 20}, steps=1, folder=tmp_path / "adapter", test=False)
+    adapter = adapters.load(tmp_path / "adapter", session.model)
+    adapter.attach(session.model)
+    predictions = predict(session, adapter, "test")
+    adapter.detach(session.model)
+    found = examples(session, adapter, predictions)
+    assert len(found) == 3 and found[0]["tuned"].endswith("…") and len(found[0]["tuned"]) < 10
 
 
 def test_labels_are_those_of_the_score(tmp_path: Path) -> None:

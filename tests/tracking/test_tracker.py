@@ -250,6 +250,25 @@ def test_processes_that_start_at_once_share_one_new_database(no_database: Settin
     assert [p.name for p in home().glob(".*.tmp*")] == []
 
 
+def test_two_homes_share_one_new_database(tmp_path: Path) -> None:
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACE, f"run{n}"],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "METAPEFT_HOME": str(tmp_path / f"home{n}"),
+                "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/shared.db",
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2)
+    ]
+    assert [(process.communicate(timeout=120)[1], process.returncode) for process in started] == [("", 0)] * 2
+    assert [p.name for p in tmp_path.glob(".*.tmp*")] == []
+
+
 def test_an_interrupted_creation_leaves_no_broken_database(no_database: Settings) -> None:
     process = subprocess.Popen([sys.executable, "-c", RACE, "killed"], cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (home() / ".mlflow.db.tmp").exists():
