@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from metapeft.progress import say
 from metapeft.settings import Settings
 from metapeft.stages.adapter import read_adapter
-from metapeft.stages.examples import examples
 from metapeft.stages.files import read_task, write_csv
 from metapeft.stages.stage import Stage, read_json, write_json, write_text
 from metapeft.stages.trainer import Trainer
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 def body(settings: Settings, work: Path, out: Path) -> dict[str, Any]:
     """Score the adapter and the untuned backbone."""
     from metapeft.peft import adapters
+    from metapeft.stages.examples import examples
     from metapeft.training.evaluation import predict, score
 
     task = read_task(work / "version")

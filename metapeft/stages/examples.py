@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from metapeft.runtime import mx
+
 if TYPE_CHECKING:
     from metapeft.peft.base import Adapter
     from metapeft.training.evaluation import Predictions
@@ -58,8 +60,6 @@ def _written(session: Session, adapter: Adapter | None, rows: Sequence[int]) -> 
     """The most likely text after each prompt of the test split, "…" where the limit in tokens ends it."""
     from mlx_lm.generate import generate_step
     from mlx_lm.models.cache import make_prompt_cache
-
-    from metapeft.runtime import mx
 
     model, tokenizer = session.model, session.backbone.tokenizer
     virtual = (adapter.prefix(model) if adapter is not None else None) or []
