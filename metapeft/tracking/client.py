@@ -121,9 +121,9 @@ def locked(path: Path) -> Iterator[None]:
         held = FileLock(path)
         held.acquire()
     except OSError as error:
-        raise UserError(
-            f"cannot write in {path.parent} ({error.strerror}); set METAPEFT_HOME to a folder you may write in"
-        ) from error
+        ours = path.is_relative_to(home())
+        remedy = "set METAPEFT_HOME to a folder you may write in" if ours else "give a place you may write in"
+        raise UserError(f"cannot write in {path.parent} ({error.strerror}); {remedy}") from error
     try:
         yield
     finally:
