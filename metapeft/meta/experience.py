@@ -86,7 +86,7 @@ class Experience:
         self._write([_record(trial) for trial in trials])
 
     def trials(self) -> list[Trial]:
-        """Every trial once, in the order in which they started."""
+        """Every trial once, in the order of the seconds in which they started."""
         return [_trial(record) for record in self._records()]
 
     def state(self) -> tuple[tuple[str, int, int], ...]:

@@ -177,13 +177,15 @@ def test_a_full_disk_is_no_trial(model: str, home: Path, monkeypatch: pytest.Mon
 def test_other_weights_in_the_same_folder_are_another_backbone(home: Path, tmp_path: Path) -> None:
     folder = tmp_path / "backbone"
     folder.mkdir()
-    measured = []
+    measured = {}
     for seed in (0, 5):
         write(folder, "llama", seed)
         grown(str(folder), ["t1"], max_trials=1)
-        trials = [t for t in Experience(shipped=None).trials() if t.untuned_score]
-        measured.append(trials[-1].untuned_score)
-    assert len(trials) == 2 and measured[0] != measured[1]
+        trials = Experience(shipped=None).trials()
+        assert all(trial.untuned_score for trial in trials)
+        measured |= {trial.id: trial.untuned_score for trial in trials}
+    first, second = measured.values()
+    assert first != second
 
 
 def test_a_killed_growth_leaves_no_adapter_that_was_recorded(model: str, home: Path) -> None:
